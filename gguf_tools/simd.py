@@ -1,0 +1,681 @@
+"""SIMD vectors as first-class values inside numba kernels.
+
+`f32x16`, `i8x64` and the like are numba types whose data model is an LLVM vector, so that kernels
+keep reading like Python:
+
+    total = dpbusd(zero_i32x16(), ld_i8x64(weights), ld_i8x64(activations))
+    y = fma(cvt_f32x16(total), splat_f32x16(scale), y)
+
+Every operation is pasted into its caller as LLVM IR: no call, no compile unit of its own. Memory
+is addressed by plain int64 addresses (`array.ctypes.data`) and needs no alignment. LLVM splits a
+vector wider than the machine's registers, so all operations run on every processor; only the byte
+dot product, the 16-bit multiply-add and `pause` name instructions of one processor, and they are
+chosen in one place (`DOT`).
+
+For each vector type there are (T stands for its name, such as f32x16):
+
+    ld_T(address)  zero_T()  splat_T(scalar)
+    bits_T(x)      the same bits seen as T
+    cvt_T(x)       numeric conversion; integers count as signed
+    ucvt_T(x)      numeric conversion; the source's integers count as unsigned
+
+and for all of them `st(address, vector)` and the operators + - * / & | ^ (lane by lane),
+`<<` and `>>` by a scalar (`>>` shifts zeros in).
+"""
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, models, register_model
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+
+# --- which byte dot product ------------------------------------------------------------------
+
+
+def _choose_dot() -> str:
+    """The best byte dot product of this processor; GGUF_TOOLS_DOT overrides it, for tests."""
+    chosen = os.environ.get("GGUF_TOOLS_DOT")
+    if chosen:
+        return chosen
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512vnni") and features.get("avx512vl"):
+        return "avx512vnni"
+    if features.get("avxvnni"):
+        return "avxvnni"
+    if features.get("avx2"):
+        return "avx2"
+    return "portable"
+
+
+DOT = _choose_dot()
+"""How bytes are multiplied: avx512vnni, avxvnni, avx2, or portable (plain vector arithmetic)."""
+
+
+# --- the types -------------------------------------------------------------------------------
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """llvmlite has no bfloat type of its own."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_ELEMENTS = {
+    "i8": I8,
+    "i16": ir.IntType(16),
+    "i32": I32,
+    "i64": I64,
+    "f32": ir.FloatType(),
+    "f16": ir.HalfType(),
+    "bf16": _BFloat(),
+}
+_SCALARS = {
+    "i8": types.int8,
+    "i16": types.int16,
+    "i32": types.int32,
+    "i64": types.int64,
+    "f32": types.float32,
+}
+_LANES = {
+    "i8": (8, 16, 32, 64),
+    "i16": (4, 8, 16, 32),
+    "i32": (4, 8, 16),
+    "i64": (2, 4, 8),
+    "f32": (4, 8, 16),
+    "f16": (4, 8, 16, 32),
+    "bf16": (8, 16, 32),
+}
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """The numba type of an n-lane LLVM vector; `element` is a key of _ELEMENTS."""
+
+    def __init__(self, element: str, lanes: int) -> None:
+        self.element, self.lanes = element, lanes
+        super().__init__(name=f"Vector({element}x{lanes})")
+
+    @property
+    def is_float(self) -> bool:
+        return self.element in ("f32", "f16", "bf16")
+
+    def llvm(self) -> Any:
+        return ir.VectorType(_ELEMENTS[self.element], self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.llvm())
+
+
+VECTORS = {f"{e}x{n}": Vector(e, n) for e, lanes in _LANES.items() for n in lanes}
+
+
+# --- pieces of IR, also used by tiles.py -----------------------------------------------------
+
+
+def pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, ir.PointerType())
+
+
+def emit_call(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """Call an LLVM intrinsic, or a function of the C library, by name."""
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def emit_shuffle(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+    return builder.shuffle_vector(a, ir.Constant(a.type, ir.Undefined) if b is None else b, mask)
+
+
+def emit_splat(builder: Any, vector: Any, scalar: Any) -> Any:
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    return emit_shuffle(builder, first, None, [0] * vector.count)
+
+
+def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return emit_call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
+
+
+def _emit_convert(builder: Any, value: Any, source: Any, target: Vector, signed: bool) -> Any:
+    kind = target.llvm()
+    if source.is_float and target.is_float:
+        order = ["bf16", "f16", "f32"]
+        wider = order.index(source.element) < order.index(target.element)
+        return builder.fpext(value, kind) if wider else builder.fptrunc(value, kind)
+    if source.is_float:
+        return builder.fptosi(value, kind)
+    if target.is_float:
+        return builder.sitofp(value, kind) if signed else builder.uitofp(value, kind)
+    if int(source.element[1:]) > int(target.element[1:]):
+        return builder.trunc(value, kind)
+    return builder.sext(value, kind) if signed else builder.zext(value, kind)
+
+
+def emit_dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total.i32[n] += sum over 4 neighbouring bytes of unsigned * signed; exact for all bytes."""
+    n = total.type.count
+    widest = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}.get(DOT, 16)
+    if n > widest:
+        halves = []
+        for first in (0, 1):
+            lanes = range(first * n // 2, (first + 1) * n // 2)
+            byte_lanes = range(first * n * 2, (first + 1) * n * 2)
+            halves.append(
+                emit_dot(
+                    builder,
+                    emit_shuffle(builder, total, None, lanes),
+                    emit_shuffle(builder, unsigned, None, byte_lanes),
+                    emit_shuffle(builder, signed, None, byte_lanes),
+                )
+            )
+        return emit_shuffle(builder, halves[0], halves[1], range(n))
+    if DOT in ("avx512vnni", "avxvnni"):
+        name = f"llvm.x86.avx512.vpdpbusd.{n * 32}"
+        if llvm.llvm_version_info[0] < 22:  # the operands were dword vectors before LLVM 22
+            unsigned = builder.bitcast(unsigned, total.type)
+            signed = builder.bitcast(signed, total.type)
+        return emit_call(builder, name, total.type, [total, unsigned, signed])
+    if DOT == "avx2":
+        # Even and odd bytes as 16-bit numbers: pmaddubsw would saturate for weights above 127.
+        pairs = ir.VectorType(ir.IntType(16), 2 * n)
+        eight, low = ir.Constant(pairs, [8] * 2 * n), ir.Constant(pairs, [255] * 2 * n)
+        u, s = builder.bitcast(unsigned, pairs), builder.bitcast(signed, pairs)
+        name = {8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[n]
+        even = [builder.and_(u, low), builder.ashr(builder.shl(s, eight), eight)]
+        odd = [builder.lshr(u, eight), builder.ashr(s, eight)]
+        even_sum = emit_call(builder, name, total.type, even)
+        odd_sum = emit_call(builder, name, total.type, odd)
+        return builder.add(total, builder.add(even_sum, odd_sum))
+    # llvm.vector.partial.reduce.add would be one instruction on ARM, but it leaves open which
+    # products meet in which lane; kernels rely on neighbours.
+    wide = ir.VectorType(I32, 4 * n)
+    products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
+    for first in range(4):
+        total = builder.add(total, emit_shuffle(builder, products, None, range(first, 4 * n, 4)))
+    return total
+
+
+# --- making intrinsics -----------------------------------------------------------------------
+
+
+def _define(name: str, typing: Callable[..., Any], doc: str = "") -> None:
+    """Publish a numba intrinsic under `name` in this module."""
+    typing.__name__ = typing.__qualname__ = name
+    typing.__module__ = __name__
+    typing.__doc__ = doc or typing.__doc__
+    globals()[name] = intrinsic(typing)
+
+
+def _define_type(name: str, vector: Vector) -> None:
+    def ld(typingctx, address):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return b.load(pointer(b, args[0]), typ=vector.llvm(), align=1)
+
+        return vector(types.int64), emit
+
+    def zero(typingctx):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return ir.Constant(vector.llvm(), None)
+
+        return vector(), emit
+
+    def splat(typingctx, scalar):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return emit_splat(b, vector.llvm(), args[0])
+
+        return vector(_SCALARS[vector.element]), emit
+
+    def bits(typingctx, x):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return b.bitcast(args[0], vector.llvm())
+
+        return vector(x), emit
+
+    def cvt(typingctx, x):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return _emit_convert(b, args[0], x, vector, True)
+
+        return vector(x), emit
+
+    def ucvt(typingctx, x):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return _emit_convert(b, args[0], x, vector, False)
+
+        return vector(x), emit
+
+    _define(f"ld_{name}", ld)
+    _define(f"zero_{name}", zero)
+    _define(f"bits_{name}", bits)
+    _define(f"cvt_{name}", cvt)
+    _define(f"ucvt_{name}", ucvt)
+    if vector.element in _SCALARS:
+        _define(f"splat_{name}", splat)
+
+
+for _name, _vector in VECTORS.items():
+    _define_type(_name, _vector)
+
+
+# --- scalars in memory -----------------------------------------------------------------------
+
+
+def _define_scalar_load(name: str, result: Any, kind: Any, widen: Any = None) -> None:
+    def ld(typingctx, address):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            value = b.load(pointer(b, args[0]), typ=kind, align=1)
+            return b.fpext(value, widen) if widen else value
+
+        return result(types.int64), emit
+
+    _define(name, ld, f"The {result} at an address.")
+
+
+_define_scalar_load("ld_u8", types.uint8, I8)
+_define_scalar_load("ld_i8", types.int8, I8)
+_define_scalar_load("ld_u16", types.uint16, ir.IntType(16))
+_define_scalar_load("ld_u32", types.uint32, I32)
+_define_scalar_load("ld_i32", types.int32, I32)
+_define_scalar_load("ld_u64", types.uint64, I64)
+_define_scalar_load("ld_i64", types.int64, I64)
+_define_scalar_load("ld_f32", types.float32, ir.FloatType())
+_define_scalar_load("ld_f16", types.float32, ir.HalfType(), ir.FloatType())
+
+
+def _define_scalar_store(name: str, accepted: Any, kind: Any) -> None:
+    def st(typingctx, address, x):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            value = args[1]
+            if value.type != kind:
+                value = b.trunc(value, kind)
+            b.store(value, pointer(b, args[0]), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, accepted), emit
+
+    _define(name, st, f"Store the low bits of an {accepted}.")
+
+
+_define_scalar_store("st_u8", types.int64, I8)
+_define_scalar_store("st_i16", types.int64, ir.IntType(16))
+_define_scalar_store("st_i32", types.int64, I32)
+_define_scalar_store("st_i64", types.int64, I64)
+_define_scalar_store("st_f32", types.float32, ir.FloatType())
+
+
+@intrinsic
+def st(typingctx, address, vector):  # type: ignore[no-untyped-def]
+    """Store a vector."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        b.store(args[1], pointer(b, args[0]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), emit
+
+
+@intrinsic
+def f32_to_f16(typingctx, address, x):  # type: ignore[no-untyped-def]
+    """Round a float32 to half, store the half, return it as float32."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        half = b.fptrunc(args[1], ir.HalfType())
+        b.store(half, pointer(b, args[0]), align=1)
+        return b.fpext(half, ir.FloatType())
+
+    return types.float32(types.int64, types.float32), emit
+
+
+@intrinsic
+def f16_splat8(typingctx, address):  # type: ignore[no-untyped-def]
+    """f32x8 filled with the half at an address (one broadcast, one conversion)."""
+    result = VECTORS["f32x8"]
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        short = b.load(pointer(b, args[0]), typ=ir.IntType(16), align=1)
+        halves = b.bitcast(
+            emit_splat(b, ir.VectorType(ir.IntType(16), 8), short),
+            ir.VectorType(ir.HalfType(), 8),
+        )
+        return b.fpext(halves, result.llvm())
+
+    return result(types.int64), emit
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at an address (any address is allowed)."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        p = pointer(b, args[0])
+        emit_call(b, "llvm.prefetch.p0", ir.VoidType(), [p, I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+# --- arithmetic ------------------------------------------------------------------------------
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c with one rounding, f32 lanes."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return emit_fma(builder, *args)
+
+    return a(a, a, a), emit
+
+
+@intrinsic
+def hsum(typingctx, v):  # type: ignore[no-untyped-def]
+    """Sum of all lanes (floats by halving: the order is fixed, but not left to right)."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        if not v.is_float:
+            name = f"llvm.vector.reduce.add.v{v.lanes}{v.element}"
+            return emit_call(b, name, _ELEMENTS[v.element], [args[0]])
+        value, n = args[0], v.lanes
+        while n > 1:
+            n //= 2
+            low = emit_shuffle(b, value, None, range(n))
+            value = b.fadd(low, emit_shuffle(b, value, None, range(n, 2 * n)))
+        return b.extract_element(value, I32(0))
+
+    return _SCALARS[v.element](v), emit
+
+
+@intrinsic
+def hmax(typingctx, v):  # type: ignore[no-untyped-def]
+    """Largest lane of an f32 vector."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        name = f"llvm.vector.reduce.fmax.v{v.lanes}f32"
+        return emit_call(b, name, ir.FloatType(), [args[0]])
+
+    return types.float32(v), emit
+
+
+def _define_float(name: str, llvm_name: str, operands: int, doc: str) -> None:
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        kind = args[0].type
+        return emit_call(b, f"llvm.{llvm_name}.v{kind.count}f32", kind, args)
+
+    def one(typingctx, v):  # type: ignore[no-untyped-def]
+        return v(v), emit
+
+    def two(typingctx, v, w):  # type: ignore[no-untyped-def]
+        return v(v, v), emit
+
+    _define(name, one if operands == 1 else two, doc)
+
+
+_define_float("vsqrt", "sqrt", 1, "Square root, lane by lane.")
+_define_float("vfabs", "fabs", 1, "Absolute value, lane by lane.")
+_define_float("vrint", "rint", 1, "Round half to even, lane by lane.")
+_define_float("vtrunc", "trunc", 1, "Round towards zero, lane by lane.")
+_define_float("vmax", "maxnum", 2, "The larger, lane by lane; a number wins over NaN.")
+_define_float("vmin", "minnum", 2, "The smaller, lane by lane; a number wins over NaN.")
+
+
+@intrinsic
+def sel_lt(typingctx, a, c, x, y):  # type: ignore[no-untyped-def]
+    """a < c ? x : y, lane by lane (false for NaN)."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return b.select(b.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
+
+    return x(a, a, x, x), emit
+
+
+@intrinsic
+def sel_bits(typingctx, bits, x, y):  # type: ignore[no-untyped-def]
+    """Lane i of x where bit i of the integer `bits` is set, else of y."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        width = args[0].type.width
+        word = args[0] if width == x.lanes else b.trunc(args[0], ir.IntType(x.lanes))
+        return b.select(b.bitcast(word, ir.VectorType(I1, x.lanes)), args[1], args[2])
+
+    return x(bits, x, x), emit
+
+
+@intrinsic
+def dpbusd(typingctx, total, unsigned, signed):  # type: ignore[no-untyped-def]
+    """i32 lanes: total + the dot product of 4 unsigned by 4 signed bytes."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return emit_dot(b, *args)
+
+    return total(total, unsigned, signed), emit
+
+
+@intrinsic
+def pmaddwd(typingctx, x, y):  # type: ignore[no-untyped-def]
+    """i16 lanes multiplied, neighbours added: i32 lanes, half as many."""
+    result = VECTORS[f"i32x{x.lanes // 2}"]
+    names = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        if DOT != "portable" and x.lanes in names:
+            return emit_call(b, names[x.lanes], result.llvm(), args)
+        wide = ir.VectorType(I32, x.lanes)
+        products = b.mul(b.sext(args[0], wide), b.sext(args[1], wide))
+        even = emit_shuffle(b, products, None, range(0, x.lanes, 2))
+        return b.add(even, emit_shuffle(b, products, None, range(1, x.lanes, 2)))
+
+    return result(x, x), emit
+
+
+# --- shuffles --------------------------------------------------------------------------------
+
+
+@intrinsic
+def concat(typingctx, low, high):  # type: ignore[no-untyped-def]
+    """Both vectors as one of twice the lanes."""
+    result = VECTORS[f"{low.element}x{2 * low.lanes}"]
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return emit_shuffle(b, args[0], args[1], range(2 * low.lanes))
+
+    return result(low, low), emit
+
+
+def make_shuffle(name: str, lanes: Sequence[int], source: Vector, *, two: bool = False) -> Any:
+    """A fixed choice of lanes of `source` (of both operands' when `two`) as an operation."""
+    result = VECTORS[f"{source.element}x{len(lanes)}"]
+
+    def one_operand(typingctx, a):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return emit_shuffle(b, args[0], None, lanes)
+
+        return result(source), emit
+
+    def two_operands(typingctx, a, c):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            return emit_shuffle(b, args[0], args[1], lanes)
+
+        return result(source, source), emit
+
+    function = two_operands if two else one_operand
+    function.__name__ = function.__qualname__ = name
+    return intrinsic(function)
+
+
+@intrinsic
+def transpose16(typingctx, source, source_stride, target, target_stride):  # type: ignore[no-untyped-def]
+    """16 rows of 16 dwords, transposed in registers; strides in bytes."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        source, source_stride, target, target_stride = args
+        kind = ir.VectorType(I32, 16)
+
+        def row(base: Any, stride: Any, i: int) -> Any:
+            return pointer(b, b.add(base, b.mul(stride, I64(i))))
+
+        rows = [b.load(row(source, source_stride, i), typ=kind, align=1) for i in range(16)]
+        for s in (8, 4, 2, 1):  # swap the off-diagonal blocks of s x s
+            low = [(i if not (i & s) else 16 + (i ^ s)) for i in range(16)]
+            high = [((i ^ s) if not (i & s) else 16 + i) for i in range(16)]
+            swapped = list(rows)
+            for i in range(16):
+                if not i & s:
+                    swapped[i] = emit_shuffle(b, rows[i], rows[i | s], low)
+                    swapped[i | s] = emit_shuffle(b, rows[i], rows[i | s], high)
+            rows = swapped
+        for i in range(16):
+            b.store(rows[i], row(target, target_stride, i), align=1)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+# --- operators -------------------------------------------------------------------------------
+
+
+def _define_operator(op: Any, emit_integer: Any, emit_float: Any) -> None:
+    class Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    def lower(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return (emit_float if sig.args[0].is_float else emit_integer)(b, *args)
+
+    in_place = getattr(operator, "i" + op.__name__.rstrip("_"))
+    for each in (op, in_place):
+        infer_global(each)(Typing)
+        lower_builtin(each, Vector, Vector)(lower)
+
+
+_B = ir.IRBuilder
+_define_operator(operator.add, _B.add, _B.fadd)
+_define_operator(operator.sub, _B.sub, _B.fsub)
+_define_operator(operator.mul, _B.mul, _B.fmul)
+_define_operator(operator.truediv, None, _B.fdiv)
+_define_operator(operator.and_, _B.and_, None)
+_define_operator(operator.or_, _B.or_, None)
+_define_operator(operator.xor, _B.xor, None)
+
+
+def _define_shift(op: Any, emit_shift: Any) -> None:
+    @infer_global(op)
+    class Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            by_scalar = len(args) == 2 and isinstance(args[1], types.Integer)
+            if by_scalar and isinstance(args[0], Vector):
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(op, Vector, types.Integer)
+    def lower(context, b, sig, args):  # type: ignore[no-untyped-def]
+        kind, amount = sig.args[0].llvm(), args[1]
+        if amount.type.width > kind.element.width:
+            amount = b.trunc(amount, kind.element)
+        elif amount.type.width < kind.element.width:
+            amount = b.zext(amount, kind.element)
+        return emit_shift(b, args[0], emit_splat(b, kind, amount))
+
+
+_define_shift(operator.lshift, _B.shl)
+_define_shift(operator.rshift, _B.lshr)
+
+
+# --- threads and calls -----------------------------------------------------------------------
+
+
+@intrinsic
+def pause(typingctx):  # type: ignore[no-untyped-def]
+    """Tell the processor that this is a spin loop."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        if DOT != "portable":
+            emit_call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def yield_core(typingctx):  # type: ignore[no-untyped-def]
+    """Let another thread have this core, if one waits for it."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        name = "SwitchToThread" if os.name == "nt" else "sched_yield"
+        emit_call(b, name, I32, [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def atomic_add(typingctx, address, x):  # type: ignore[no-untyped-def]
+    """int32 fetch-and-add (acquire and release); gives the old value."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return b.atomic_rmw("add", pointer(b, args[0]), args[1], "acq_rel")
+
+    return types.int32(types.int64, types.int32), emit
+
+
+@intrinsic
+def atomic_load(typingctx, address):  # type: ignore[no-untyped-def]
+    """int32 load (acquire)."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        return b.load_atomic(pointer(b, args[0]), "acquire", 4, typ=I32)
+
+    return types.int32(types.int64), emit
+
+
+@intrinsic
+def atomic_store(typingctx, address, x):  # type: ignore[no-untyped-def]
+    """int32 store (release)."""
+
+    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+        # store_atomic, unlike store, wants a typed pointer.
+        b.store_atomic(args[1], b.inttoptr(args[0], args[1].type.as_pointer()), "release", 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int32), emit
+
+
+def _define_call(name: str, arguments: int) -> None:
+    def call(typingctx, *operands):  # type: ignore[no-untyped-def]
+        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+            kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
+            b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * (arguments + 1)), emit
+
+    names = ", ".join(f"a{i}" for i in range(arguments))
+    scope: dict[str, Any] = {"call": call}
+    exec(f"def {name}(typingctx, f, {names}): return call(typingctx, f, {names})", scope)
+    _define(name, scope[name], f"Call the kernel of {arguments} int64 at an address.")
+
+
+for _count in (3, 4, 5, 7, 11):
+    _define_call(f"call{_count}", _count)
