@@ -50,5 +50,5 @@ def printable(text: object, limit: int = 120) -> str:
 
     Control characters (terminal escapes among them) become backslash sequences.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

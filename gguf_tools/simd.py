@@ -66,7 +66,7 @@ DOT = _choose_dot()
 # --- the types -------------------------------------------------------------------------------
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
+class _BFloat(ir.Type):
     """llvmlite has no bfloat type of its own."""
 
     def _to_string(self) -> str:
@@ -107,7 +107,7 @@ _LANES = {
 }
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The numba type of an n-lane LLVM vector; `element` is a key of _ELEMENTS."""
 
     def __init__(self, element: str, lanes: int) -> None:
@@ -123,7 +123,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
         super().__init__(manager, vector, vector.llvm())
 
@@ -229,38 +229,38 @@ def _define(name: str, typing: Callable[..., Any], doc: str = "") -> None:
 
 
 def _define_type(name: str, vector: Vector) -> None:
-    def ld(typingctx, address):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def ld(typingctx, address):
+        def emit(context, b, sig, args):
             return b.load(pointer(b, args[0]), typ=vector.llvm(), align=1)
 
         return vector(types.int64), emit
 
-    def zero(typingctx):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def zero(typingctx):
+        def emit(context, b, sig, args):
             return ir.Constant(vector.llvm(), None)
 
         return vector(), emit
 
-    def splat(typingctx, scalar):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def splat(typingctx, scalar):
+        def emit(context, b, sig, args):
             return emit_splat(b, vector.llvm(), args[0])
 
         return vector(_SCALARS[vector.element]), emit
 
-    def bits(typingctx, x):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def bits(typingctx, x):
+        def emit(context, b, sig, args):
             return b.bitcast(args[0], vector.llvm())
 
         return vector(x), emit
 
-    def cvt(typingctx, x):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def cvt(typingctx, x):
+        def emit(context, b, sig, args):
             return _emit_convert(b, args[0], x, vector, True)
 
         return vector(x), emit
 
-    def ucvt(typingctx, x):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def ucvt(typingctx, x):
+        def emit(context, b, sig, args):
             return _emit_convert(b, args[0], x, vector, False)
 
         return vector(x), emit
@@ -282,8 +282,8 @@ for _name, _vector in VECTORS.items():
 
 
 def _define_scalar_load(name: str, result: Any, kind: Any, widen: Any = None) -> None:
-    def ld(typingctx, address):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def ld(typingctx, address):
+        def emit(context, b, sig, args):
             value = b.load(pointer(b, args[0]), typ=kind, align=1)
             return b.fpext(value, widen) if widen else value
 
@@ -304,8 +304,8 @@ _define_scalar_load("ld_f16", types.float32, ir.HalfType(), ir.FloatType())
 
 
 def _define_scalar_store(name: str, accepted: Any, kind: Any) -> None:
-    def st(typingctx, address, x):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def st(typingctx, address, x):
+        def emit(context, b, sig, args):
             value = args[1]
             if value.type != kind:
                 value = b.trunc(value, kind)
@@ -325,10 +325,10 @@ _define_scalar_store("st_f32", types.float32, ir.FloatType())
 
 
 @intrinsic
-def st(typingctx, address, vector):  # type: ignore[no-untyped-def]
+def st(typingctx, address, vector):
     """Store a vector."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         b.store(args[1], pointer(b, args[0]), align=1)
         return context.get_dummy_value()
 
@@ -336,10 +336,10 @@ def st(typingctx, address, vector):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def f32_to_f16(typingctx, address, x):  # type: ignore[no-untyped-def]
+def f32_to_f16(typingctx, address, x):
     """Round a float32 to half, store the half, return it as float32."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         half = b.fptrunc(args[1], ir.HalfType())
         b.store(half, pointer(b, args[0]), align=1)
         return b.fpext(half, ir.FloatType())
@@ -348,11 +348,11 @@ def f32_to_f16(typingctx, address, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def f16_splat8(typingctx, address):  # type: ignore[no-untyped-def]
+def f16_splat8(typingctx, address):
     """f32x8 filled with the half at an address (one broadcast, one conversion)."""
     result = VECTORS["f32x8"]
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         short = b.load(pointer(b, args[0]), typ=ir.IntType(16), align=1)
         halves = b.bitcast(
             emit_splat(b, ir.VectorType(ir.IntType(16), 8), short),
@@ -364,10 +364,10 @@ def f16_splat8(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, address):
     """Ask for the cache line at an address (any address is allowed)."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         p = pointer(b, args[0])
         emit_call(b, "llvm.prefetch.p0", ir.VoidType(), [p, I32(0), I32(3), I32(1)])
         return context.get_dummy_value()
@@ -379,20 +379,20 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """a * b + c with one rounding, f32 lanes."""
 
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, sig, args):
         return emit_fma(builder, *args)
 
     return a(a, a, a), emit
 
 
 @intrinsic
-def hsum(typingctx, v):  # type: ignore[no-untyped-def]
+def hsum(typingctx, v):
     """Sum of all lanes (floats by halving: the order is fixed, but not left to right)."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         if not v.is_float:
             name = f"llvm.vector.reduce.add.v{v.lanes}{v.element}"
             return emit_call(b, name, _ELEMENTS[v.element], [args[0]])
@@ -407,10 +407,10 @@ def hsum(typingctx, v):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def hmax(typingctx, v):  # type: ignore[no-untyped-def]
+def hmax(typingctx, v):
     """Largest lane of an f32 vector."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         name = f"llvm.vector.reduce.fmax.v{v.lanes}f32"
         return emit_call(b, name, ir.FloatType(), [args[0]])
 
@@ -418,14 +418,14 @@ def hmax(typingctx, v):  # type: ignore[no-untyped-def]
 
 
 def _define_float(name: str, llvm_name: str, operands: int, doc: str) -> None:
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         kind = args[0].type
         return emit_call(b, f"llvm.{llvm_name}.v{kind.count}f32", kind, args)
 
-    def one(typingctx, v):  # type: ignore[no-untyped-def]
+    def one(typingctx, v):
         return v(v), emit
 
-    def two(typingctx, v, w):  # type: ignore[no-untyped-def]
+    def two(typingctx, v, w):
         return v(v, v), emit
 
     _define(name, one if operands == 1 else two, doc)
@@ -440,20 +440,20 @@ _define_float("vmin", "minnum", 2, "The smaller, lane by lane; a number wins ove
 
 
 @intrinsic
-def sel_lt(typingctx, a, c, x, y):  # type: ignore[no-untyped-def]
+def sel_lt(typingctx, a, c, x, y):
     """a < c ? x : y, lane by lane (false for NaN)."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         return b.select(b.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
 
     return x(a, a, x, x), emit
 
 
 @intrinsic
-def sel_bits(typingctx, bits, x, y):  # type: ignore[no-untyped-def]
+def sel_bits(typingctx, bits, x, y):
     """Lane i of x where bit i of the integer `bits` is set, else of y."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         width = args[0].type.width
         word = args[0] if width == x.lanes else b.trunc(args[0], ir.IntType(x.lanes))
         return b.select(b.bitcast(word, ir.VectorType(I1, x.lanes)), args[1], args[2])
@@ -462,22 +462,22 @@ def sel_bits(typingctx, bits, x, y):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def dpbusd(typingctx, total, unsigned, signed):  # type: ignore[no-untyped-def]
+def dpbusd(typingctx, total, unsigned, signed):
     """i32 lanes: total + the dot product of 4 unsigned by 4 signed bytes."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         return emit_dot(b, *args)
 
     return total(total, unsigned, signed), emit
 
 
 @intrinsic
-def pmaddwd(typingctx, x, y):  # type: ignore[no-untyped-def]
+def pmaddwd(typingctx, x, y):
     """i16 lanes multiplied, neighbours added: i32 lanes, half as many."""
     result = VECTORS[f"i32x{x.lanes // 2}"]
     names = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         if DOT != "portable" and x.lanes in names:
             return emit_call(b, names[x.lanes], result.llvm(), args)
         wide = ir.VectorType(I32, x.lanes)
@@ -492,11 +492,11 @@ def pmaddwd(typingctx, x, y):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def concat(typingctx, low, high):  # type: ignore[no-untyped-def]
+def concat(typingctx, low, high):
     """Both vectors as one of twice the lanes."""
     result = VECTORS[f"{low.element}x{2 * low.lanes}"]
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         return emit_shuffle(b, args[0], args[1], range(2 * low.lanes))
 
     return result(low, low), emit
@@ -506,14 +506,14 @@ def make_shuffle(name: str, lanes: Sequence[int], source: Vector, *, two: bool =
     """A fixed choice of lanes of `source` (of both operands' when `two`) as an operation."""
     result = VECTORS[f"{source.element}x{len(lanes)}"]
 
-    def one_operand(typingctx, a):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def one_operand(typingctx, a):
+        def emit(context, b, sig, args):
             return emit_shuffle(b, args[0], None, lanes)
 
         return result(source), emit
 
-    def two_operands(typingctx, a, c):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def two_operands(typingctx, a, c):
+        def emit(context, b, sig, args):
             return emit_shuffle(b, args[0], args[1], lanes)
 
         return result(source, source), emit
@@ -524,10 +524,10 @@ def make_shuffle(name: str, lanes: Sequence[int], source: Vector, *, two: bool =
 
 
 @intrinsic
-def transpose16(typingctx, source, source_stride, target, target_stride):  # type: ignore[no-untyped-def]
+def transpose16(typingctx, source, source_stride, target, target_stride):
     """16 rows of 16 dwords, transposed in registers; strides in bytes."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         source, source_stride, target, target_stride = args
         kind = ir.VectorType(I32, 16)
 
@@ -555,13 +555,13 @@ def transpose16(typingctx, source, source_stride, target, target_stride):  # typ
 
 
 def _define_operator(op: Any, emit_integer: Any, emit_float: Any) -> None:
-    class Typing(AbstractTemplate):  # type: ignore[misc]
+    class Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 return signature(args[0], *args)
             return None
 
-    def lower(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def lower(context, b, sig, args):
         return (emit_float if sig.args[0].is_float else emit_integer)(b, *args)
 
     in_place = getattr(operator, "i" + op.__name__.rstrip("_"))
@@ -582,7 +582,7 @@ _define_operator(operator.xor, _B.xor, None)
 
 def _define_shift(op: Any, emit_shift: Any) -> None:
     @infer_global(op)
-    class Typing(AbstractTemplate):  # type: ignore[misc]
+    class Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             by_scalar = len(args) == 2 and isinstance(args[1], types.Integer)
             if by_scalar and isinstance(args[0], Vector):
@@ -590,7 +590,7 @@ def _define_shift(op: Any, emit_shift: Any) -> None:
             return None
 
     @lower_builtin(op, Vector, types.Integer)
-    def lower(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def lower(context, b, sig, args):
         kind, amount = sig.args[0].llvm(), args[1]
         if amount.type.width > kind.element.width:
             amount = b.trunc(amount, kind.element)
@@ -607,10 +607,10 @@ _define_shift(operator.rshift, _B.lshr)
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]
+def pause(typingctx):
     """Tell the processor that this is a spin loop."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         if DOT != "portable":
             emit_call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
         return context.get_dummy_value()
@@ -619,10 +619,10 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def yield_core(typingctx):  # type: ignore[no-untyped-def]
+def yield_core(typingctx):
     """Let another thread have this core, if one waits for it."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         name = "SwitchToThread" if os.name == "nt" else "sched_yield"
         emit_call(b, name, I32, [])
         return context.get_dummy_value()
@@ -631,30 +631,30 @@ def yield_core(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def atomic_add(typingctx, address, x):  # type: ignore[no-untyped-def]
+def atomic_add(typingctx, address, x):
     """int32 fetch-and-add (acquire and release); gives the old value."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         return b.atomic_rmw("add", pointer(b, args[0]), args[1], "acq_rel")
 
     return types.int32(types.int64, types.int32), emit
 
 
 @intrinsic
-def atomic_load(typingctx, address):  # type: ignore[no-untyped-def]
+def atomic_load(typingctx, address):
     """int32 load (acquire)."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         return b.load_atomic(pointer(b, args[0]), "acquire", 4, typ=I32)
 
     return types.int32(types.int64), emit
 
 
 @intrinsic
-def atomic_store(typingctx, address, x):  # type: ignore[no-untyped-def]
+def atomic_store(typingctx, address, x):
     """int32 store (release)."""
 
-    def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def emit(context, b, sig, args):
         # store_atomic, unlike store, wants a typed pointer.
         b.store_atomic(args[1], b.inttoptr(args[0], args[1].type.as_pointer()), "release", 4)
         return context.get_dummy_value()
@@ -663,8 +663,8 @@ def atomic_store(typingctx, address, x):  # type: ignore[no-untyped-def]
 
 
 def _define_call(name: str, arguments: int) -> None:
-    def call(typingctx, *operands):  # type: ignore[no-untyped-def]
-        def emit(context, b, sig, args):  # type: ignore[no-untyped-def]
+    def call(typingctx, *operands):
+        def emit(context, b, sig, args):
             kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
             b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
             return context.get_dummy_value()
