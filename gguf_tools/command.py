@@ -1,0 +1,71 @@
+"""What every command line of the project shares: how it starts, and how it ends in an error.
+
+An error that is the user's to solve is one line on standard error and exit code 1. Ctrl-C is exit
+code 130, a wrong option is 2 (typer's own), a reader that closed the pipe ends the command quietly.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from gguf_tools.errors import GGUFError, printable
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run_command(app: Callable[[], object]) -> NoReturn:
+    """Run `app`, a typer application or a function without arguments, and exit with its code.
+
+    Command functions raise; here, and only here, the exception becomes a line and an exit code.
+    A request to terminate unwinds the stack like Ctrl-C, so that no half-written file remains.
+    """
+    _unwind_on_termination()
+    try:
+        app()
+        sys.stdout.flush()
+    except GGUFError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        _exit_on_closed_pipe()
+    except OSError as error:
+        _fail(describe_os_error(error))
+    except MemoryError:
+        _fail("out of memory: the machine has too little for this file")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def describe_os_error(error: OSError) -> str:
+    """A sentence about `error`, with the file it is about."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return printable(reason)
+    return f"{printable(error.filename, limit=1000)}: {reason}"
+
+
+def _fail(message: str) -> NoReturn:
+    """Print one line and exit with 1."""
+    line = " ".join(message.split())
+    encoding = sys.stderr.encoding or "utf-8"
+    print("error: " + line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    sys.exit(1)
+
+
+def _exit_on_closed_pipe() -> NoReturn:
+    """Exit without a word: the interpreter must not flush into the closed pipe again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def _unwind_on_termination() -> None:
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, terminate)
