@@ -4,6 +4,7 @@ An error that is the user's to solve is one line on standard error and exit code
 code 130, a wrong option is 2 (typer's own), a reader that closed the pipe ends the command quietly.
 """
 
+import io
 import os
 import signal
 import sys
@@ -19,13 +20,18 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def run_command(app: Callable[[], object]) -> NoReturn:
     """Run `app`, a typer application or a function without arguments, and exit with its code.
 
-    Command functions raise; here, and only here, the exception becomes a line and an exit code.
+    Command functions raise; here, and only here, an exception becomes a line and an exit code.
     A request to terminate unwinds the stack like Ctrl-C, so that no half-written file remains.
     """
     _unwind_on_termination()
+    _tolerate_any_character()
+    code: int | str | None = 0
     try:
-        app()
-        sys.stdout.flush()
+        try:
+            app()
+        except SystemExit as end:  # how typer ends, well or not
+            code = end.code
+        sys.stdout.flush()  # a closed pipe is noticed here, not in the interpreter's own exit
     except GGUFError as error:
         _fail(str(error))
     except BrokenPipeError:
@@ -33,10 +39,10 @@ def run_command(app: Callable[[], object]) -> NoReturn:
     except OSError as error:
         _fail(describe_os_error(error))
     except MemoryError:
-        _fail("out of memory: the machine has too little for this file")
+        _fail("there is not enough memory for this")
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    sys.exit(0)
+        code = INTERRUPTED
+    sys.exit(code)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -49,9 +55,7 @@ def describe_os_error(error: OSError) -> str:
 
 def _fail(message: str) -> NoReturn:
     """Print one line and exit with 1."""
-    line = " ".join(message.split())
-    encoding = sys.stderr.encoding or "utf-8"
-    print("error: " + line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
 
 
@@ -59,6 +63,13 @@ def _exit_on_closed_pipe() -> NoReturn:
     """Exit without a word: the interpreter must not flush into the closed pipe again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+
+
+def _tolerate_any_character() -> None:
+    """Let a character that the terminal's encoding lacks be shown as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _unwind_on_termination() -> None:
