@@ -1,0 +1,452 @@
+"""Everything in a GGUF file before the tensors' bytes, believed only where it has been checked.
+
+Kernels read the mapped file through raw addresses, so this is the place where a file is believed or
+not. Every count, length, dimension, type and offset is checked against the size of the file, in
+Python's unbounded integers, before anything is allocated, looped over or handed on.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gguf_tools.errors import FormatError, UnsupportedQuantError, printable
+from gguf_tools.quants import by_id
+from gguf_tools.quants.quanttype import QuantType
+from gguf_tools.values import (
+    ALIGNMENT_KEY,
+    ARRAY_ID,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    MAX_DIMS,
+    SCALAR_BY_ID,
+    STRING_ID,
+    ScalarType,
+)
+
+# What no honest file comes near, and what bounds the memory that a dishonest one can cost.
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_KEY_BYTES = 65535  # by the specification
+MAX_NAME_BYTES = 64  # by the specification
+MAX_STRING_BYTES = 1 << 24
+MAX_ARRAY_STRINGS = 1 << 22
+MAX_ARRAY_STRING_BYTES = 1 << 26
+MAX_NESTED_ARRAYS = 1 << 16
+MAX_DEPTH = 4
+MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
+
+HEADER_BYTES = 24
+MIN_KEY_ENTRY = 14  # length, one letter, type, one byte of value
+MIN_TENSOR_ENTRY = 33  # length, one letter, n_dims, one dimension, type, offset
+COPY_BELOW = 1 << 24  # numeric arrays under this many bytes do not keep the mapping alive
+
+REMOVED_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+
+# How files begin that are offered as GGUF and are not.
+LOOKALIKES = (
+    (b"FUGG", "a byte-swapped GGUF file (made for a big-endian machine)"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`"),
+    (b"lmgg", "a GGML file from before GGUF; convert the model again"),
+    (b"fmgg", "a GGMF file from before GGUF; convert the model again"),
+    (b"tjgg", "a GGJT file from before GGUF; convert the model again"),
+    (b"algg", "a GGLA adapter from before GGUF; convert the adapter again"),
+    (b"PK\3\4", "a zip archive, or a PyTorch checkpoint in one"),
+    (b"\x80\2", "a Python pickle, such as an old PyTorch checkpoint"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"\xfd7zXZ", "an xz archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x7fELF", "a program (ELF)"),
+    (b"MZ\x90", "a program (Windows)"),
+)
+
+_u32 = struct.Struct("<I").unpack_from
+_u64 = struct.Struct("<Q").unpack_from
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the file says about a tensor; every number has been checked against the file."""
+
+    name: str
+    quant: QuantType
+    shape: tuple[int, ...]  # NumPy order, outermost first: token_embd is (n_vocab, dim)
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def row_length(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.n_rows
+
+
+def describe_beginning(start: bytes, size: int) -> str:
+    """What a file that is not GGUF looks like, in words; `start` is its first kilobyte or less."""
+    for magic, what in LOOKALIKES:
+        if start.startswith(magic):
+            return what
+    if not start.strip(b"\0"):
+        return "zero bytes, as of a download that never finished"
+    if len(start) >= 9 and start[8:9] == b"{" and _u64(start)[0] <= size - 8:
+        return "a safetensors file; `convert` its folder"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page, as of a download that was refused"
+    printed = start.translate(None, b"\t\r\n\f\x1b")
+    if printed and min(printed) >= 32:
+        kind = "JSON text" if text.startswith((b"{", b"[")) else "text"
+        return f"{kind} beginning {printable(start[:40].decode('utf-8', 'replace'))!r}"
+    return f"the bytes {start[:4].hex(' ')}"
+
+
+class HeaderParser:
+    """Reads everything before the tensors' bytes; `pos` moves only over bytes that exist."""
+
+    def __init__(self, data: mmap.mmap, shown: str) -> None:
+        self.data = data
+        self.shown = shown
+        self.size = len(data)
+        self.pos = 0
+        self.n_strings = 0
+        self.n_nested = 0
+        self.version = 0
+        self.alignment = DEFAULT_ALIGNMENT
+        self.data_offset = 0
+        self.metadata: dict[str, Any] = {}
+        self.metadata_types: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+
+    def parse(self) -> None:
+        n_tensors, n_keys = self._parse_counts()
+        for index in range(n_keys):
+            self._parse_entry(index)
+        self._refuse_splits()
+        self.alignment = self._find_alignment()
+        offsets = [self._parse_tensor(index) for index in range(n_tensors)]
+        self.data_offset = self.pos + -self.pos % self.alignment
+        for name, offset in offsets:
+            self._place(name, offset)
+        self._refuse_overlaps()
+
+    # --- the header
+
+    def _parse_counts(self) -> tuple[int, int]:
+        start = self.data[:1024]
+        if not start.startswith(MAGIC):
+            if len(start) < 4 and MAGIC.startswith(start):
+                self._refuse("header", f"{HEADER_BYTES} bytes", f"{self.size}: the file is cut off")
+            self._refuse("magic", "a GGUF file", describe_beginning(start, self.size))
+        self._need(HEADER_BYTES - self.pos, "header")
+        (self.version,) = _u32(start, 4)
+        if self.version not in (2, 3):
+            self._refuse("version at byte 4", "2 or 3", _describe_version(self.version))
+        (n_tensors,) = _u64(start, 8)
+        (n_keys,) = _u64(start, 16)
+        self.pos = HEADER_BYTES
+        self._check_count("tensor count at byte 8", n_tensors, MIN_TENSOR_ENTRY, MAX_TENSORS)
+        self._check_count("metadata count at byte 16", n_keys, MIN_KEY_ENTRY, MAX_KEYS)
+        return n_tensors, n_keys
+
+    def _check_count(self, where: str, count: int, item_bytes: int, limit: int) -> None:
+        room = (self.size - self.pos) // item_bytes
+        if count > room:
+            self._refuse(where, f"at most {room:,} (the file has no room for more)", f"{count:,}")
+        if count > limit:
+            self._refuse(where, f"at most {limit:,}", f"{count:,}")
+
+    # --- metadata
+
+    def _parse_entry(self, index: int) -> None:
+        where = f"metadata key {index} at byte {self.pos}"
+        key = self._parse_name(where, MAX_KEY_BYTES)
+        if key in self.metadata:
+            self._refuse(where, "a new key", f"{printable(key)} a second time")
+        where = f"metadata {printable(key)}"
+        type_id = self._parse_u32(where)
+        value: Any
+        if type_id == STRING_ID:
+            value, type_name = self._parse_string(where), "str"
+        elif type_id == ARRAY_ID:
+            value, type_name = self._parse_array(where)
+        else:
+            scalar = self._scalar(type_id, where)
+            value, type_name = self._parse_scalar(scalar, where), scalar.name
+        self.metadata[key] = value
+        self.metadata_types[key] = type_name
+
+    def _parse_array(self, where: str) -> tuple[Any, str]:
+        element, count = self._parse_array_start(where)
+        if element != ARRAY_ID:
+            name = "str" if element == STRING_ID else SCALAR_BY_ID[element].name
+            return self._parse_flat(element, count, where), f"arr[{name}]"
+        values: list[Any] = []
+        stack = [(values, iter(range(count)))]
+        while stack:
+            parent, rest = stack[-1]
+            if next(rest, None) is None:
+                stack.pop()
+                continue
+            element, count = self._parse_array_start(where)
+            if element != ARRAY_ID:
+                parent.append(self._parse_flat(element, count, where))
+                continue
+            if len(stack) + 1 == MAX_DEPTH:
+                self._refuse(where, f"arrays at most {MAX_DEPTH} deep", "deeper ones")
+            child: list[Any] = []
+            parent.append(child)
+            stack.append((child, iter(range(count))))
+        return values, "arr[arr]"
+
+    def _parse_array_start(self, where: str) -> tuple[int, int]:
+        element = self._parse_u32(where)
+        if element == STRING_ID:
+            item_bytes = 8
+        elif element == ARRAY_ID:
+            item_bytes = 12
+        else:
+            item_bytes = self._scalar(element, where).size
+        at = f"{where}: array length at byte {self.pos}"
+        count = self._parse_u64(where)
+        self._check_count(at, count, item_bytes, self.size)
+        if element == STRING_ID:
+            self.n_strings += count
+            if self.n_strings > MAX_ARRAY_STRINGS:
+                self._refuse(at, f"at most {MAX_ARRAY_STRINGS:,} strings", f"{self.n_strings:,}")
+        if element == ARRAY_ID:
+            self.n_nested += count
+            if self.n_nested > MAX_NESTED_ARRAYS:
+                self._refuse(at, f"at most {MAX_NESTED_ARRAYS:,} arrays", f"{self.n_nested:,}")
+        return element, count
+
+    def _parse_flat(self, element: int, count: int, where: str) -> Any:
+        """The elements of an array whose count has been checked, strings or numbers."""
+        if element == STRING_ID:
+            return self._parse_strings(count, where)
+        scalar = SCALAR_BY_ID[element]
+        array = np.frombuffer(self.data, scalar.dtype, count, self.pos)
+        if scalar.name == "bool":
+            found = int(array.view(np.uint8).max(initial=0))
+            if found > 1:
+                self._refuse(where, "booleans 0 or 1", str(found))
+        self.pos += array.nbytes
+        return array.copy() if array.nbytes < COPY_BELOW else array
+
+    def _parse_strings(self, count: int, where: str) -> list[str]:
+        """`count` strings. The one loop here that runs a million times: kept flat."""
+        data, pos = self.data, self.pos
+        end = min(self.size, pos + MAX_ARRAY_STRING_BYTES)
+        last = end - 8
+        strings: list[str] = []
+        for _ in range(count):
+            if pos > last:
+                break
+            (length,) = _u64(data, pos)
+            start = pos + 8
+            pos = start + length
+            if pos > end:
+                break
+            # Tokens need not be UTF-8: the escape keeps their bytes, and gives them back.
+            strings.append(str(data[start:pos], "utf-8", "surrogateescape"))
+        if len(strings) < count:
+            at = f"{where}: string {len(strings):,} of {count:,}"
+            room = "of the file" if end == self.size else f"of {MAX_ARRAY_STRING_BYTES:,} bytes"
+            self._refuse(at, f"to end by the end {room} at byte {end:,}", f"its end at {pos:,}")
+        self.pos = pos
+        return strings
+
+    def _parse_scalar(self, scalar: ScalarType, where: str) -> int | float | bool:
+        at = self.pos
+        self._need(scalar.size, where)
+        self.pos += scalar.size
+        if scalar.name == "bool":
+            if self.data[at] > 1:
+                self._refuse(f"{where} at byte {at}", "a boolean, 0 or 1", str(self.data[at]))
+            return bool(self.data[at])
+        value: int | float = struct.unpack_from("<" + scalar.code, self.data, at)[0]
+        return value
+
+    def _scalar(self, type_id: int, where: str) -> ScalarType:
+        scalar = SCALAR_BY_ID.get(type_id)
+        if scalar is None:
+            at = f"{where}: value type at byte {self.pos - 4}"
+            self._refuse(at, "a type from 0 to 12", f"{type_id}")
+        return scalar
+
+    def _find_alignment(self) -> int:
+        if ALIGNMENT_KEY not in self.metadata:
+            return DEFAULT_ALIGNMENT
+        alignment, kind = self.metadata[ALIGNMENT_KEY], self.metadata_types[ALIGNMENT_KEY]
+        where = f"metadata {ALIGNMENT_KEY}"
+        if kind != "u32":
+            self._refuse(where, "a value of type u32", kind)
+        if not MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            expected = f"a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+            self._refuse(where, expected, f"{alignment:,}")
+        return int(alignment)
+
+    def _refuse_splits(self) -> None:
+        """A part of a split model cannot be used alone."""
+        count = self.metadata.get("split.count", 1)
+        if not isinstance(count, int):
+            kind = self.metadata_types["split.count"]
+            self._refuse("metadata split.count", "a whole number", kind)
+        if count > 1:
+            part = self.metadata.get("split.no")
+            which = f"part {part + 1} of {count}" if isinstance(part, int) else f"one of {count}"
+            self._refuse(
+                "metadata split.count",
+                "a whole model in one file",
+                f"{which}; merge the parts first (llama-gguf-split --merge)",
+            )
+
+    # --- tensors
+
+    def _parse_tensor(self, index: int) -> tuple[str, int]:
+        where = f"tensor {index} at byte {self.pos}"
+        name = self._parse_name(where, MAX_NAME_BYTES)
+        if name in self.tensors:
+            self._refuse(where, "a new name", f"{printable(name)} a second time")
+        where = f"tensor {printable(name)}"
+        at = self.pos
+        n_dims = self._parse_u32(where)
+        if not 1 <= n_dims <= MAX_DIMS:
+            expected = f"1 to {MAX_DIMS} dimensions"
+            self._refuse(f"{where}: n_dims at byte {at}", expected, f"{n_dims:,}")
+        at = self.pos
+        dims = [self._parse_u64(where) for _ in range(n_dims)]
+        elements = prod(dims)
+        if elements == 0:
+            self._refuse(f"{where}: shape at byte {at}", "dimensions of at least 1", f"{dims}")
+        quant = self._parse_quant(where)
+        if dims[0] % quant.block_size:
+            expected = f"rows of whole blocks of {quant.block_size} ({quant.name})"
+            self._refuse(f"{where}: shape at byte {at}", expected, f"rows of {dims[0]:,}")
+        nbytes = elements // quant.block_size * quant.block_bytes
+        if nbytes > self.size:
+            expected = f"a tensor that fits in the file of {self.size:,} bytes"
+            found = f"{' x '.join(map(str, dims))} {quant.name}, {nbytes:,} bytes"
+            self._refuse(f"{where}: shape at byte {at}", expected, found)
+        offset = self._parse_u64(where)
+        self.tensors[name] = TensorInfo(name, quant, tuple(reversed(dims)), offset, nbytes)
+        return name, offset
+
+    def _parse_quant(self, where: str) -> QuantType:
+        at = f"{where}: type at byte {self.pos}"
+        type_id = self._parse_u32(where)
+        if type_id in REMOVED_TYPES:
+            found = f"{type_id} ({REMOVED_TYPES[type_id]}, removed from the format)"
+            self._refuse(at, "a ggml type in use", f"{found}; quantise the model again")
+        try:
+            return by_id(type_id)
+        except UnsupportedQuantError:
+            self._refuse(at, "a known ggml type", f"{type_id:,}")
+
+    def _place(self, name: str, offset: int) -> None:
+        """Turn the offset in the data section into one in the file, and check it."""
+        tensor = self.tensors[name]
+        where = f"tensor {printable(name)}: offset"
+        if offset % self.alignment:
+            self._refuse(where, f"a multiple of {self.alignment}", f"{offset:,}")
+        start = self.data_offset + offset
+        if start + tensor.nbytes > self.size:
+            expected = f"its {tensor.nbytes:,} bytes within the file of {self.size:,} bytes"
+            found = f"bytes {start:,} to {start + tensor.nbytes:,}: the file is cut off or damaged"
+            self._refuse(where, expected, found)
+        self.tensors[name] = TensorInfo(name, tensor.quant, tensor.shape, start, tensor.nbytes)
+
+    def _refuse_overlaps(self) -> None:
+        ordered = sorted(self.tensors.values(), key=lambda tensor: tensor.offset)
+        for before, tensor in pairwise(ordered):
+            end = before.offset + before.nbytes
+            if end > tensor.offset:
+                self._refuse(
+                    f"tensor {printable(tensor.name)}: offset",
+                    f"byte {end:,} or later, where {printable(before.name)} ends",
+                    f"{tensor.offset:,}",
+                )
+
+    # --- the primitives
+
+    def _parse_u32(self, where: str) -> int:
+        self._need(4, where)
+        (value,) = _u32(self.data, self.pos)
+        self.pos += 4
+        return int(value)
+
+    def _parse_u64(self, where: str) -> int:
+        self._need(8, where)
+        (value,) = _u64(self.data, self.pos)
+        self.pos += 8
+        return int(value)
+
+    def _parse_bytes(self, where: str, limit: int) -> bytes:
+        at = f"{where}: string length at byte {self.pos}"
+        length = self._parse_u64(where)
+        left = self.size - self.pos
+        if length > left:
+            self._refuse(at, f"at most {left:,} (the file ends there)", f"{length:,}")
+        if length > limit:
+            self._refuse(at, f"at most {limit:,} bytes", f"{length:,}")
+        self.pos += length
+        return self.data[self.pos - length : self.pos]
+
+    def _parse_string(self, where: str) -> str:
+        return str(self._parse_bytes(where, MAX_STRING_BYTES), "utf-8", "surrogateescape")
+
+    def _parse_name(self, where: str, limit: int) -> str:
+        """A key or a tensor's name: UTF-8, not empty, without NUL."""
+        name = self._parse_bytes(where, limit)
+        try:
+            text = str(name, "utf-8")
+        except UnicodeDecodeError:
+            self._refuse(where, "a name in UTF-8", printable(name[:100]))
+        if not text or "\0" in text:
+            self._refuse(where, "a name without NUL bytes", repr(printable(text)))
+        return text
+
+    def _need(self, count: int, where: str) -> None:
+        if count > self.size - self.pos:
+            self._refuse(
+                f"{where} at byte {self.pos}",
+                f"{count} more bytes",
+                f"{self.size - self.pos}: the file is cut off",
+            )
+
+    def _refuse(self, where: str, expected: str, found: str) -> NoReturn:
+        raise FormatError(f"{self.shown}: {where}: expected {expected}, found {found}")
+
+
+def _describe_version(version: int) -> str:
+    if version & 0xFFFF == 0 and version:
+        return "its bytes swapped: the file was made for a big-endian machine"
+    if version == 1:
+        return "1, which is no longer in use; convert the model again"
+    return f"{version}" + ("; a newer version of this program may know it" if version > 3 else "")
