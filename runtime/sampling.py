@@ -93,10 +93,14 @@ def check_option(name: str, value: Any) -> None:
 
 
 class Sampler:
-    """Draws tokens by `options`; its only state is the random generator."""
+    """Draws tokens by `options`; its only state is the random generator.
 
-    def __init__(self, options: SamplingOptions) -> None:
+    Ids from `n_tokens` on, rows of a padded embedding that are no token, are never drawn.
+    """
+
+    def __init__(self, options: SamplingOptions, *, n_tokens: int | None = None) -> None:
         self.options = options
+        self._n_tokens = n_tokens
         self._random = np.random.default_rng(options.seed)
 
     def pick(self, logits: FloatArray, previous: Sequence[int]) -> int:
@@ -105,7 +109,7 @@ class Sampler:
         GGUFError when no token has a usable score.
         """
         options = self.options
-        scores = usable(logits)
+        scores = usable(logits[: self._n_tokens])
         if options.repeat_penalty != 1.0:
             window = last(previous, options.repeat_last_n)
             scores = penalise_repeats(scores, window, penalty=options.repeat_penalty)

@@ -1,0 +1,320 @@
+"""The commands on models: `run`.
+
+Everything heavy is imported inside the command: `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from gguf_tools.command import run_command
+
+if TYPE_CHECKING:
+    from runtime.conversation import Conversation
+    from runtime.sampling import SamplingOptions
+    from runtime.session import Session
+
+WAIT_FOR_PIPE = 2.0  # seconds that `-p` waits for a pipe to give its first byte
+
+
+def sampling(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel="Sampling", show_default=False)
+
+
+def machine(help: str, *, metavar: str | None = None, min: int | None = None) -> Any:
+    return typer.Option(
+        help=help, metavar=metavar, min=min, rich_help_panel="Machine", show_default=False
+    )
+
+
+def run(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MODEL.gguf",
+            help="The model to run; the small embedded one when none is named.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Answer this and exit; piped text follows it, or stands for it.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="The system prompt.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", "-n", help="Most tokens of an answer; -1: no limit.", show_default=False
+        ),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A chat template instead of the model's own.", show_default=False
+        ),
+    ] = None,
+    temp: Annotated[
+        float | None,
+        sampling("Temperature; 0: always the likeliest token. (default: the model's, or 0.8)"),
+    ] = None,
+    top_k: Annotated[
+        int | None, sampling("Of the k likeliest; 0: off. (default: the model's, or 40)")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        sampling("Of the likeliest that reach p together; 1: off. (default: the model's, or 0.95)"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        sampling("Of those p times as likely as the top; 0: off. (default: the model's, or 0.05)"),
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None,
+        sampling("Make repeated tokens less likely; 1: off. (default: the model's, or 1)"),
+    ] = None,
+    repeat_last_n: Annotated[
+        int | None,
+        sampling("Last tokens that may repeat; -1: all. (default: the model's, or 64)"),
+    ] = None,
+    seed: Annotated[
+        int | None, sampling("The same seed draws the same tokens; -1: others each time.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stop", metavar="TEXT", help="End the answer before this text. May be repeated."
+        ),
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        machine(
+            "Tokens of context. (default: what the model was trained for, at most 8192)", min=1
+        ),
+    ] = None,
+    context_policy: Annotated[
+        Literal["stop", "drop-oldest"] | None,
+        machine(
+            "When the context is full: stop, or drop the oldest turns. "
+            "(default: stop with a prompt, drop-oldest in a chat)"
+        ),
+    ] = None,
+    threads: Annotated[int | None, machine("(default: the physical cores)", min=1)] = None,
+    gpu_layers: Annotated[
+        str,
+        machine(
+            "Layers on a GPU. This build has no GPU backend yet: 0 and auto mean the CPU.",
+            metavar="N|all|auto",
+        ),
+    ] = "auto",
+    backend: Annotated[
+        Literal["cpu", "reference"], machine("reference: NumPy, slow, to compare with.")
+    ] = "cpu",
+    stats: Annotated[
+        bool, typer.Option(help="Show tokens read and written, and the speed.")
+    ] = True,
+) -> None:
+    """Talk with a GGUF model, or have it answer one prompt.
+
+    Without a prompt, at a terminal, it is a chat. With -p or with piped text it answers once: the
+    answer alone goes to standard output, everything else to standard error.
+    """
+    overrides = {
+        "temp": temp,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "repeat_last_n": repeat_last_n,
+    }
+    _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [])
+    _check_gpu_layers(gpu_layers)
+    for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
+        _check_text(name, value)
+    text = _read_prompt(prompt)
+
+    from contextlib import ExitStack
+
+    from runtime.conversation import Conversation
+    from runtime.embedded import embedded_model
+    from runtime.sampling import Sampler, SamplingOptions
+    from runtime.session import open_session
+    from runtime.terminal import remark
+
+    with ExitStack() as stack:
+        path = model if model is not None else stack.enter_context(embedded_model())
+        session = stack.enter_context(
+            open_session(
+                path,
+                n_ctx=ctx,
+                threads=threads,
+                backend=backend,
+                template_file=chat_template,
+                raw=raw,
+            )
+        )
+        options, notes = SamplingOptions().with_metadata(session.file.metadata)
+        options = _override(options, overrides, seed)
+        if system is not None and session.template is None:
+            notes.append("--system is not used: only a chat template has a place for it")
+        for note in notes:
+            remark(f"note: {note}")
+        conversation = Conversation(
+            session.model,
+            session.tokenizer,
+            Sampler(options, n_tokens=session.tokenizer.n_tokens),
+            template=session.template,
+            system=system,
+            stop=stop or [],
+            max_tokens=None if max_tokens == -1 else max_tokens,
+            policy=context_policy or ("stop" if text is not None else "drop-oldest"),
+        )
+        if text is not None:
+            _answer_once(session, conversation, text, show_stats=stats)
+        else:
+            _chat(session, conversation, limited=max_tokens is not None, show_stats=stats)
+
+
+def run_main() -> NoReturn:
+    """The console script `run`."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command()(run)
+    run_command(app)
+
+
+def _answer_once(
+    session: "Session", conversation: "Conversation", text: str, *, show_stats: bool
+) -> None:
+    from runtime.chat import end_note, stats_line
+    from runtime.terminal import draw_answer, remark
+
+    for note in session.notes:
+        remark(f"note: {note}")
+    _use_utf8(sys.stdout)
+    drawn = draw_answer(conversation.say(text), sys.stdout, lambda: False)
+    if not drawn:
+        print(flush=True)
+        remark("note: the model ended its answer at once")
+    if note := end_note(conversation.stats):
+        remark(note)
+    if show_stats:
+        remark(f"[{stats_line(conversation.stats, session)}]")
+
+
+def _chat(
+    session: "Session", conversation: "Conversation", *, limited: bool, show_stats: bool
+) -> None:
+    from runtime.chat import BASE_TURN, Chat
+
+    if session.template is None and not limited:
+        conversation.max_tokens = BASE_TURN
+    Chat(session, conversation, show_stats=show_stats).run()
+
+
+def _check_usage(
+    overrides: Mapping[str, Any], *, seed: int | None, max_tokens: int | None, stop: list[str]
+) -> None:
+    """Refuse values out of range before anything is loaded."""
+    if max_tokens is not None and max_tokens != -1 and max_tokens < 1:
+        raise typer.BadParameter(
+            f"--max-tokens is at least 1, or -1 for no limit, not {max_tokens}"
+        )
+    if not all(stop):
+        raise typer.BadParameter("--stop needs a text that is not empty")
+    if seed is not None and seed < -1:
+        raise typer.BadParameter(f"--seed is a whole number from 0, or -1 for none, not {seed}")
+    from runtime.sampling import check_option
+
+    for name, value in overrides.items():
+        if value is not None:
+            try:
+                check_option(name, value)
+            except ValueError as error:
+                raise typer.BadParameter(f"--{error}") from None
+
+
+def _check_gpu_layers(value: str) -> None:
+    """Only what the CPU does is there; more is refused in words."""
+    from gguf_tools.errors import DeviceError, printable
+
+    if value in ("auto", "0"):
+        return
+    try:
+        known = value == "all" or int(value) >= -1
+    except ValueError:
+        known = False
+    if not known:
+        raise typer.BadParameter(f"--gpu-layers is a number, all or auto, not {printable(value)}")
+    raise DeviceError(
+        f"--gpu-layers {value}: this build has no GPU backend yet; "
+        "leave the option out, or give 0, to run on the CPU"
+    )
+
+
+def _check_text(name: str, value: str | None) -> None:
+    from gguf_tools.errors import GGUFError
+
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise GGUFError(f"{name}: the text is not valid UTF-8") from None
+
+
+def _override(
+    options: "SamplingOptions", overrides: Mapping[str, Any], seed: int | None
+) -> "SamplingOptions":
+    from dataclasses import replace
+
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return replace(options, **given, seed=None if seed == -1 else seed)
+
+
+def _read_prompt(prompt: str | None) -> str | None:
+    """The prompt from -p and from standard input; None when a person is to be asked."""
+    from gguf_tools.errors import GGUFError
+    from runtime.standard_input import read_piped_text
+
+    piped: str | None = ""
+    if sys.stdin is None or not sys.stdin.isatty():
+        piped = read_piped_text(wait=None if prompt is None else WAIT_FOR_PIPE)
+        if piped is None:
+            print(
+                f"note: nothing came through standard input in {WAIT_FOR_PIPE:g} s; "
+                "going on without it",
+                file=sys.stderr,
+            )
+    elif prompt is None:
+        if not sys.stdout.isatty():
+            raise GGUFError("a chat needs a terminal to write to; give a prompt with -p")
+        return None
+    text = "\n".join(part for part in (prompt, piped) if part)
+    if not text:
+        raise GGUFError(
+            "the prompt is empty: give some text with -p or in a pipe, "
+            "or start `run` at a terminal to chat"
+        )
+    return text
+
+
+def _use_utf8(stream: Any) -> None:
+    """Text into a pipe is UTF-8 whatever the locale; a terminal shows what it can."""
+    if stream.isatty():
+        stream.reconfigure(errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-8", errors="replace")

@@ -1,0 +1,171 @@
+"""From a path to everything a conversation needs: file, model, tokenizer, template."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf_tools.describe import count_parameters, short_count, short_size
+from gguf_tools.errors import FormatError, GGUFError, TemplateError, printable
+from gguf_tools.reader import GGUFFile
+from runtime.model import Model
+from runtime.templates import ChatTemplate
+from runtime.tokenizer import Tokenizer
+
+MAX_TEMPLATE_BYTES = 1 << 20
+
+# What a template contains, and the family it then belongs to; the first that fits.
+TEMPLATE_FAMILIES = (
+    ("<|im_start|>", "ChatML"),
+    ("<|start_header_id|>", "Llama 3"),
+    ("<|header_start|>", "Llama 4"),
+    ("<start_of_turn>", "Gemma"),
+    ("<|start|>", "Harmony"),
+    ("<|start_of_role|>", "Granite"),
+    ("<|START_OF_TURN_TOKEN|>", "Command R"),
+    ("<|end_of_role|>", "Granite"),
+    ("<\uff5cUser\uff5c>", "DeepSeek"),
+    ("<<SYS>>", "Llama 2"),
+    ("[INST]", "Mistral"),
+    ("<|end|>", "Phi-3"),
+    ("<|user|>", "Zephyr"),
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open model. `template` is None when it is to continue plain text."""
+
+    file: GGUFFile
+    model: Model
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    template_name: str
+    notes: tuple[str, ...]
+
+    def describe(self) -> list[str]:
+        """What runs, on what, and how it will be talked to; lines for the user."""
+        config, model = self.model.config, self.model
+        weights = short_count(count_parameters(self.file))
+        return [
+            f"{printable(config.name, 60)}: {printable(config.architecture, 40)}, {weights} "
+            f"parameters, {main_type(self.file)}, {short_size(self.file.file_size)}",
+            f"context {model.n_ctx} of {config.n_ctx_train} tokens, "
+            f"{count(model.n_threads, 'thread')}, device CPU",
+            f"template: {self.template_name}",
+        ]
+
+
+@contextmanager
+def open_session(
+    path: Path,
+    *,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    backend: str = "cpu",
+    template_file: Path | None = None,
+    raw: bool = False,
+) -> Iterator[Session]:
+    """Open the model at `path` for a conversation, and close it afterwards."""
+    refuse_checkpoint(path)
+    with GGUFFile(path) as file:
+        tokenizer = Tokenizer(_tokenizer_keys(file.metadata))
+        template, template_name = _choose_template(tokenizer, template_file, raw=raw)
+        with Model.load(file, n_ctx=n_ctx, threads=threads, backend=backend) as model:
+            config = model.config
+            if tokenizer.n_tokens > config.n_vocab:
+                raise FormatError(
+                    f"{printable(path)}: the tokenizer has {tokenizer.n_tokens} tokens and "
+                    f"token_embd.weight only {config.n_vocab} rows: the file is damaged, or made "
+                    "of two models; convert it again"
+                )
+            notes = list(model.notes)
+            if model.n_ctx > config.n_ctx_train:
+                notes.append(
+                    f"the context of {model.n_ctx} tokens is longer than the "
+                    f"{config.n_ctx_train} the model was trained for: beyond that, answers get "
+                    "worse"
+                )
+            yield Session(file, model, tokenizer, template, template_name, tuple(notes))
+
+
+def refuse_checkpoint(path: Path) -> None:
+    """A folder is not a model to run; say how to make it one."""
+    if not path.is_dir():
+        return
+    shown = printable(path, 1000)
+    if (path / "config.json").is_file():
+        raise GGUFError(
+            f"{shown} is a checkpoint folder, and `run` needs a GGUF file: "
+            f"make one with `convert {shown}`, then run that"
+        )
+    files = sorted(path.glob("*.gguf"))
+    if files:
+        names = ", ".join(printable(file.name) for file in files[:5])
+        raise GGUFError(f"{shown} is a folder; name one of the files in it: {names}")
+    raise GGUFError(f"{shown} is a folder, and `run` needs a GGUF file")
+
+
+def main_type(file: GGUFFile) -> str:
+    """The type that most of the file's bytes have."""
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.quant.name] += tensor.nbytes
+    if not sizes:
+        return "no tensors"
+    name = sizes.most_common(1)[0][0]
+    return name if len(sizes) == 1 else f"mostly {name}"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 token`, `2 tokens`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def template_family(source: str) -> str:
+    """The name people know a template by, told from the markers in it."""
+    return next((name for marker, name in TEMPLATE_FAMILIES if marker in source), "custom")
+
+
+def _tokenizer_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+
+
+def _choose_template(
+    tokenizer: Tokenizer, template_file: Path | None, *, raw: bool
+) -> tuple[ChatTemplate | None, str]:
+    """The template to use, if any, and its name for the user."""
+    if raw:
+        return None, "none (--raw): plain text is continued"
+    if template_file is not None:
+        source, origin = _read_template(template_file), printable(template_file, 1000)
+    elif tokenizer.chat_template is not None:
+        source, origin = tokenizer.chat_template, "of the file"
+    else:
+        return None, "none in the file: plain text is continued"
+    template = ChatTemplate(
+        source,
+        bos_token=_token_text(tokenizer, tokenizer.bos_id),
+        eos_token=_token_text(tokenizer, tokenizer.eos_id),
+    )
+    return template, f"{template_family(source)}, {origin}"
+
+
+def _token_text(tokenizer: Tokenizer, token_id: int | None) -> str:
+    return "" if token_id is None else tokenizer.token_text(token_id)
+
+
+def _read_template(path: Path) -> str:
+    shown = printable(path, 1000)
+    if path.exists() and not path.is_file():
+        raise TemplateError(f"{shown}: a chat template is a text file, and this is none")
+    with path.open("rb") as stream:
+        data = stream.read(MAX_TEMPLATE_BYTES + 1)
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise TemplateError(f"{shown}: larger than a chat template can be ({MAX_TEMPLATE_BYTES})")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"{shown}: not UTF-8 text (byte {error.start})") from error

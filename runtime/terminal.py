@@ -1,0 +1,158 @@
+"""The terminal itself: text made harmless, remarks, progress, Ctrl-C, and the line that is typed.
+
+Nothing a model writes can control the terminal: `visible` shows escape characters instead of
+sending them.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TextIO
+
+from runtime.conversation import Event, Notice, Progress
+from runtime.generation import STEP
+
+PROMPT = "> "
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Interruptible:
+    """While it is entered, Ctrl-C only notes that it was `pressed`."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Interruptible":
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+
+
+def draw_answer(events: Iterator[Event], out: TextIO, interrupted: Callable[[], bool]) -> bool:
+    """Write the answer to `out` as it comes, ending with a newline; whether there was any text.
+
+    Remarks and, on a terminal, the progress of a long reading go to standard error.
+    """
+    last = ""
+    progress = ProgressLine()
+    try:
+        for event in events:
+            if isinstance(event, Progress):
+                progress.show(event)
+            elif isinstance(event, Notice):
+                progress.erase()
+                if last not in ("", "\n"):
+                    out.write("\n")
+                    out.flush()
+                    last = "\n"
+                remark(f"note: {event.text}")
+            elif text := visible(event.text):
+                progress.erase()
+                out.write(text)
+                out.flush()
+                last = text[-1]
+            if interrupted():
+                break
+    finally:
+        progress.erase()
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
+        if last not in ("", "\n"):
+            out.write("\n")
+        out.flush()
+    return bool(last)
+
+
+class ProgressLine:
+    """`reading 512 of 4000 tokens`, drawn over itself while a long prompt is read."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def show(self, progress: Progress) -> None:
+        if progress.total > STEP and is_terminal(sys.stderr):
+            sys.stderr.write(f"\rreading {progress.done} of {progress.total} tokens")
+            sys.stderr.flush()
+            self._shown = True
+
+    def erase(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def visible(text: str) -> str:
+    """`text` without carriage returns and with other control characters shown as `\\x1b`."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text.replace("\r", ""))
+
+
+def remark(text: str) -> None:
+    """Say something that is not the model's text: on standard error, faint on a terminal."""
+    text = visible(text)
+    sys.stdout.flush()
+    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[2m{text}\x1b[0m"
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that understands escape sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def make_line_reader() -> Callable[[], str]:
+    """A function that reads a message, which may have several lines, with editing and history."""
+    # Answers to the cursor query would mix with what is typed ahead.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    history: History
+    try:
+        history = FileHistory(str(history_file()))
+    except OSError as error:
+        remark(f"note: the input history is not kept: {error.strerror or error}")
+        history = InMemoryHistory()
+    session: PromptSession[str] = PromptSession(PROMPT, history=history, key_bindings=keys)
+    return session.prompt
+
+
+def history_file() -> Path:
+    """The file of the input history, made so that only its user can read it."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    folder = base / "gguf-tools"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "history"
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+    return path

@@ -1,0 +1,30 @@
+"""`gguf`: every command of the project under one name.
+
+The one place that knows both command lines. Their modules import nothing heavy, so this stays
+quick.
+"""
+
+from typing import NoReturn
+
+import typer
+
+import gguf_tools.cli
+import runtime.cli
+from gguf_tools.command import run_command
+
+app = typer.Typer(
+    name="gguf",
+    help="Convert, inspect and run GGUF models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(gguf_tools.cli.convert)
+app.command()(gguf_tools.cli.info)
+app.command()(runtime.cli.run)
+
+
+def main() -> NoReturn:
+    """The console script `gguf`."""
+    run_command(app)
