@@ -1,0 +1,171 @@
+"""The tokenizer files of a checkpoint folder, as the metadata that GGUF keeps of them.
+
+Tried in the order of llama.cpp's converter: `tokenizer.model`, then tokenizer.json. What the files
+say about special tokens, templates and sampling is gathered from wherever they say it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
+from gguf_tools.values import Array, MetadataValue, Value
+from gguf_tools.vocab.files import read_bytes, read_json
+from gguf_tools.vocab.pieces import (
+    Pieces,
+    add_tokens,
+    byte_fallback_pieces,
+    byte_level_pieces,
+    mark_control,
+    read_slow_added_tokens,
+    sentencepiece_pieces,
+)
+from gguf_tools.vocab.presplit import find_pre
+from gguf_tools.vocab.sentencepiece_model import parse_model
+from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
+from gguf_tools.vocab.special import KEYS, find_special, special_texts
+from gguf_tools.vocab.table import AddedToken, check_unique, read_added_tokens
+from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
+from gguf_tools.vocab.tokenizer_json import TokenizerJson, parse_tokenizer
+
+__all__ = ["Vocab", "read_vocab"]
+
+MODEL_NAME = "tokenizer.model"
+CONFIG_NAME = "tokenizer_config.json"
+MAP_NAME = "special_tokens_map.json"
+ADDED_NAME = "added_tokens.json"
+GENERATION_NAME = "generation_config.json"
+
+PREFIX = "tokenizer.ggml."
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """What a checkpoint says about text, ready to be written."""
+
+    metadata: dict[str, MetadataValue]  # every tokenizer.* key, in order
+    sampling: dict[str, MetadataValue]  # general.sampling.*
+    warnings: tuple[str, ...]
+
+
+def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Vocab:
+    """The vocabulary of a checkpoint; `n_vocab` is the number of rows of its embedding."""
+    tokenizer_config = read_json(folder, CONFIG_NAME)
+    special_map = read_json(folder, MAP_NAME)
+    generation = read_json(folder, GENERATION_NAME)
+    data = read_json(folder, JSON_NAME)
+    source, pieces, pre = _main_file(folder, data, n_vocab)
+    warnings = pieces.warnings
+
+    add_tokens(pieces, _added_tokens(folder, source, tokenizer_config, pieces), n_vocab)
+    mark_control(pieces, special_texts(tokenizer_config, special_map))
+    check_unique(pieces.table, "the tokenizer")
+    texts, scores, types = pieces.table.filled(n_vocab)
+
+    special = find_special(
+        pieces.names,
+        (tokenizer_config, special_map),
+        {"config.json": config, GENERATION_NAME: generation},
+        n_vocab=n_vocab,
+    )
+    steps = source.post_processor if source is not None else []
+    ends = added_ends(steps, tokenizer_config, special, pieces.names)
+    templates, template_warnings = chat_templates(folder, tokenizer_config)
+    sampling, sampling_warnings = sampling_defaults(generation)
+
+    metadata: dict[str, MetadataValue] = {
+        PREFIX + "model": Value("str", pieces.model),
+        PREFIX + "pre": Value("str", pre),
+        PREFIX + "tokens": Array("str", texts),
+    }
+    if pieces.model == "llama":
+        metadata[PREFIX + "scores"] = Array("f32", scores)
+    metadata[PREFIX + "token_type"] = Array("i32", types)
+    if pieces.model == "gpt2":
+        metadata[PREFIX + "merges"] = Array("str", pieces.merges)
+    for role, key in KEYS.items():
+        if role in special.ids:
+            metadata[PREFIX + key] = Value("u32", special.ids[role])
+    metadata.update(_switches(pieces, ends, special.ids, tokenizer_config))
+    metadata.update(templates)
+    warnings += [*special.warnings, *template_warnings, *sampling_warnings]
+    return Vocab(metadata, dict(sampling), tuple(warnings))
+
+
+def _main_file(
+    folder: Path, data: dict[str, Any] | None, n_vocab: int
+) -> tuple[TokenizerJson | None, Pieces, str]:
+    """The file that holds the vocabulary, its tokens, and the value of `pre`."""
+    model = read_bytes(folder, MODEL_NAME)
+    if model is not None and not (data is not None and _is_tiktoken(model)):
+        pieces = sentencepiece_pieces(parse_model(model, MODEL_NAME), n_vocab, MODEL_NAME)
+        source = _parse_beside(data, pieces)
+        return source, pieces, "default"
+    if data is None:
+        found = ", ".join(sorted(p.name for p in folder.glob("*token*"))[:8]) or "none"
+        raise CheckpointError(
+            f"{printable(folder)}: no tokenizer: expected {MODEL_NAME} or {JSON_NAME}, found "
+            f"{printable(found)}"
+        )
+    source = parse_tokenizer(data)
+    if source.byte_level:
+        pieces = byte_level_pieces(source, n_vocab)
+        pre, warnings = find_pre(source, folder / JSON_NAME)
+        pieces.warnings += warnings
+        return source, pieces, pre
+    return source, byte_fallback_pieces(source, n_vocab), "default"
+
+
+def _parse_beside(data: dict[str, Any] | None, pieces: Pieces) -> TokenizerJson | None:
+    """tokenizer.json beside a tokenizer.model: only its added tokens and its post-processor count.
+
+    Where it cannot be read as a BPE the model file is enough.
+    """
+    if data is None:
+        return None
+    try:
+        return parse_tokenizer(data)
+    except (CheckpointError, UnsupportedModelError) as error:
+        pieces.warnings.append(f"{JSON_NAME} was not used beside {MODEL_NAME}: {error}")
+        return None
+
+
+def _added_tokens(
+    folder: Path, source: TokenizerJson | None, config: Mapping[str, Any] | None, pieces: Pieces
+) -> list[AddedToken]:
+    """Added tokens from every file, one per text; tokenizer_config.json has the last word."""
+    tokens = read_slow_added_tokens(read_json(folder, ADDED_NAME), ADDED_NAME)
+    if source is not None:
+        tokens += source.added
+    tokens += read_added_tokens((config or {}).get("added_tokens_decoder"), CONFIG_NAME)
+    merged: dict[str, AddedToken] = {}
+    for token in tokens:
+        before = merged.get(token.text)
+        if before is not None and before.source != ADDED_NAME:
+            token = AddedToken(before.id, token.text, token.special, before.source)
+        merged[token.text] = token
+    return sorted(merged.values(), key=lambda token: token.id)
+
+
+def _switches(
+    pieces: Pieces, ends: dict[str, bool], ids: dict[str, int], config: Mapping[str, Any] | None
+) -> dict[str, MetadataValue]:
+    """Whether bos, eos and a first space are added; always written, for defaults differ."""
+    switches: dict[str, MetadataValue] = {}
+    for role, default in (("bos", pieces.model == "llama"), ("eos", False)):
+        value = ends.get(role, default) and role in ids
+        switches[f"{PREFIX}add_{role}_token"] = Value("bool", value)
+    prefix = pieces.add_space_prefix
+    configured = (config or {}).get("add_prefix_space")
+    if isinstance(configured, bool):
+        prefix = configured
+    if prefix is not None:
+        switches[PREFIX + "add_space_prefix"] = Value("bool", prefix)
+    return switches
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    """Whether a `tokenizer.model` is a list of base64 tokens and ranks, not SentencePiece."""
+    first = data[:200].split(b"\n", 1)[0].split(b" ")
+    return len(first) == 2 and first[1].strip().isdigit() and len(first[0]) % 4 == 0

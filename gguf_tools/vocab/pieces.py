@@ -1,0 +1,228 @@
+"""The token lists of the three kinds of tokenizer, before special ids and templates.
+
+- `tokenizer.model`, SentencePiece's own file: pieces and scores as they are.
+- tokenizer.json with byte-level BPE: the vocabulary and the merges.
+- tokenizer.json with byte fallback (a SentencePiece model converted to BPE): GGUF keeps no merges
+  for it, only scores, and merges the pair whose result scores highest. The score of a token is
+  therefore minus the rank of the first merge that makes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
+from gguf_tools.vocab.sentencepiece_model import SentencePieceModel
+from gguf_tools.vocab.table import (
+    ADDED_SCORE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    AddedToken,
+    TokenTable,
+    check_id,
+    is_byte_token,
+    looks_special,
+)
+from gguf_tools.vocab.tokenizer_json import KINDS, NAME, TokenizerJson
+
+SPACE = "\u2581"  # SentencePiece's visible space
+
+
+@dataclass
+class Pieces:
+    """What is known of a tokenizer after its main file has been read."""
+
+    model: str  # tokenizer.ggml.model
+    table: TokenTable
+    names: dict[str, int]  # the tokens' texts in the source -> id
+    merges: list[str] = field(default_factory=list)
+    add_space_prefix: bool | None = None
+    remove_extra_whitespaces: bool = False
+    renamed: bool = False  # an added token may take the id of another (tokenizer.model only)
+    warnings: list[str] = field(default_factory=list)
+
+
+def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> Pieces:
+    """The pieces of a `tokenizer.model`."""
+    if model.model_type != "bpe":
+        raise UnsupportedModelError(
+            f"{name}: a SentencePiece model of the type '{model.model_type}'; only 'bpe' can be "
+            "stored for this architecture"
+        )
+    if len(model.pieces) > n_vocab:
+        raise CheckpointError(
+            f"{name} has {len(model.pieces):,} pieces but the embedding only {n_vocab:,} rows: "
+            "they cannot belong together"
+        )
+    table = TokenTable()
+    for token_id, piece in enumerate(model.pieces):
+        table.put(token_id, piece.text, piece.score, piece.kind)
+    pieces = Pieces(
+        "llama",
+        table,
+        {piece.text: i for i, piece in enumerate(model.pieces)},
+        add_space_prefix=model.add_dummy_prefix,
+        remove_extra_whitespaces=model.remove_extra_whitespaces,
+        renamed=True,
+    )
+    if len(pieces.names) != len(model.pieces):
+        raise CheckpointError(f"{name}: two of its pieces have the same text")
+    if model.charsmap:
+        pieces.warnings.append(
+            f"{name} normalizes text by a table of its own, which GGUF keeps no place for: "
+            "full-width and compatibility characters may be tokenized differently"
+        )
+    if model.whitespace_suffix:
+        pieces.warnings.append(
+            f"{name} puts the space after a word; GGUF can only say before: expect other tokens"
+        )
+    return pieces
+
+
+def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
+    """A byte-level BPE; token strings stay in GPT-2's byte alphabet."""
+    _check_fits(source, n_vocab)
+    table = TokenTable()
+    for text, token_id in source.vocab.items():
+        table.put(token_id, text, 0.0, NORMAL)
+    merges = [f"{_no_space(left)} {_no_space(right)}" for left, right in source.merges]
+    return Pieces("gpt2", table, dict(source.vocab), merges)
+
+
+def byte_fallback_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
+    """A BPE over visible spaces with `<0x0A>` tokens for bytes: SentencePiece in JSON."""
+    _check_fits(source, n_vocab)
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(source.merges):
+        ranks.setdefault(left + right, rank)
+    unmerged = -float(len(source.merges))
+    table = TokenTable()
+    for text, token_id in source.vocab.items():
+        if source.byte_fallback and is_byte_token(text):
+            table.put(token_id, text, 0.0, BYTE)
+        elif text == source.unknown:
+            table.put(token_id, text, 0.0, UNKNOWN)
+        else:
+            score = -float(ranks[text]) if text in ranks else unmerged
+            table.put(token_id, text, score, NORMAL)
+    pieces = Pieces("llama", table, dict(source.vocab), add_space_prefix=False)
+    _space_rules(source, pieces)
+    return pieces
+
+
+def add_tokens(pieces: Pieces, added: list[AddedToken], n_vocab: int) -> None:
+    """Enter the added tokens: control if special, else matched in text before anything else.
+
+    A text that is in the vocabulary keeps its id there, as in the tokenizers library.
+    """
+    dropped = []
+    for token in added:
+        token_id = pieces.names.get(token.text, token.id)
+        if token_id >= n_vocab:
+            dropped.append(token.text)
+            continue
+        known = pieces.table.texts.get(token_id)
+        if known is not None and token.text not in pieces.names:
+            if not pieces.renamed:
+                raise CheckpointError(
+                    f"{token.source}: the id {token_id:,} of the added token "
+                    f"'{printable(token.text, 40)}' already belongs to '{printable(known, 40)}'"
+                )
+            pieces.names.pop(known, None)
+        _enter(pieces, token, token_id)
+    if dropped:
+        pieces.warnings.append(
+            f"{len(dropped):,} added tokens have no row in the embedding and were left out "
+            f"(the first is '{printable(dropped[0], 40)}')"
+        )
+
+
+def _enter(pieces: Pieces, token: AddedToken, token_id: int) -> None:
+    kind, text = USER_DEFINED, token.text
+    if pieces.table.types.get(token_id) == UNKNOWN:
+        kind = UNKNOWN
+    elif token.special or looks_special(text):
+        kind = CONTROL
+    else:
+        text = text.replace(SPACE, " ")  # matched in the text as typed
+    score = ADDED_SCORE if pieces.model == "llama" else 0.0
+    if token_id in pieces.table.texts and kind == UNKNOWN:
+        score = pieces.table.scores[token_id]
+    pieces.table.put(token_id, text, score, kind)
+    pieces.table.added.add(token_id)
+    pieces.names[token.text] = token_id
+
+
+def mark_control(pieces: Pieces, texts: set[str]) -> None:
+    """Tokens that a configuration names as special are control tokens wherever they stand."""
+    for text in texts:
+        token_id = pieces.names.get(text)
+        if token_id is not None and pieces.table.types[token_id] in (NORMAL, USER_DEFINED, UNUSED):
+            pieces.table.types[token_id] = CONTROL
+            pieces.table.texts[token_id] = text
+
+
+def read_slow_added_tokens(data: Mapping[str, Any] | None, name: str) -> list[AddedToken]:
+    """`added_tokens.json` of the older tokenizers: text -> id."""
+    tokens = []
+    for text, token_id in (data or {}).items():
+        check_id(token_id, text, name)
+        if text:
+            tokens.append(AddedToken(token_id, text, False, name))
+    return tokens
+
+
+def _check_fits(source: TokenizerJson, n_vocab: int) -> None:
+    last = max(source.vocab.values())
+    if last >= n_vocab:
+        raise CheckpointError(
+            f"{NAME} has tokens up to id {last:,} but the embedding has {n_vocab:,} rows: "
+            "they cannot belong together"
+        )
+
+
+def _no_space(text: str) -> str:
+    """A token in a merge, whose own spaces (not possible in the byte alphabet) are escaped."""
+    return text.replace(" ", chr(ord(" ") + 256))
+
+
+def _space_rules(source: TokenizerJson, pieces: Pieces) -> None:
+    """Find how spaces are written, and say what else is done to the text that GGUF cannot hold."""
+    visible = False
+    for step in source.normalizer:
+        kind = step["type"]
+        if kind == "Prepend" and step.get("prepend") == SPACE:
+            pieces.add_space_prefix = True
+        elif kind == "Replace" and step.get("content") == SPACE and _pattern(step) == " ":
+            visible = True
+        else:
+            pieces.warnings.append(
+                f"{NAME}: the normalizer '{printable(kind, 40)}' has no form in GGUF: text that it "
+                "changes will be tokenized differently"
+            )
+    for step in source.pre_tokenizer:
+        kind = step["type"]
+        if kind == "Metaspace" and step.get("replacement", SPACE) == SPACE:
+            visible = True
+            scheme = step.get("prepend_scheme", "always")
+            pieces.add_space_prefix = (
+                scheme != "never" and step.get("add_prefix_space") is not False
+            )
+        elif not (kind == "Split" and _pattern(step) == " "):
+            raise UnsupportedModelError(
+                f"{NAME}: BPE with the pre-tokenizer '{printable(kind, 40)}'; known are {KINDS}"
+            )
+    if not visible:
+        raise UnsupportedModelError(
+            f"{NAME}: BPE that neither is byte-level nor writes spaces as U+2581; known are {KINDS}"
+        )
+
+
+def _pattern(step: Mapping[str, Any]) -> str | None:
+    pattern = step.get("pattern")
+    text = pattern.get("String") if isinstance(pattern, Mapping) else None
+    return text if isinstance(text, str) else None

@@ -1,0 +1,99 @@
+"""Trying a tokenizer.json out: its fingerprint, and which known split encodes as it does.
+
+It runs as a process of its own, `python -m gguf_tools.vocab.trial FILE`: the file's regular
+expressions run in the tokenizers library, where a hostile one may take for ever or bring the
+process down. The parent sets a time limit and reads the answer, one line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf_tools
+from gguf_tools.pretokenizers import SPLITS
+from gguf_tools.vocab.corpus import TEST_TEXTS
+from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
+
+TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about three
+NFC = "+nfc"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a tokenizer.json behaves. Keys are splits, with "+nfc" where text is normalized first."""
+
+    fingerprint: str
+    n_texts: int
+    same_ids: Mapping[str, int]  # texts that encode to the same ids
+    same_words: Mapping[str, int]  # texts that are cut at the same places
+    merges_matter: int  # texts that ignoring the merges of whole words encodes differently
+
+
+def run_trial(path: Path) -> Trial | None:
+    """Try the file in a process of its own; None when it failed there or took too long."""
+    root = str(Path(gguf_tools.__file__).resolve().parent.parent)
+    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gguf_tools.vocab.trial", str(path.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=TIME_LIMIT,
+            env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+            check=True,
+        )
+        return Trial(**json.loads(done.stdout))
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+        return None
+
+
+def try_tokenizer(path: str) -> Trial:
+    """Encode the test texts with the file as it is and with each known split in its place."""
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+    tokenizer: Any = Tokenizer.from_file(path)
+    mark = fingerprint(tokenizer.encode(CHECK_TEXT).ids)
+    expected = _encode_all(tokenizer)
+    words = _cut_all(tokenizer)
+    plain = tokenizer.model.ignore_merges
+    tokenizer.model.ignore_merges = not plain
+    merges_matter = len(TEST_TEXTS) - _count_equal(_encode_all(tokenizer), expected)
+    tokenizer.model.ignore_merges = plain
+    same_ids, same_words = {}, {}
+    for suffix, normalizer in (("", normalizers.Sequence([])), (NFC, normalizers.NFC())):
+        tokenizer.normalizer = normalizer
+        for name, patterns in SPLITS.items():
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+                + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+            same_ids[name + suffix] = _count_equal(_encode_all(tokenizer), expected)
+            same_words[name + suffix] = _count_equal(_cut_all(tokenizer), words)
+    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter)
+
+
+def _encode_all(tokenizer: Any) -> list[list[int]]:
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in TEST_TEXTS]
+
+
+def _cut_all(tokenizer: Any) -> list[list[str]]:
+    cut = []
+    for text in TEST_TEXTS:
+        text = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        parts = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer else []
+        cut.append([part for part, _ in parts])
+    return cut
+
+
+def _count_equal(first: list[Any], second: list[Any]) -> int:
+    return sum(a == b for a, b in zip(first, second, strict=True))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(vars(try_tokenizer(sys.argv[1]))))
