@@ -3,17 +3,95 @@
 Everything heavy is imported inside the commands: `--help` answers at once.
 """
 
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gguf_tools.command import run_command
+
 if TYPE_CHECKING:
+    from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
 
 
+def convert(
+    model_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_DIR",
+            help="The folder of a Hugging Face checkpoint: config.json, tokenizer, safetensors.",
+            show_default=False,
+        ),
+    ],
+    file_type: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            "-t",
+            metavar="TYPE",
+            help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or "
+            "Q4_0; upper or lower case.",
+        ),
+    ] = "Q8_0",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write. By default it is named after the folder and the type, in the "
+            "current folder.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=1024, help="By default the physical cores.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output if it exists.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show every tensor's type and the exact final size; write nothing."
+        ),
+    ] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to a GGUF file, quantised in the same pass."""
+    import time
+
+    from gguf_tools.conversion import default_threads, plan_conversion, protect_checkpoint
+    from gguf_tools.naming import output_name
+    from gguf_tools.recipes import find_file_type
+    from gguf_tools.report import closing_rows, plan_lines
+
+    chosen = find_file_type(file_type)
+    start = time.monotonic()
+    plan = plan_conversion(model_dir, chosen)
+    target = output if output is not None else Path(output_name(model_dir, chosen.name))
+    protect_checkpoint(model_dir, target)
+    seconds = None
+    if dry_run:
+        for line in plan_lines(plan):
+            print(line)
+        print()
+    else:
+        _write(plan, target, threads=threads or default_threads(), force=force)
+        seconds = time.monotonic() - start
+    _print_pairs(closing_rows(plan, target, seconds))
+    sys.stdout.flush()
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def info(
-    file: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.", show_default=False)],
     json: Annotated[
         bool,
         typer.Option(
@@ -42,6 +120,71 @@ def info(
             _print_tables(opened, metadata=metadata, tensors=tensors)
 
 
+def convert_main() -> None:
+    """`convert`, the console script."""
+    run_command(_application(convert))
+
+
+def main() -> None:
+    """`python -m gguf_tools`: the commands by name; without a name it is `convert`."""
+    commands = (convert, info)
+    names = [command.__name__ for command in commands]
+    if len(sys.argv) > 1 and sys.argv[1] not in names and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, convert.__name__)
+    run_command(_application(*commands))
+
+
+def _application(*commands: Callable[..., None]) -> typer.Typer:
+    application = typer.Typer(
+        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    )
+    for command in commands:
+        application.command(no_args_is_help=True)(command)
+    return application
+
+
+def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
+    """Convert, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+
+    from gguf_tools.conversion import convert as write_file
+    from gguf_tools.errors import printable
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total)
+        for step in write_file(plan, target, threads=threads, force=force):
+            name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
+            bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+
+
+def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """A table of labels and texts; into a pipe nothing is folded."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(Text(label, style="bold"), Text(text))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    console.print(table)
+
+
 def _print_json(file: "GGUFFile") -> None:
     import json
 
@@ -52,8 +195,6 @@ def _print_json(file: "GGUFFile") -> None:
 
 def _print_tables(file: "GGUFFile", *, metadata: bool, tensors: bool) -> None:
     """The summary, and the lists asked for. Cells are Text: nothing in them is read as markup."""
-    import sys
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

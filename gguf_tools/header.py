@@ -123,7 +123,7 @@ def describe_beginning(start: bytes, size: int) -> str:
     printed = start.translate(None, b"\t\r\n\f\x1b")
     if printed and min(printed) >= 32:
         kind = "JSON text" if text.startswith((b"{", b"[")) else "text"
-        return f"{kind} beginning {printable(start[:40].decode('utf-8', 'replace'))!r}"
+        return f"{kind} beginning '{printable(start[:40].decode('utf-8', 'replace'))}'"
     return f"the bytes {start[:4].hex(' ')}"
 
 
@@ -427,9 +427,9 @@ class HeaderParser:
         try:
             text = str(name, "utf-8")
         except UnicodeDecodeError:
-            self._refuse(where, "a name in UTF-8", printable(name[:100]))
+            self._refuse(where, "a name in UTF-8", f"{name[:60]!r}")
         if not text or "\0" in text:
-            self._refuse(where, "a name without NUL bytes", repr(printable(text)))
+            self._refuse(where, "a name without NUL bytes", f"'{printable(text)}'")
         return text
 
     def _need(self, count: int, where: str) -> None:
