@@ -301,6 +301,7 @@ _define_scalar_load("ld_u64", types.uint64, I64)
 _define_scalar_load("ld_i64", types.int64, I64)
 _define_scalar_load("ld_f32", types.float32, ir.FloatType())
 _define_scalar_load("ld_f16", types.float32, ir.HalfType(), ir.FloatType())
+_define_scalar_load("ld_bf16", types.float32, _BFloat(), ir.FloatType())
 
 
 def _define_scalar_store(name: str, accepted: Any, kind: Any) -> None:
@@ -415,6 +416,16 @@ def hmax(typingctx, v):
         return emit_call(b, name, ir.FloatType(), [args[0]])
 
     return types.float32(v), emit
+
+
+@intrinsic
+def first_lane(typingctx, v):
+    """Lane 0."""
+
+    def emit(context, b, sig, args):
+        return b.extract_element(args[0], I32(0))
+
+    return _SCALARS[v.element](v), emit
 
 
 def _define_float(name: str, llvm_name: str, operands: int, doc: str) -> None:
@@ -677,5 +688,5 @@ def _define_call(name: str, arguments: int) -> None:
     _define(name, scope[name], f"Call the kernel of {arguments} int64 at an address.")
 
 
-for _count in (3, 4, 5, 7, 11):
+for _count in (3, 5, 7, 12):
     _define_call(f"call{_count}", _count)

@@ -1,0 +1,167 @@
+"""Register-blocked inner loops, written at LLVM level.
+
+A tile keeps all its sums in registers while it walks along the shared dimension. Python loops run
+at code generation, so the counts must be literals at the place of the call.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from gguf_tools.simd import (
+    I8,
+    I32,
+    I64,
+    VECTORS,
+    emit_dot,
+    emit_fma,
+    emit_shuffle,
+    emit_splat,
+    pointer,
+)
+
+F32 = ir.FloatType()
+_INTS = ir.VectorType(I32, 16)
+_FLOATS = ir.VectorType(F32, 16)
+_BYTES = ir.VectorType(I8, 64)
+
+
+def _at(b: Any, base: Any, offset: Any) -> Any:
+    return pointer(b, b.add(base, I64(offset) if isinstance(offset, int) else offset))
+
+
+def _columns(b: Any, base: Any, stride: Any, count: int) -> list[Any]:
+    return [b.add(base, b.mul(stride, I64(c))) for c in range(count)]
+
+
+@intrinsic(prefer_literal=True)
+def int8_tile(
+    typingctx, n_columns, group, offset, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups
+):
+    """32 weight rows times `n_columns` columns of activations (n_columns, group, offset literal).
+
+    w      weights as unsigned bytes, [group / 4][32 rows][4] per group, 64-byte aligned
+    ws wo  scales and offsets of the rows, float32 [n_groups][32], 64-byte aligned
+    x      activations, int8, columns `xs` bytes apart
+    dx corr dxs   per column and group: scale (f32), what the sum starts from (i32), scale * sum
+                  (f32); columns `ms` bytes apart
+    y      float32 [n_columns][32], columns `ys` bytes apart:
+           y[c][r] = sum over groups of  ws[r] * dx[c] * (corr[c] + dot) + wo[r] * dxs[c]
+    """
+    columns, size, has_offset = (a.literal_value for a in (n_columns, group, offset))
+
+    def emit(context, b, sig, args):
+        w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups = args[3:]
+        x_at = _columns(b, x, xs, columns)
+        dx_at, corr_at, dxs_at = (_columns(b, a, ms, columns) for a in (dx, corr, dxs))
+        zero = ir.Constant(_FLOATS, None)
+        sums = [[cgutils.alloca_once_value(b, zero) for _ in range(columns)] for _ in range(2)]
+        with cgutils.for_range(b, n_groups) as loop:
+            i = loop.index
+            i4, along = b.mul(i, I64(4)), b.mul(i, I64(size))
+            weights = b.add(w, b.mul(i, I64(size * 32)))
+            dots: list[list[Any]] = [[None] * columns for _ in range(2)]
+            for c in range(columns):
+                first = b.load(_at(b, corr_at[c], i4), typ=I32, align=4)
+                dots[0][c] = dots[1][c] = emit_splat(b, _INTS, first)
+            for j in range(size // 4):
+                rows = [b.load(_at(b, weights, (j * 2 + r) * 64), typ=_BYTES, align=64) for r in (0, 1)]
+                for c in range(columns):
+                    four = b.load(_at(b, b.add(x_at[c], along), j * 4), typ=I32, align=4)
+                    spread = b.bitcast(emit_splat(b, _INTS, four), _BYTES)
+                    for r in (0, 1):
+                        dots[r][c] = emit_dot(b, dots[r][c], rows[r], spread)
+            place = b.mul(i, I64(128))
+            for r in (0, 1):
+                scale = b.load(_at(b, b.add(ws, place), r * 64), typ=_FLOATS, align=64)
+                shift = None
+                if has_offset:
+                    shift = b.load(_at(b, b.add(wo, place), r * 64), typ=_FLOATS, align=64)
+                for c in range(columns):
+                    d = emit_splat(b, _FLOATS, b.load(_at(b, dx_at[c], i4), typ=F32, align=4))
+                    value = b.sitofp(dots[r][c], _FLOATS)
+                    total = emit_fma(b, value, b.fmul(scale, d), b.load(sums[r][c]))
+                    if has_offset:
+                        s = b.load(_at(b, dxs_at[c], i4), typ=F32, align=4)
+                        total = emit_fma(b, shift, emit_splat(b, _FLOATS, s), total)
+                    b.store(total, sums[r][c])
+        for c, column in enumerate(_columns(b, y, ys, columns)):
+            for r in (0, 1):
+                b.store(b.load(sums[r][c]), _at(b, column, r * 64), align=4)
+        return context.get_dummy_value()
+
+    return types.void(n_columns, group, offset, *[types.int64] * 12), emit
+
+
+@intrinsic(prefer_literal=True)
+def f32_tile(typingctx, n_columns, x, xs, w, ws, y, ys, n):
+    """y[c][0:32] += sum over i < n of x[c][i] * w[i][0:32], float32 (n_columns literal).
+
+    Strides in bytes: `xs` between columns of x, `ws` between rows of w, `ys` between columns of y.
+    """
+    columns = n_columns.literal_value
+
+    def emit(context, b, sig, args):
+        x, xs, w, ws, y, ys, n = args[1:]
+        y_at = _columns(b, y, ys, columns)
+        x_at = _columns(b, x, xs, columns)
+        sums = [
+            [
+                cgutils.alloca_once_value(b, b.load(_at(b, at, r * 64), typ=_FLOATS, align=4))
+                for at in y_at
+            ]
+            for r in (0, 1)
+        ]
+        with cgutils.for_range(b, n) as loop:
+            row, i4 = b.add(w, b.mul(loop.index, ws)), b.mul(loop.index, I64(4))
+            weights = [b.load(_at(b, row, r * 64), typ=_FLOATS, align=4) for r in (0, 1)]
+            for c in range(columns):
+                value = emit_splat(b, _FLOATS, b.load(_at(b, x_at[c], i4), typ=F32, align=4))
+                for r in (0, 1):
+                    b.store(emit_fma(b, weights[r], value, b.load(sums[r][c])), sums[r][c])
+        for c in range(columns):
+            for r in (0, 1):
+                b.store(b.load(sums[r][c]), _at(b, y_at[c], r * 64), align=4)
+        return context.get_dummy_value()
+
+    return types.void(n_columns, *[types.int64] * 7), emit
+
+
+@intrinsic
+def dots16(typingctx, q, k, stride, n):
+    """f32x16: the dot products of float32 q[n] with 16 rows of f16 k[n], `stride` bytes apart.
+
+    n must be a multiple of 16. The 16 sums are added up together, which costs a third of 16
+    separate horizontal sums.
+    """
+    result = VECTORS["f32x16"]
+    halves = ir.VectorType(ir.HalfType(), 16)
+
+    def emit(context, b, sig, args):
+        q, k, stride, n = args
+        rows = _columns(b, k, stride, 16)
+        sums = [cgutils.alloca_once_value(b, ir.Constant(_FLOATS, None)) for _ in rows]
+        with cgutils.for_range(b, b.lshr(n, I64(4))) as loop:
+            query = b.load(_at(b, q, b.mul(loop.index, I64(64))), typ=_FLOATS, align=4)
+            along = b.mul(loop.index, I64(32))
+            for row, total in zip(rows, sums, strict=True):
+                key = b.fpext(b.load(_at(b, row, along), typ=halves, align=1), _FLOATS)
+                b.store(emit_fma(b, key, query, b.load(total)), total)
+        vectors = [b.load(total) for total in sums]
+        # Lane l of the result is to be the sum of vector l: each round adds halves of pairs.
+        for s in (8, 4, 2, 1):
+            low = [(i if not (i & s) else 16 + (i ^ s)) for i in range(16)]
+            high = [((i ^ s) if not (i & s) else 16 + i) for i in range(16)]
+            vectors = [
+                b.fadd(
+                    emit_shuffle(b, vectors[i], vectors[i + s], low),
+                    emit_shuffle(b, vectors[i], vectors[i + s], high),
+                )
+                for i in range(s)
+            ]
+        return vectors[0]
+
+    return result(*[types.int64] * 4), emit

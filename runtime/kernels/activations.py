@@ -1,0 +1,154 @@
+"""Activations as bytes: the quantisers that feed matvec kernels and the matrix tile.
+
+A row of float32 becomes int8 with one scale per 32 or 256 values, rounded half to even:
+q = round(x * 127 / max|x|), x ~ d * q with d = max|x| / 127. What a kernel needs besides (sums
+that cancel zero points and minima) is stored behind the bytes. Some kernels want the bytes in
+another order, so that nibbles need no shuffle.
+
+For one token (matvec), k values at xq:
+
+    BYTES_32      q[k] | d[k/32] f32 | corr[k/32][8] i32: -128 * sum of 4 bytes | (d, d*sum)[k/32]
+    NIBBLES_32    q[k] | (d, d*sum)[k/32] f32
+    BYTES_256     q[k] | d[k/256] f32 | sums of 32: [k/32] i16 | sums of 16: [k/16] i16
+    NIBBLES_256   as BYTES_256
+
+k is rounded up to 128 for the bytes of the 32-kinds. NIBBLES_32 stores the low halves of four
+blocks, then the high halves; NIBBLES_256 stores the groups of 32 in the order 0 2 1 3, 4 6 5 7.
+"""
+
+from dataclasses import dataclass
+
+from numba import float32, int8, int32
+
+from gguf_tools.jit import Kernel, jit, kernel
+from gguf_tools.simd import (
+    concat,
+    cvt_i8x16,
+    cvt_i32x16,
+    dpbusd,
+    hmax,
+    hsum,
+    ld_f32x16,
+    splat_f32x16,
+    splat_i8x32,
+    splat_i32x8,
+    st,
+    st_f32,
+    st_i16,
+    vfabs,
+    vmax,
+    vrint,
+    zero_f32x16,
+    zero_i32x8,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """A form of the activations for matvec kernels."""
+
+    name: str
+    block: int  # k must be a multiple
+    quantise: Kernel | None  # (x, xq, k); None: the kernel reads the float32 row itself
+    bytes_per_block: int  # at least; see `size`
+
+    def size(self, k: int) -> int:
+        """Bytes for k values, with room for whole vectors past the end."""
+        return (k + 255) // 256 * 256 + (k // self.block + 1) * self.bytes_per_block + 128
+
+
+@jit
+def _scale(x, n):
+    """max|x| of n values (a multiple of 32)."""
+    largest = zero_f32x16()
+    for i in range(0, n, 16):
+        largest = vmax(largest, vfabs(ld_f32x16(x + i * 4)))
+    return hmax(largest)
+
+
+@jit
+def inverse_of(largest):
+    """127 / largest; 0 where that would be infinite."""
+    inverse = float32(0.0)
+    if largest > float32(1e-30):
+        inverse = float32(127.0) / largest
+    return inverse
+
+
+@kernel("iii")
+def quantise_bytes_32(x, xq, k):
+    n_blocks = k // 32
+    scales = xq + ((k + 127) & ~127)
+    corrections = scales + n_blocks * 4
+    pairs = corrections + n_blocks * 32
+    for b in range(n_blocks):
+        largest = _scale(x + b * 128, 32)
+        inverse = splat_f32x16(inverse_of(largest))
+        d = largest / float32(127.0)
+        low = cvt_i32x16(vrint(ld_f32x16(x + b * 128) * inverse))
+        high = cvt_i32x16(vrint(ld_f32x16(x + b * 128 + 64) * inverse))
+        q = concat(cvt_i8x16(low), cvt_i8x16(high))
+        st(xq + b * 32, q)
+        fours = dpbusd(zero_i32x8(), splat_i8x32(int8(1)), q)
+        st(corrections + b * 32, fours * splat_i32x8(int32(-128)))
+        st_f32(scales + b * 4, d)
+        st_f32(pairs + b * 8, d)
+        st_f32(pairs + b * 8 + 4, d * float32(hsum(low + high)))
+
+
+@kernel("iii")
+def quantise_nibbles_32(x, xq, k):
+    pairs = xq + ((k + 127) & ~127)
+    for b in range(k // 32):
+        largest = _scale(x + b * 128, 32)
+        inverse = splat_f32x16(inverse_of(largest))
+        d = largest / float32(127.0)
+        low = cvt_i32x16(vrint(ld_f32x16(x + b * 128) * inverse))
+        high = cvt_i32x16(vrint(ld_f32x16(x + b * 128 + 64) * inverse))
+        place = xq + (b // 4) * 128 + (b % 4) * 16
+        st(place, cvt_i8x16(low))
+        st(place + 64, cvt_i8x16(high))
+        st_f32(pairs + b * 8, d)
+        st_f32(pairs + b * 8 + 4, d * float32(hsum(low + high)))
+
+
+@jit
+def _quantise_256(x, xq, k, nibbles):
+    n_blocks = k // 256
+    scales = xq + k
+    sums32 = scales + n_blocks * 4
+    sums16 = sums32 + n_blocks * 16
+    for b in range(n_blocks):
+        source = x + b * 1024
+        largest = _scale(source, 256)
+        inverse = splat_f32x16(inverse_of(largest))
+        st_f32(scales + b * 4, largest / float32(127.0))
+        for j in range(8):
+            low = cvt_i32x16(vrint(ld_f32x16(source + j * 128) * inverse))
+            high = cvt_i32x16(vrint(ld_f32x16(source + j * 128 + 64) * inverse))
+            low_sum = hsum(low)
+            high_sum = hsum(high)
+            st_i16(sums16 + b * 32 + j * 4, low_sum)
+            st_i16(sums16 + b * 32 + j * 4 + 2, high_sum)
+            st_i16(sums32 + b * 16 + j * 2, low_sum + high_sum)
+            place = j
+            if nibbles:
+                place = (j & 4) | ((j & 1) << 1) | ((j >> 1) & 1)
+            st(xq + b * 256 + place * 32, concat(cvt_i8x16(low), cvt_i8x16(high)))
+
+
+@kernel("iii")
+def quantise_bytes_256(x, xq, k):
+    _quantise_256(x, xq, k, False)
+
+
+@kernel("iii")
+def quantise_nibbles_256(x, xq, k):
+    _quantise_256(x, xq, k, True)
+
+
+FLOATS = Activation("FLOATS", 1, None, 0)
+BYTES_32 = Activation("BYTES_32", 32, quantise_bytes_32, 4 + 32 + 8)
+NIBBLES_32 = Activation("NIBBLES_32", 32, quantise_nibbles_32, 8)
+BYTES_256 = Activation("BYTES_256", 256, quantise_bytes_256, 4 + 16 + 32)
+NIBBLES_256 = Activation("NIBBLES_256", 256, quantise_nibbles_256, 4 + 16 + 32)

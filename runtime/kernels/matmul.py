@@ -1,0 +1,221 @@
+"""Matrix products: matvec for one token, tiles of 32 rows x 6 tokens for prompts.
+
+For a prompt, 32 rows of weights at a time are decoded to bytes (or float32) in this thread's
+scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tokens.
+"""
+
+from numba import float32, int32
+
+from gguf_tools.jit import jit, kernel
+from gguf_tools.simd import (
+    call3,
+    call5,
+    call7,
+    call12,
+    cvt_i8x16,
+    cvt_i32x16,
+    hmax,
+    hsum,
+    ld_f32x16,
+    splat_f32x16,
+    st,
+    st_f32,
+    st_i32,
+    transpose16,
+    vfabs,
+    vmax,
+    vrint,
+    zero_f32x16,
+)
+from gguf_tools.tiles import f32_tile, int8_tile
+from runtime.kernels.activations import inverse_of
+from runtime.kernels.interpreter import arg, column_share, n_tokens, scratch, share
+
+COLUMNS = 6  # tokens per tile; buffers have room for a whole last tile
+FLOAT_CHUNK = 512  # columns of float32 weights decoded at a time: 64 kB
+TILE_SLACK = 2048
+
+
+def scratch_bytes(k: int) -> int:
+    """Scratch per thread of a tiled product with rows of k weights."""
+    groups = (k // 16 + 31) // 16 * 16
+    tile = 32 * k + 2 * groups * 128
+    row_store = 16 * k + 2 * 16 * (groups * 4 + 64)
+    floats = FLOAT_CHUNK * 128 + 16 * (FLOAT_CHUNK * 4 + 64)
+    return max(tile + TILE_SLACK + row_store, floats) + 4096
+
+
+@kernel("iii")
+def quantise(op, state, thread):
+    """One token for matvec: source 0-2, target 3-4, quantiser 5, k 6"""
+    source = arg(op, 0) + thread * arg(op, 1)
+    call3(arg(op, 5), source, arg(op, 3) + thread * arg(op, 4), arg(op, 6))
+
+
+@kernel("iii")
+def matvec(op, state, thread):
+    """w 0, bytes per row 1, rows 2, k 3, kernel 4, activation 5-6, target 7"""
+    first, last = column_share(state, thread, arg(op, 2))
+    activation = arg(op, 5) + thread * arg(op, 6)
+    call7(arg(op, 4), arg(op, 0), arg(op, 1), first, last, activation, arg(op, 7), arg(op, 3))
+
+
+@jit
+def quantise_column(x, q, scales, corrections, sums, k, group, span, bias):
+    """One token for the byte tile: int8 in natural order.
+
+    One scale per `span` values, repeated for each group of `group` (16 or 32):
+    scales[k/group] = d, corrections[k/group] = -bias * sum of q (int32), sums[k/group] = d * sum.
+    """
+    for b in range(k // span):
+        source = x + b * span * 4
+        largest = zero_f32x16()
+        for j in range(0, span, 16):
+            largest = vmax(largest, vfabs(ld_f32x16(source + j * 4)))
+        most = hmax(largest)
+        d = most / float32(127.0)
+        inverse = splat_f32x16(inverse_of(most))
+        for j in range(0, span, group):
+            total = int32(0)
+            for i in range(j, j + group, 16):
+                values = cvt_i32x16(vrint(ld_f32x16(source + i * 4) * inverse))
+                st(q + b * span + i, cvt_i8x16(values))
+                total += hsum(values)
+            g = ((b * span + j) // group) * 4
+            st_f32(scales + g, d)
+            st_i32(corrections + g, -bias * total)
+            st_f32(sums + g, d * float32(total))
+
+
+@kernel("iii")
+def quantise_columns(op, state, thread):
+    """source 0-2, q 3, scales 4, corrections 5, sums 6, bytes per token of q 7 and of the others
+    8, k 9, group 10, span 11, bias 12"""
+    first, last = share(state, thread, n_tokens(state))
+    for t in range(first, last):
+        quantise_column(
+            arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2),
+            arg(op, 3) + t * arg(op, 7),
+            arg(op, 4) + t * arg(op, 8),
+            arg(op, 5) + t * arg(op, 8),
+            arg(op, 6) + t * arg(op, 8),
+            arg(op, 9),
+            arg(op, 10),
+            arg(op, 11),
+            arg(op, 12),
+        )
+
+
+@kernel("iiiiiiiiiiii")
+def tile_32(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
+    int8_tile(6, 32, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+
+
+@kernel("iiiiiiiiiiii")
+def tile_32_offset(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
+    int8_tile(6, 32, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+
+
+@kernel("iiiiiiiiiiii")
+def tile_16(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
+    int8_tile(6, 16, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+
+
+TILES = {(32, False): tile_32, (32, True): tile_32_offset, (16, False): tile_16}
+
+
+@kernel("iii")
+def matmul_bytes(op, state, thread):
+    """w 0, bytes per row 1, rows 2, k 3, row decoder 4, tile 5, q 6, scales 7, corrections 8,
+    sums 9, bytes per token of q 10 and of the others 11, target 12, bytes per token 13, group 14,
+    has offset 15"""
+    n_rows = arg(op, 2)
+    k = arg(op, 3)
+    n_groups = k // arg(op, 14)
+    padded = (n_groups + 15) & ~15
+    # Where k is an odd multiple of 32 the last transpose writes 1 kB too much: TILE_SLACK.
+    tile = (scratch(state, thread) + 63) & ~63
+    scales = tile + 32 * k + TILE_SLACK
+    offsets = scales + padded * 128
+    row_q = offsets + padded * 128
+    stride = n_groups * 4 + 64  # transposes read whole vectors
+    row_scales = row_q + 16 * k
+    row_offsets = row_scales + 16 * stride
+    first, last = column_share(state, thread, n_rows)
+    tiles = (n_tokens(state) + COLUMNS - 1) // COLUMNS
+    for r in range(first, last, 32):
+        for half in range(2):
+            for i in range(16):
+                row = min(r + half * 16 + i, n_rows - 1)
+                source = arg(op, 0) + row * arg(op, 1)
+                to = row_offsets + i * stride
+                call5(arg(op, 4), source, row_q + i * k, row_scales + i * stride, to, k)
+            for j in range(0, k, 64):
+                transpose16(row_q + j, k, tile + j * 32 + half * 64, 128)
+            for j in range(0, n_groups, 16):
+                place = j * 128 + half * 64
+                transpose16(row_scales + j * 4, stride, scales + place, 128)
+                if arg(op, 15):
+                    transpose16(row_offsets + j * 4, stride, offsets + place, 128)
+        for c in range(tiles):
+            token = c * COLUMNS
+            meta = token * arg(op, 11)
+            call12(
+                arg(op, 5),
+                tile,
+                scales,
+                offsets,
+                arg(op, 6) + token * arg(op, 10),
+                arg(op, 10),
+                arg(op, 7) + meta,
+                arg(op, 8) + meta,
+                arg(op, 9) + meta,
+                arg(op, 11),
+                arg(op, 12) + token * arg(op, 13) + r * 4,
+                arg(op, 13),
+                n_groups,
+            )
+
+
+@kernel("iiiiiii")
+def tile_floats(x, xs, w, ws, y, ys, n):
+    f32_tile(6, x, xs, w, ws, y, ys, n)
+
+
+@kernel("iii")
+def matmul_floats(op, state, thread):
+    """w 0, bytes per row 1, rows 2, k 3, row decoder 4, tile 5, bytes per weight 6, source 7-9,
+    target 10, bytes per token 11"""
+    n_rows = arg(op, 2)
+    k = arg(op, 3)
+    tile = (scratch(state, thread) + 63) & ~63
+    rows = tile + FLOAT_CHUNK * 128
+    stride = FLOAT_CHUNK * 4 + 64
+    first, last = column_share(state, thread, n_rows)
+    tiles = (n_tokens(state) + COLUMNS - 1) // COLUMNS
+    source = arg(op, 7) + thread * arg(op, 8)
+    for r in range(first, last, 32):
+        for c in range(tiles * COLUMNS):
+            st(arg(op, 10) + c * arg(op, 11) + r * 4, zero_f32x16())
+            st(arg(op, 10) + c * arg(op, 11) + r * 4 + 64, zero_f32x16())
+        for start in range(0, k, FLOAT_CHUNK):
+            n = min(FLOAT_CHUNK, k - start)
+            for half in range(2):
+                for i in range(16):
+                    row = min(r + half * 16 + i, n_rows - 1)
+                    at = arg(op, 0) + row * arg(op, 1) + start * arg(op, 6)
+                    call5(arg(op, 4), at, rows + i * stride, 0, 0, n)
+                for j in range(0, n, 16):
+                    transpose16(rows + j * 4, stride, tile + j * 128 + half * 64, 128)
+            for c in range(tiles):
+                token = c * COLUMNS
+                call7(
+                    arg(op, 5),
+                    source + token * arg(op, 9) + start * 4,
+                    arg(op, 9),
+                    tile,
+                    128,
+                    arg(op, 10) + token * arg(op, 11) + r * 4,
+                    arg(op, 11),
+                    n,
+                )

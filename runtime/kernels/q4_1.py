@@ -1,0 +1,101 @@
+"""Q4_1 on the CPU: 20 bytes per 32 weights, f16 d | f16 m | 16 x 2 nibbles; weight = d * q + m."""
+
+from numba import float32, int8
+
+from gguf_tools.jit import kernel
+from gguf_tools.simd import (
+    VECTORS,
+    bits_f16x8,
+    bits_i8x16,
+    bits_i8x64,
+    bits_i16x8,
+    bits_i16x32,
+    cvt_f32x8,
+    cvt_f32x16,
+    dpbusd,
+    fma,
+    hsum,
+    ld_f16,
+    ld_f32,
+    ld_f32x8,
+    ld_i8x16,
+    ld_i8x64,
+    make_shuffle,
+    splat_i8x16,
+    splat_i8x64,
+    st,
+    st_f32,
+    zero_f32x8,
+    zero_f32x16,
+    zero_i32x4,
+    zero_i32x16,
+)
+from runtime.kernels.activations import NIBBLES_32
+from runtime.kernels.formats import FormatKernels
+
+
+def _lane(byte: int) -> int:
+    """Where a byte of 4 blocks (80 bytes) lies in two loads: of bytes 0-63 and of 16-79."""
+    return byte if byte < 64 else 64 + byte - 16
+
+
+_nibbles = make_shuffle(
+    "_nibbles",
+    [_lane(20 * b + 4 + i) for b in range(4) for i in range(16)],
+    VECTORS["i8x64"],
+    two=True,
+)
+_scales = make_shuffle(
+    "_scales", [_lane(20 * b + i) for b in range(4) for i in range(4)], VECTORS["i8x64"], two=True
+)
+_even = make_shuffle("_even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
+_odd = make_shuffle("_odd", [1, 3, 5, 7], VECTORS["f32x8"])
+
+
+@kernel("iiiiiii")
+def matvec(w, row_bytes, first, last, xq, y, k):
+    n_blocks = k // 32
+    pairs = xq + ((k + 127) & ~127)
+    mask = splat_i8x64(int8(15))
+    mask16 = splat_i8x16(int8(15))
+    for r in range(first, last):
+        p = w + r * row_bytes
+        total = zero_f32x16()
+        sums = zero_f32x8()
+        for b in range(0, n_blocks - 3, 4):
+            head = ld_i8x64(p)
+            tail = ld_i8x64(p + 16)
+            nibbles = _nibbles(head, tail)
+            # (d * dx, m * dx * sum) of each block
+            dm = cvt_f32x8(bits_f16x8(_scales(head, tail))) * ld_f32x8(pairs + b * 8)
+            t = dpbusd(zero_i32x16(), nibbles & mask, ld_i8x64(xq + b * 32))
+            high = bits_i8x64(bits_i16x32(nibbles) >> 4) & mask
+            t = dpbusd(t, high, ld_i8x64(xq + b * 32 + 64))
+            total = fma(cvt_f32x16(t), _even(dm), total)
+            sums = sums + dm
+            p += 80
+        result = hsum(total) + hsum(_odd(sums))
+        for b in range(n_blocks & ~3, n_blocks):
+            n = ld_i8x16(p + 4)
+            place = xq + (b // 4) * 128 + (b % 4) * 16
+            u = dpbusd(zero_i32x4(), n & mask16, ld_i8x16(place))
+            u = dpbusd(u, bits_i8x16(bits_i16x8(n) >> 4) & mask16, ld_i8x16(place + 64))
+            result += float32(hsum(u)) * ld_f16(p) * ld_f32(pairs + b * 8)
+            result += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
+            p += 20
+        st_f32(y + r * 4, result)
+
+
+@kernel("iiiii")
+def rows(p, q, scales, offsets, k):
+    mask = splat_i8x16(int8(15))
+    for b in range(k // 32):
+        n = ld_i8x16(p + 4)
+        st(q + b * 32, n & mask)
+        st(q + b * 32 + 16, bits_i8x16(bits_i16x8(n) >> 4) & mask)
+        st_f32(scales + b * 4, ld_f16(p))
+        st_f32(offsets + b * 4, ld_f16(p + 2))
+        p += 20
+
+
+KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, span=32, bias=0, has_offset=True)

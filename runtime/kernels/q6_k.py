@@ -1,0 +1,102 @@
+"""Q6_K on the CPU: 210 bytes per 256 weights, 128 x 2 low nibbles | 64 x 4 high bit pairs |
+16 i8 scales | f16 d; weight = d * scale * (q - 32)."""
+
+from numba import float32, int8
+
+from gguf_tools.jit import kernel
+from gguf_tools.simd import (
+    VECTORS,
+    bits_i8x32,
+    bits_i8x64,
+    bits_i16x16,
+    bits_i16x32,
+    concat,
+    cvt_f32x8,
+    cvt_f32x16,
+    cvt_i16x16,
+    cvt_i32x16,
+    dpbusd,
+    fma,
+    hsum,
+    ld_f16,
+    ld_f32,
+    ld_i8x16,
+    ld_i8x32,
+    ld_i8x64,
+    ld_i16x16,
+    make_shuffle,
+    pmaddwd,
+    splat_f32x8,
+    splat_f32x16,
+    splat_i8x64,
+    st,
+    st_f32,
+    zero_f32x8,
+    zero_f32x16,
+    zero_i32x16,
+)
+from runtime.kernels.activations import BYTES_256
+from runtime.kernels.formats import FormatKernels
+
+# The scales of the i-th 64 weights: 4 groups of 16, each in 4 lanes.
+_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], VECTORS["i32x16"])
+_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["i32x16"])
+_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["i32x16"])
+_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["i32x16"])
+
+
+@kernel("iiiiiii")
+def matvec(w, row_bytes, first, last, xq, y, k):
+    n_blocks = k // 256
+    dx = xq + k
+    sums = dx + n_blocks * 20
+    mask = splat_i8x64(int8(15))
+    bits = splat_i8x64(int8(0x30))
+    for r in range(first, last):
+        p = w + r * row_bytes
+        total = zero_f32x16()
+        below = zero_f32x8()
+        for b in range(n_blocks):
+            scales = ld_i8x16(p + 192)
+            s = cvt_i32x16(scales)
+            x = xq + b * 256
+            low = ld_i8x64(p)
+            top = ld_i8x32(p + 128)
+            high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
+            q0 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
+            q1 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
+            t = dpbusd(zero_i32x16(), q0, ld_i8x64(x)) * _scales_0(s)
+            t = t + dpbusd(zero_i32x16(), q1, ld_i8x64(x + 64)) * _scales_1(s)
+            low = ld_i8x64(p + 64)
+            top = ld_i8x32(p + 160)
+            high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
+            q2 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
+            q3 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
+            u = dpbusd(zero_i32x16(), q2, ld_i8x64(x + 128)) * _scales_2(s)
+            u = u + dpbusd(zero_i32x16(), q3, ld_i8x64(x + 192)) * _scales_3(s)
+            d = ld_f16(p + 208) * ld_f32(dx + b * 4)
+            total = fma(cvt_f32x16(t + u), splat_f32x16(d), total)
+            m = pmaddwd(cvt_i16x16(scales), ld_i16x16(sums + b * 32))
+            below = fma(cvt_f32x8(m), splat_f32x8(d), below)
+            p += 210
+        st_f32(y + r * 4, hsum(total) - float32(32.0) * hsum(below))
+
+
+@kernel("iiiii")
+def rows(p, q, scales, offsets, k):
+    mask = splat_i8x64(int8(15))
+    bits = splat_i8x64(int8(0x30))
+    for b in range(k // 256):
+        for h in range(2):
+            low = ld_i8x64(p + h * 64)
+            top = ld_i8x32(p + 128 + h * 32)
+            high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
+            place = q + b * 256 + h * 128
+            st(place, (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits))
+            st(place + 64, (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits))
+        d = splat_f32x16(ld_f16(p + 208))
+        st(scales + b * 64, cvt_f32x16(cvt_i32x16(ld_i8x16(p + 192))) * d)
+        p += 210
+
+
+KERNELS = FormatKernels(matvec, BYTES_256, rows, group=16, span=256, bias=32, has_offset=False)

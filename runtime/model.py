@@ -1,0 +1,138 @@
+"""A model that is ready to read tokens: program, backend, and what its KV cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+
+from gguf_tools.errors import ContextFullError
+from gguf_tools.reader import GGUFFile
+from runtime.backends import Backend
+from runtime.config import ModelConfig, read_config
+from runtime.decoders import build_program
+from runtime.program import Floats, Program
+
+DEFAULT_CONTEXT = 8192  # at most, when the user names none: the KV cache costs memory
+BACKENDS = ("cpu", "reference")
+
+
+class Model:
+    """Reads tokens and gives logits; remembers them in the KV cache until truncated."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, *, n_ctx: int, n_threads: int, n_batch: int
+    ) -> None:
+        self.config = config
+        self.n_ctx = n_ctx
+        self.n_threads = n_threads
+        self.tokens: list[int] = []
+        self._backend = backend
+        self._n_batch = n_batch
+
+    @classmethod
+    def load(
+        cls,
+        file: GGUFFile,
+        *,
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        backend: str = "cpu",
+        n_batch: int = 512,
+    ) -> Model:
+        """Make the model in `file` ready to run; the file must stay open.
+
+        `n_ctx` tokens of context (default: the trained length, at most DEFAULT_CONTEXT);
+        `threads` default to the physical cores; prompts are read `n_batch` tokens at a time.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
+        if n_ctx is not None and n_ctx < 1:
+            raise ValueError(f"n_ctx must be positive, not {n_ctx}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be positive, not {threads}")
+        config = read_config(file)
+        program = build_program(file, config)
+        size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+        n_threads = threads or default_threads()
+        n_batch = min(n_batch, size)
+        runner = _make_backend(
+            backend, program, n_ctx=size, n_threads=n_threads, n_batch=n_batch
+        )
+        return cls(config, runner, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks for the user, each worth saying once."""
+        return self._backend.notes
+
+    def forward(self, ids: Sequence[int], *, all_logits: bool = False) -> Floats:
+        """Read `ids` after the tokens already held.
+
+        Gives the logits that follow the last one, (n_vocab,), or those that follow each,
+        (len(ids), n_vocab). Raises ContextFullError, with nothing read, when they do not fit.
+        """
+        if len(ids) == 0:
+            raise ValueError("forward needs at least one token")
+        tokens = np.asarray(ids, np.int64)
+        if tokens.min() < 0 or tokens.max() >= self.config.n_vocab:
+            raise ValueError(f"token ids must be from 0 to {self.config.n_vocab - 1}")
+        held = len(self.tokens)
+        if held + len(tokens) > self.n_ctx:
+            raise ContextFullError(
+                f"the context holds {self.n_ctx} tokens: {held} are used and {len(tokens)} more "
+                "were asked for; use a larger --ctx or a shorter text"
+            )
+        wanted = []
+        for first in range(0, len(tokens), self._n_batch):
+            batch = tokens[first : first + self._n_batch]
+            last = first + len(batch) == len(tokens)
+            n_outputs = len(batch) if all_logits else int(last)
+            wanted.append(self._backend.run(batch, held + first, n_outputs))
+            self.tokens.extend(batch.tolist())
+        return np.concatenate(wanted) if all_logits else wanted[-1][0]
+
+    def truncate(self, n: int) -> None:
+        """Forget all but the first n tokens."""
+        if not 0 <= n <= len(self.tokens):
+            raise ValueError(f"cannot keep {n} of {len(self.tokens)} tokens")
+        del self.tokens[n:]
+
+    def close(self) -> None:
+        self._backend.close()
+        self.tokens.clear()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """The physical cores this process may use."""
+    import os
+
+    import psutil
+
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    physical = psutil.cpu_count(logical=False)
+    return max(1, min(physical or logical or 1, logical or 1))
+
+
+def _make_backend(
+    name: str, program: Program, *, n_ctx: int, n_threads: int, n_batch: int
+) -> Backend:
+    if name == "reference":
+        from runtime.backends.reference import ReferenceBackend
+
+        return ReferenceBackend(program, n_ctx=n_ctx)
+    from runtime.backends.cpu import CPUBackend
+
+    return CPUBackend(program, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch)

@@ -1,0 +1,68 @@
+"""Tensors for a decoder, checked against the shape it needs before an address leaves here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gguf_tools.errors import MissingTensorError, printable
+from gguf_tools.reader import GGUFFile
+from runtime.program import Floats, Matrix
+
+NAMED_AT_MOST = 8  # tensors named in one error; a wrong file may lack hundreds
+
+
+class Weights:
+    """Look-ups that remember what was missing, so that one error can name all of it."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.used: set[str] = set()
+        self.problems: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return name in self.file.tensors
+
+    def matrix(self, name: str, n_rows: int, n_columns: int) -> Matrix:
+        """A matrix of n_rows outputs, each of n_columns inputs."""
+        if self._check(name, (n_rows, n_columns)):
+            info = self.file.tensors[name]
+            return Matrix(name, info.quant, n_rows, n_columns, self.file.raw(name))
+        return Matrix(name, _absent(), n_rows, n_columns, np.empty((0, 0), np.uint8))
+
+    def vector(self, name: str, size: int) -> Floats:
+        """A float32 vector such as a norm's weight."""
+        if self._check(name, (size,)):
+            return np.ascontiguousarray(self.file.load(name), np.float32)
+        return np.zeros(size, np.float32)
+
+    def optional_vector(self, name: str, size: int) -> Floats | None:
+        return self.vector(name, size) if self.has(name) else None
+
+    def finish(self) -> None:
+        """Raise MissingTensorError for all that was missing, misshapen, or left unused."""
+        unused = [name for name in self.file.tensors if name not in self.used]
+        problems = self.problems + [f"{printable(name)} is not expected" for name in unused]
+        if problems:
+            more = len(problems) - NAMED_AT_MOST
+            rest = f"; and {more} more" if more > 0 else ""
+            raise MissingTensorError(
+                f"{printable(self.file.path)}: the tensors do not fit the architecture: "
+                + "; ".join(problems[:NAMED_AT_MOST])
+                + rest
+            )
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.used.add(name)
+        info = self.file.tensors.get(name)
+        if info is None:
+            self.problems.append(f"{name} is missing")
+        elif tuple(info.shape) != shape:
+            found = " x ".join(str(n) for n in info.shape)
+            self.problems.append(f"{name} is {found}, expected {' x '.join(map(str, shape))}")
+        return info is not None and tuple(info.shape) == shape
+
+
+def _absent():  # type: ignore[no-untyped-def]
+    from gguf_tools.quants import by_name
+
+    return by_name("F32")

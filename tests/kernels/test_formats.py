@@ -1,0 +1,84 @@
+"""Each format's kernels against float64 products of the weights the gguf package decodes."""
+
+import numpy as np
+import pytest
+
+from runtime.kernels.formats import FormatKernels
+from runtime.kernels.table import FORMATS
+from tests.kernels.blocks import block_size, dequantise, random_rows
+
+LENGTHS = {1: (1, 15, 33, 172, 576, 2304), 32: (32, 64, 96, 160, 576, 2304), 256: (256, 768, 2304)}
+CASES = [(name, k) for name in FORMATS for k in LENGTHS[block_size(name)]]
+
+
+def matvec(kernels: FormatKernels, rows: np.ndarray, x: np.ndarray) -> np.ndarray:
+    n_rows, k = len(rows), len(x)
+    y = np.full(n_rows, np.nan, np.float32)
+    source = x
+    if kernels.activation.quantise is not None:
+        source = np.zeros(kernels.activation.size(k), np.uint8)
+        kernels.activation.quantise(x.ctypes.data, source.ctypes.data, k)
+    half = n_rows // 2
+    for first, last in ((0, half), (half, n_rows)):  # as two threads would
+        kernels.matvec(
+            rows.ctypes.data, rows.shape[1], first, last, source.ctypes.data, y.ctypes.data, k
+        )
+    return y
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_matvec(name: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    rows = random_rows(name, 11, k, rng)
+    x = rng.normal(size=k).astype(np.float32)
+    weights = dequantise(name, rows)
+    y = matvec(FORMATS[name], rows, x)
+    if FORMATS[name].activation.quantise is None:
+        scale = np.abs(weights) @ np.abs(x.astype(np.float64))
+        assert np.all(np.abs(y - weights @ x) <= 1e-6 * scale + 1e-12)
+        return
+    # The activations are rounded: by half a step of max|x| / 127 in each block of 32 or 256.
+    span = FORMATS[name].span
+    step = np.abs(x.reshape(-1, span)).max(axis=1) / 127
+    q = np.rint(x.reshape(-1, span) / step[:, None]) * step[:, None]
+    expected = weights @ q.reshape(-1).astype(np.float64)
+    scale = np.abs(weights) @ np.abs(q.reshape(-1))
+    # One value in many may round the other way where x / step is almost a half.
+    assert np.all(np.abs(y - expected) <= 1e-4 * scale)
+    assert np.all(np.abs(y - weights @ x) <= 0.02 * scale)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_rows(name: str, k: int) -> None:
+    """The row decoder gives the weights exactly (up to the rounding of float32)."""
+    rng = np.random.default_rng(k)
+    rows = random_rows(name, 1, k, rng)
+    kernels, weights = FORMATS[name], dequantise(name, rows)[0]
+    if kernels.group == 0:
+        values = np.zeros(k + 16, np.float32)
+        kernels.rows(rows.ctypes.data, values.ctypes.data, 0, 0, k)
+        assert np.array_equal(values[:k], weights)
+        return
+    q = np.zeros(k + 64, np.uint8)
+    scales, offsets = np.zeros((2, k // kernels.group + 64), np.float32)
+    kernels.rows(
+        rows.ctypes.data, q.ctypes.data, scales.ctypes.data, offsets.ctypes.data, k
+    )
+    values = q[:k].reshape(-1, kernels.group).astype(np.float64) - kernels.bias
+    values *= scales[: len(values), None]
+    if kernels.has_offset:
+        values += offsets[: len(values), None]
+    assert np.allclose(values.reshape(-1), weights, rtol=2e-6, atol=1e-7 * np.abs(weights).max())
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if block_size(name) > 1])
+@pytest.mark.parametrize("value", [0.0, 1e-38, 3e4])
+def test_extreme_activations(name: str, value: float) -> None:
+    """Zeros, denormal-sized and large activations give finite, right results."""
+    k = 512
+    rows = random_rows(name, 4, k, np.random.default_rng(1))
+    x = np.full(k, value, np.float32)
+    y = matvec(FORMATS[name], rows, x)
+    expected = dequantise(name, rows) @ x.astype(np.float64)
+    assert np.all(np.isfinite(y))
+    assert np.allclose(y, expected, rtol=2e-5, atol=max(1e-4 * value * k, 1e-30))
