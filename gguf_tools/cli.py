@@ -30,7 +30,6 @@ def convert(
         str,
         typer.Option(
             "--type",
-            "-t",
             metavar="TYPE",
             help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1 or "
             "Q4_0; upper or lower case.",
@@ -136,7 +135,10 @@ def main() -> None:
 
 def _application(*commands: Callable[..., None]) -> typer.Typer:
     application = typer.Typer(
-        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     for command in commands:
         application.command(no_args_is_help=True)(command)
@@ -146,8 +148,14 @@ def _application(*commands: Callable[..., None]) -> typer.Typer:
 def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
     """Convert, with a progress bar on a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from gguf_tools.conversion import convert as write_file
     from gguf_tools.errors import printable

@@ -1,0 +1,165 @@
+"""From a checkpoint to a GGUF file in one pass, a band of rows at a time.
+
+Each band is read, checked, transformed and quantised by one of the threads, and written in order.
+No more than a few bands are in memory, however large a tensor is.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from gguf_tools import archs
+from gguf_tools.archs.config import HFConfig
+from gguf_tools.checkpoint import CONFIG_NAME, Floats, LazyTensor, open_checkpoint
+from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantError, printable
+from gguf_tools.plan import Plan, TensorPlan, build_plan, match_tensors
+from gguf_tools.recipes import FileType
+from gguf_tools.vocab import read_vocab
+from gguf_tools.writer import GGUFWriter
+
+BAND = 1 << 20  # weights that are read and quantised together
+LARGE = 60_000.0  # from here on a type with 16-bit scales may not hold a weight (65504)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A band has been written."""
+
+    tensor: TensorPlan
+    index: int  # of the tensor in the plan
+    n_rows: int  # of the tensor written so far
+    n_bytes: int  # in this band
+
+    @property
+    def finished(self) -> bool:
+        return self.n_rows == self.tensor.source.n_rows
+
+
+def plan_conversion(folder: str | os.PathLike[str], file_type: FileType) -> Plan:
+    """Read everything but the weights, and say what the file will hold."""
+    checkpoint = open_checkpoint(folder)
+    where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
+    model = match_tensors(checkpoint, archs.find(HFConfig(checkpoint.config, where)))
+    vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
+    plan = build_plan(
+        model, file_type=file_type, vocab_metadata=vocab.metadata, sampling=vocab.sampling
+    )
+    return Plan(plan.file_type, plan.tensors, plan.metadata, (*plan.notes, *vocab.warnings))
+
+
+def convert(
+    plan: Plan, path: str | os.PathLike[str], *, threads: int, force: bool = False
+) -> Iterator[Progress]:
+    """Write the file; what is yielded has been written. The file appears when all is done."""
+    if threads < 1:
+        raise ValueError(f"expected at least one thread, got {threads}")
+    with GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force) as writer:
+        for progress, blocks in _quantised_bands(plan, threads):
+            writer.write(progress.tensor.name, blocks)
+            del blocks
+            yield progress
+
+
+def default_threads() -> int:
+    """The physical cores that this process may use."""
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(psutil.cpu_count(logical=False) or 1, logical or 1))
+
+
+def protect_checkpoint(folder: Path, output: Path) -> None:
+    """Refuse to write over a file of the checkpoint that is being read."""
+    try:
+        names = [] if output.suffix == ".gguf" else os.listdir(folder)
+        same = any(os.path.samefile(folder / name, output) for name in names)
+    except OSError:
+        return  # one of them is not there: nothing to protect
+    if same:
+        raise OutputError(
+            f"{printable(output, limit=1000)} is a file of the checkpoint itself; choose another "
+            "name"
+        )
+
+
+def _quantised_bands(plan: Plan, threads: int) -> Iterator[tuple[Progress, npt.NDArray[np.uint8]]]:
+    """All bands in the order of the file, with at most a few made in advance."""
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="quantise")
+    waiting: deque[tuple[Progress, Future[npt.NDArray[np.uint8]]]] = deque()
+    try:
+        for index, tensor in enumerate(plan.tensors):
+            step = rows_per_band(tensor)
+            for first in range(0, tensor.source.n_rows, step):
+                last = min(first + step, tensor.source.n_rows)
+                n_bytes = (last - first) * tensor.quant.row_bytes(tensor.source.row_length)
+                future = executor.submit(quantise_band, tensor, first, last)
+                waiting.append((Progress(tensor, index, last, n_bytes), future))
+                if len(waiting) > threads + 1:
+                    progress, done = waiting.popleft()
+                    yield progress, done.result()
+        while waiting:
+            progress, done = waiting.popleft()
+            yield progress, done.result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def rows_per_band(tensor: TensorPlan) -> int:
+    """Rows of a band: about BAND weights, and whole groups of the transform."""
+    step = max(1, BAND // tensor.source.row_length)
+    if tensor.transform is None or len(tensor.shape) < 2:
+        return step
+    group = tensor.transform.group
+    return max(group, step - step % group)
+
+
+def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.uint8]:
+    """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
+    source, quant = tensor.source, tensor.quant
+    rows = source.load(first, last)
+    peak = _check_finite(source, rows, first)
+    original = rows
+    if tensor.transform is not None:
+        shape = rows.shape
+        # The elements of a vector are what its matrix has as rows.
+        rows = rows.reshape(-1, 1) if len(tensor.shape) < 2 else rows
+        rows = tensor.transform.apply(rows).reshape(shape)
+    if quant.quantize is None:
+        raise UnsupportedQuantError(
+            f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"
+        )
+    blocks = quant.quantize(rows)
+    if peak > LARGE and quant.name != "F32" and not np.isfinite(quant.dequantize(blocks)).all():
+        worst = int(np.argmax(np.abs(original)))
+        raise UnsupportedQuantError(
+            f"{_position(source, first, worst)} is {original.reshape(-1)[worst]:g}, more than "
+            f"type {quant.name} can hold; convert to F32 or BF16"
+        )
+    return blocks
+
+
+def _check_finite(source: LazyTensor, rows: Floats, first: int) -> float:
+    """The largest magnitude; an error that names the place if one is no number."""
+    if rows.size == 0:
+        return 0.0
+    peak = max(abs(float(rows.min())), abs(float(rows.max())))  # both are NaN if one weight is
+    if np.isfinite(peak):
+        return peak
+    flat = rows.reshape(-1)
+    worst = int(np.flatnonzero(~np.isfinite(flat))[0])
+    raise CheckpointError(
+        f"{_position(source, first, worst)} is {flat[worst]:g}: expected a number that 32 bits "
+        "can hold; the checkpoint is damaged"
+    )
+
+
+def _position(source: LazyTensor, first: int, offset: int) -> str:
+    """`tensor NAME[row, column]`, `offset` weights after the start of row `first`."""
+    element = first * source.row_length + offset
+    index = np.unravel_index(element, source.shape) if source.shape else ()
+    return f"tensor {printable(source.name)}[{', '.join(str(int(i)) for i in index)}]"

@@ -1,0 +1,353 @@
+"""What a conversion will write: every tensor with its type and size, and the metadata.
+
+Two steps. `match_tensors` holds the checkpoint against its architecture: each tensor that
+config.json promises must be there in its shape, and nothing else. `build_plan` gives each a type
+and adds up the sizes. No weight is read, but for a head that may be a copy of the embedding.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_tools.archs.architecture import Architecture, ModelFacts, TensorRule
+from gguf_tools.archs.config import HFConfig
+from gguf_tools.archs.transforms import Transform
+from gguf_tools.checkpoint import (
+    CONFIG_NAME,
+    READABLE,
+    Checkpoint,
+    LazyTensor,
+    listing,
+    unreadable,
+)
+from gguf_tools.errors import CheckpointError, MissingTensorError, printable
+from gguf_tools.model_card import card_metadata, read_card
+from gguf_tools.naming import model_id, name_parts, size_label, title
+from gguf_tools.quants import by_name
+from gguf_tools.quants.quanttype import QuantType
+from gguf_tools.recipes import (
+    Choice,
+    FileType,
+    RecipeFacts,
+    block_number,
+    choose_types,
+    sorted_names,
+)
+from gguf_tools.values import MetadataValue, Value
+from gguf_tools.writer import TensorSpec, file_size
+
+QUANTIZATION_VERSION = 2
+COMPARED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A tensor of the output file and where its weights come from."""
+
+    name: str
+    source: LazyTensor
+    transform: Transform | None = None
+
+
+@dataclass(frozen=True)
+class MatchedModel:
+    """A checkpoint that is what its config.json says."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    facts: ModelFacts
+    tensors: tuple[Matched, ...]
+    notes: tuple[str, ...]  # for the user
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output file."""
+
+    name: str
+    source: LazyTensor
+    transform: Transform | None
+    quant: QuantType
+    choice: Choice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.quant, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.n_rows * self.quant.row_bytes(self.source.row_length)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Tensors of one kind that did not get the type that the file type asks for."""
+
+    pattern: str  # blk.*.attn_k.weight
+    count: int
+    wanted: str
+    type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole output file, before its first byte is written."""
+
+    file_type: FileType
+    tensors: tuple[TensorPlan, ...]  # in the order of the file
+    metadata: Mapping[str, MetadataValue]
+    notes: tuple[str, ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [tensor.spec for tensor in self.tensors]
+
+    @cached_property
+    def total_size(self) -> int:
+        return file_size(self.metadata, self.specs)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(tensor.source.n_elements for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the tensors' bytes, as llama.cpp counts them."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors) / self.n_parameters
+
+    @property
+    def types(self) -> Counter[str]:
+        return Counter(tensor.quant.name for tensor in self.tensors)
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        groups: Counter[tuple[str, str, str, str]] = Counter()
+        for tensor in self.tensors:
+            choice = tensor.choice
+            if choice.reason:
+                pattern = tensor.name
+                if block_number(pattern) >= 0:
+                    pattern = "blk.*." + pattern.split(".", 2)[2]
+                groups[pattern, choice.wanted, choice.type, choice.reason] += 1
+        return [
+            Fallback(pattern, count, wanted, type_, reason)
+            for (pattern, wanted, type_, reason), count in groups.items()
+        ]
+
+
+def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> MatchedModel:
+    """Find every tensor that the architecture asks for; all that is wrong is one error."""
+    config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
+    facts = architecture.read_facts(config)
+    rules, notes = _expected(checkpoint, architecture, facts)
+    present = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.endswith(architecture.ignored)
+    }
+    missing = [source for source in rules if source not in present]
+    unexpected = [name for name in present if name not in rules]
+    if notes.dropped_head:
+        unexpected.remove(architecture.head.source)
+    misshapen = [
+        f"{printable(source)} is {present[source].shape} where config.json gives {shape}"
+        for source, rule in rules.items()
+        if source in present and present[source].shape != (shape := _shape(rule, facts))
+    ]
+    problems = [
+        f"{kind}: {listing(map(printable, names))}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if misshapen:
+        problems.append(f"wrong shape: {listing(misshapen)}")
+    if problems:
+        raise MissingTensorError(
+            f"{printable(checkpoint.folder, limit=1000)}: the tensors do not fit config.json "
+            f"({architecture.name}, {facts.n_layers} layers): {'; '.join(problems)}"
+        )
+    odd = [unreadable(s, present[s].dtype) for s in rules if present[s].dtype not in READABLE]
+    if odd:
+        more = f" (and {len(odd) - 1:,} more like it)" if len(odd) > 1 else ""
+        raise CheckpointError(f"{printable(checkpoint.folder, limit=1000)}: {odd[0]}{more}")
+    tensors = [
+        Matched(rule.name, present[source], rule.transform(facts) if rule.transform else None)
+        for source, rule in rules.items()
+    ]
+    for generated in architecture.generated:
+        values = generated.make(facts)
+        if values is not None:
+            tensors.append(Matched(generated.name, _constant(generated.name, values)))
+    return MatchedModel(
+        checkpoint, architecture, facts, tuple(tensors), (*facts.notes, *notes.texts)
+    )
+
+
+def build_plan(
+    model: MatchedModel,
+    *,
+    file_type: FileType,
+    vocab_metadata: Mapping[str, MetadataValue],
+    sampling: Mapping[str, MetadataValue],
+) -> Plan:
+    """Types, sizes and metadata of the output file."""
+    facts = model.facts
+    recipe_facts = RecipeFacts(
+        model.architecture.name, facts.n_layers, facts.n_heads, facts.n_kv_heads
+    )
+    by_tensor = {tensor.name: tensor for tensor in model.tensors}
+    shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
+    choices = choose_types(file_type, shapes, facts=recipe_facts)
+    tensors = tuple(
+        TensorPlan(
+            name,
+            by_tensor[name].source,
+            by_tensor[name].transform,
+            by_name(choices[name].type),
+            choices[name],
+        )
+        for name in sorted_names(shapes)
+    )
+    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
+    metadata = {
+        **_general_metadata(model, n_parameters, sampling),
+        **_model_metadata(model),
+        "general.file_type": Value("u32", file_type.file_type_id),
+        "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
+        **vocab_metadata,
+    }
+    return Plan(file_type, tensors, metadata, model.notes)
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _HeadNotes:
+    texts: tuple[str, ...] = ()
+    dropped_head: bool = False
+
+
+def _expected(
+    checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts
+) -> tuple[dict[str, TensorRule], _HeadNotes]:
+    """The rule of every tensor that must be there, by the name in the checkpoint."""
+    rules: dict[str, TensorRule] = {}
+    heads, notes = _embedding_and_head(checkpoint, architecture, facts)
+    rules.update(heads)
+    for rule in architecture.tensors:
+        if rule.when and rule.when not in facts.switches:
+            continue
+        layers = range(facts.n_layers) if "{layer}" in rule.source else range(1)
+        for layer in layers:
+            source, name = (
+                text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
+            )
+            rules[source] = TensorRule(source, name, rule.shape, rule.transform)
+    return rules, notes
+
+
+def _embedding_and_head(
+    checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts
+) -> tuple[dict[str, TensorRule], _HeadNotes]:
+    """Tied weights may be stored under either name, or twice; a head of its own under its own."""
+    embedding, head = architecture.embedding, architecture.head
+    stored_embedding = checkpoint.tensors.get(embedding.source)
+    stored_head = checkpoint.tensors.get(head.source)
+    separate = {embedding.source: embedding, head.source: head}
+    if facts.tied and stored_head is not None and stored_embedding is None:
+        rule = TensorRule(head.source, embedding.name, embedding.shape, embedding.transform)
+        return {head.source: rule}, _HeadNotes()
+    if stored_head is None and facts.tied is not False:
+        if facts.tied:
+            return {embedding.source: embedding}, _HeadNotes()
+        note = (
+            f"there is no {head.source} and config.json does not say tie_word_embeddings: "
+            "the embedding is taken as the head"
+        )
+        return {embedding.source: embedding}, _HeadNotes((note,))
+    if facts.tied and stored_embedding is not None and stored_head is not None:
+        if _are_equal(stored_embedding, stored_head):
+            note = (
+                f"{head.source} is left out: it is a copy of {embedding.source}, and config.json "
+                "says that they are tied"
+            )
+            return {embedding.source: embedding}, _HeadNotes((note,), dropped_head=True)
+        note = (
+            f"config.json says that {head.source} and {embedding.source} are tied, but they "
+            "differ: both are written"
+        )
+        return separate, _HeadNotes((note,))
+    return separate, _HeadNotes()
+
+
+def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors hold the same bytes; stops at the first band that differs."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.dtype not in READABLE:
+        return False
+    for row in range(0, one.n_rows, COMPARED_ROWS):
+        end = min(row + COMPARED_ROWS, one.n_rows)
+        bands = [tensor.load(row, end).view(np.uint32) for tensor in (one, other)]
+        if not np.array_equal(*bands):
+            return False
+    return True
+
+
+def _shape(rule: TensorRule, facts: ModelFacts) -> tuple[int, ...]:
+    return tuple(facts.sizes[size] for size in rule.shape)
+
+
+def _constant(name: str, values: npt.NDArray[np.float32]) -> LazyTensor:
+    rows = values.reshape(prod(values.shape[:-1]), values.shape[-1])
+    return LazyTensor(name, values.shape, "F32", lambda first, last: rows[first:last])
+
+
+# --- metadata -----------------------------------------------------------------------------------
+
+
+def _general_metadata(
+    model: MatchedModel, n_parameters: int, sampling: Mapping[str, MetadataValue]
+) -> dict[str, MetadataValue]:
+    """general.*, in the order of llama.cpp's converter."""
+    folder = model.checkpoint.folder
+    card = read_card(folder)
+    name = model_id(folder)
+    parts = name_parts(name, n_parameters)
+    given = card.get("model_name", [])
+    entries: dict[str, MetadataValue] = {
+        "general.architecture": Value("str", model.architecture.name),
+        "general.type": Value("str", "model"),
+        **sampling,
+        "general.name": Value("str", given[0] if given else title(name)),
+    }
+    for key, text in (
+        ("version", parts.version),
+        ("finetune", parts.fine_tune),
+        ("basename", parts.base),
+        ("size_label", parts.size or size_label(n_parameters)),
+    ):
+        if text:
+            entries[f"general.{key}"] = Value("str", text)
+    return {**entries, **card_metadata(card)}
+
+
+def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
+    name = model.architecture.name
+    entries: dict[str, MetadataValue] = {}
+    for rule in model.architecture.metadata:
+        value = getattr(model.facts, rule.field)
+        if value is not None:
+            entries[f"{name}.{rule.key}"] = Value(rule.type, value)
+    for key, type_, value in model.facts.rope.metadata():
+        entries[f"{name}.{key}"] = Value(type_, value)
+    return entries
