@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from gguf_tools.errors import FormatError, UnsupportedQuantError, printable
+from gguf_tools.lookalikes import describe_beginning
 from gguf_tools.quants import by_id
 from gguf_tools.quants.quanttype import QuantType
 from gguf_tools.values import (
@@ -34,8 +35,8 @@ MAX_TENSORS = 1 << 17
 MAX_KEY_BYTES = 65535  # by the specification
 MAX_NAME_BYTES = 64  # by the specification
 MAX_STRING_BYTES = 1 << 24
-MAX_ARRAY_STRINGS = 1 << 22
-MAX_ARRAY_STRING_BYTES = 1 << 26
+MAX_ARRAY_STRINGS = 1 << 21  # in all arrays together
+MAX_TEXT_BYTES = 1 << 25  # of all keys and strings together
 MAX_NESTED_ARRAYS = 1 << 16
 MAX_DEPTH = 4
 MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
@@ -43,7 +44,7 @@ MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
 HEADER_BYTES = 24
 MIN_KEY_ENTRY = 14  # length, one letter, type, one byte of value
 MIN_TENSOR_ENTRY = 33  # length, one letter, n_dims, one dimension, type, offset
-COPY_BELOW = 1 << 24  # numeric arrays under this many bytes do not keep the mapping alive
+MAX_COPIED_BYTES = 1 << 24  # numeric arrays are copies until this is used up, then views
 
 REMOVED_TYPES = {
     4: "Q4_2",
@@ -55,27 +56,6 @@ REMOVED_TYPES = {
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
-
-# How files begin that are offered as GGUF and are not.
-LOOKALIKES = (
-    (b"FUGG", "a byte-swapped GGUF file (made for a big-endian machine)"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; run `git lfs pull`"),
-    (b"lmgg", "a GGML file from before GGUF; convert the model again"),
-    (b"fmgg", "a GGMF file from before GGUF; convert the model again"),
-    (b"tjgg", "a GGJT file from before GGUF; convert the model again"),
-    (b"algg", "a GGLA adapter from before GGUF; convert the adapter again"),
-    (b"PK\3\4", "a zip archive, or a PyTorch checkpoint in one"),
-    (b"\x80\2", "a Python pickle, such as an old PyTorch checkpoint"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"BZh", "a bzip2 archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x7fELF", "a program (ELF)"),
-    (b"MZ\x90", "a program (Windows)"),
-)
 
 _u32 = struct.Struct("<I").unpack_from
 _u64 = struct.Struct("<Q").unpack_from
@@ -108,25 +88,6 @@ class TensorInfo:
         return self.nbytes // self.n_rows
 
 
-def describe_beginning(start: bytes, size: int) -> str:
-    """What a file that is not GGUF looks like, in words; `start` is its first kilobyte or less."""
-    for magic, what in LOOKALIKES:
-        if start.startswith(magic):
-            return what
-    if not start.strip(b"\0"):
-        return "zero bytes, as of a download that never finished"
-    if len(start) >= 9 and start[8:9] == b"{" and _u64(start)[0] <= size - 8:
-        return "a safetensors file; `convert` its folder"
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "a web page, as of a download that was refused"
-    printed = start.translate(None, b"\t\r\n\f\x1b")
-    if printed and min(printed) >= 32:
-        kind = "JSON text" if text.startswith((b"{", b"[")) else "text"
-        return f"{kind} beginning '{printable(start[:40].decode('utf-8', 'replace'))}'"
-    return f"the bytes {start[:4].hex(' ')}"
-
-
 class HeaderParser:
     """Reads everything before the tensors' bytes; `pos` moves only over bytes that exist."""
 
@@ -137,6 +98,8 @@ class HeaderParser:
         self.pos = 0
         self.n_strings = 0
         self.n_nested = 0
+        self.n_text_bytes = 0
+        self.n_copied_bytes = 0
         self.version = 0
         self.alignment = DEFAULT_ALIGNMENT
         self.data_offset = 0
@@ -163,7 +126,7 @@ class HeaderParser:
         if not start.startswith(MAGIC):
             if len(start) < 4 and MAGIC.startswith(start):
                 self._refuse("header", f"{HEADER_BYTES} bytes", f"{self.size}: the file is cut off")
-            self._refuse("magic", "a GGUF file", describe_beginning(start, self.size))
+            self._refuse("magic", "a GGUF file", describe_beginning(start))
         self._need(HEADER_BYTES - self.pos, "header")
         (self.version,) = _u32(start, 4)
         if self.version not in (2, 3):
@@ -257,12 +220,14 @@ class HeaderParser:
             if found > 1:
                 self._refuse(where, "booleans 0 or 1", str(found))
         self.pos += array.nbytes
-        return array.copy() if array.nbytes < COPY_BELOW else array
+        self.n_copied_bytes += array.nbytes
+        return array.copy() if self.n_copied_bytes <= MAX_COPIED_BYTES else array
 
     def _parse_strings(self, count: int, where: str) -> list[str]:
         """`count` strings. The one loop here that runs a million times: kept flat."""
         data, pos = self.data, self.pos
-        end = min(self.size, pos + MAX_ARRAY_STRING_BYTES)
+        first = pos
+        end = min(self.size, pos + MAX_TEXT_BYTES - self.n_text_bytes + 8 * count)
         last = end - 8
         strings: list[str] = []
         for _ in range(count):
@@ -277,9 +242,10 @@ class HeaderParser:
             strings.append(str(data[start:pos], "utf-8", "surrogateescape"))
         if len(strings) < count:
             at = f"{where}: string {len(strings):,} of {count:,}"
-            room = "of the file" if end == self.size else f"of {MAX_ARRAY_STRING_BYTES:,} bytes"
-            self._refuse(at, f"to end by the end {room} at byte {end:,}", f"its end at {pos:,}")
+            why = "the file ends there" if end == self.size else f"{MAX_TEXT_BYTES:,} bytes of text"
+            self._refuse(at, f"its end by byte {end:,} ({why})", f"byte {max(pos, last + 9):,}")
         self.pos = pos
+        self.n_text_bytes += pos - first - 8 * count
         return strings
 
     def _parse_scalar(self, scalar: ScalarType, where: str) -> int | float | bool:
@@ -415,6 +381,9 @@ class HeaderParser:
             self._refuse(at, f"at most {left:,} (the file ends there)", f"{length:,}")
         if length > limit:
             self._refuse(at, f"at most {limit:,} bytes", f"{length:,}")
+        self.n_text_bytes += length
+        if self.n_text_bytes > MAX_TEXT_BYTES:
+            self._refuse(at, f"at most {MAX_TEXT_BYTES:,} bytes of text in all keys", "more")
         self.pos += length
         return self.data[self.pos - length : self.pos]
 

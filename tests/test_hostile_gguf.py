@@ -270,6 +270,56 @@ def test_bytes_changed_at_random(tmp_path: Path) -> None:
     assert 100 < opened < 3900  # both ways out are exercised
 
 
+def sparse(path: Path, start: bytes, size: int) -> Path:
+    """A file of `start` and zeros that takes no room on the disk."""
+    path.write_bytes(start)
+    os.truncate(path, size)
+    return path
+
+
+def header_with(*keys: bytes) -> bytes:
+    return Parts(keys=list(keys), tensors=[]).header()
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "place"),
+    [
+        (header_with(key("s", STR, u64(1 << 25))), 1 << 26, "metadata s: string length"),
+        (
+            header_with(*(key(k, STR, u64(15 << 20) + bytes(15 << 20)) for k in "abc")),
+            1 << 26,
+            "metadata c: string length",
+        ),
+        (header_with(array_key("s", STR, 1 << 22, b"")), 1 << 26, "metadata s: array length"),
+        (header_with(array_key("s", STR, 2, u64(1 << 26))), 1 << 30, "metadata s: string 0 of 2"),
+        (Parts(n_keys=1 << 20).header(), 1 << 30, "metadata count"),
+        (Parts(n_tensors=1 << 20).header(), 1 << 30, "tensor count"),
+    ],
+)
+def test_large_files_cost_little(tmp_path: Path, start: bytes, size: int, place: str) -> None:
+    """Counts for which the file has room, and which no honest file has."""
+    path = sparse(tmp_path / "sparse.gguf", start, size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError) as caught:
+            GGUFFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 150_000_000
+    finally:
+        tracemalloc.stop()
+    assert place in str(caught.value)
+
+
+def test_large_arrays_are_views(tmp_path: Path) -> None:
+    start = header_with(array_key("a", U8, 1 << 30, b""))
+    path = sparse(tmp_path / "sparse.gguf", start, len(start) + (1 << 30))
+    tracemalloc.start()
+    try:
+        assert len(GGUFFile(path).metadata["a"]) == 1 << 30
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("kind", ["absent", "folder", "pipe", "device", "loop", "nul"])
 def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.gguf"
