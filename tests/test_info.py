@@ -14,21 +14,12 @@ from gguf_tools.describe import describe, short_count, short_size, show_value
 from gguf_tools.reader import GGUFFile
 from tests.gguf_bytes import F32, STR, U32, Parts, array_key, key, string, tensor, text_key, u32
 
-INFO = """
-import typer
-from gguf_tools.cli import info
-from gguf_tools.command import run_command
-app = typer.Typer(add_completion=False)
-app.command()(info)
-run_command(app)
-"""
-
 
 def run_info(
     *arguments: str | Path, stdout: int = subprocess.PIPE, encoding: str = "utf-8"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", INFO, *map(str, arguments)],
+        [sys.executable, "-m", "gguf_tools", "info", *map(str, arguments)],
         stdout=stdout,
         stderr=subprocess.PIPE,
         encoding=encoding,
@@ -221,16 +212,19 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
 def test_help_answers_at_once() -> None:
     """Nothing heavy is imported; the clock has slack for a busy machine."""
     code = "import sys, gguf_tools.cli; print(*sys.modules)"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+    loading = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    loaded = set(ended.stdout.split())
+        check=True,
+    )
+    loaded = set(loading.stdout.split())
     assert not loaded & {"numpy", "numba", "llvmlite", "gguf", "tokenizers", "sentencepiece"}
     start = time.perf_counter()
-    ended_help = run_info("--help")
-    assert ended_help.returncode == 0
-    assert "fastest dimension" in " ".join(ended_help.stdout.split())
+    ended = run_info("--help")
+    assert ended.returncode == 0
+    assert "fastest dimension" in " ".join(ended.stdout.split())
     assert time.perf_counter() - start < 3
 
 
