@@ -181,7 +181,7 @@ PRETOKENIZERS: dict[str, PreTokenizer] = {
         *_group("llama3", "glm4 glm5", ignore_merges=True),
         *_group("qwen2", "qwen2 stablelm2 megrez", nfc=True),
         *_group("qwen2", "deepseek-r1-qwen hunyuan solar-open grok-2 kormo f2llmv2"),
-        *_group("qwen35", "qwen35", nfc=True),
+        *_group("qwen35", "qwen35"),
         *_group("tekken", "tekken", ignore_merges=True, add_bos=True),
         *_group("gpt-4o", "gpt-4o llama4 kanana2 talkie minimax-m2"),
         *_group("granite-embed-multi-97m", "granite-embed-multi-97m", ignore_merges=True),

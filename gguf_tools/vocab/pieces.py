@@ -60,7 +60,9 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
         )
     table = TokenTable()
     for token_id, piece in enumerate(model.pieces):
-        table.put(token_id, piece.text, piece.score, piece.kind)
+        # A user-defined piece is looked for in the text as typed, where spaces are spaces.
+        text = piece.text.replace(SPACE, " ") if piece.kind == USER_DEFINED else piece.text
+        table.put(token_id, text, piece.score, piece.kind)
     pieces = Pieces(
         "llama",
         table,

@@ -1,0 +1,216 @@
+"""Text to ids, by the libraries that define the two kinds of tokenizer.
+
+- `PieceEncoder`: SentencePiece's BPE, which merges the pair whose result scores highest. Its own
+  library runs it, on a model message put together from the file's tokens and scores.
+- `MergeEncoder`: BPE by a list of merges, over GPT-2's byte alphabet or over plain text.
+- `Matcher`: finds added tokens in a text before either of them sees it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from gguf_tools.errors import FormatError, printable
+from runtime.vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary, byte_value
+
+SPACE = "\u2581"  # how a space is written in tokens
+
+
+class Encoder(Protocol):
+    """Encodes a stretch of text that holds no added token."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def make_encoder(vocabulary: Vocabulary) -> Encoder:
+    """The encoder that the vocabulary's kind asks for."""
+    if vocabulary.model == "llama":
+        return PieceEncoder(vocabulary)
+    return MergeEncoder(vocabulary)
+
+
+class Matcher:
+    """Finds the leftmost, longest occurrences of a set of tokens."""
+
+    def __init__(self, texts: Sequence[str], ids: Sequence[int]) -> None:
+        from tokenizers import AddedToken, Tokenizer
+        from tokenizers.models import BPE
+
+        self._matcher: Any = None
+        known = {text: i for text, i in zip(texts, ids, strict=True) if text and _is_utf8(text)}
+        if known:
+            # A tokenizer with no vocabulary but the added tokens: what they don't match, it drops.
+            self._matcher = Tokenizer(BPE({}, []))
+            self._matcher.add_tokens([AddedToken(text, normalized=False) for text in known])
+            self._ids = {self._matcher.token_to_id(text): i for text, i in known.items()}
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Stretches of text, and the ids of the tokens between them."""
+        start = 0
+        if self._matcher is not None:
+            found = self._matcher.encode(text, add_special_tokens=False)
+            for token_id, (begin, end) in zip(found.ids, found.offsets, strict=True):
+                if begin > start:
+                    yield text[start:begin]
+                yield self._ids[token_id]
+                start = end
+        if start < len(text):
+            yield text[start:]
+
+
+class MergeEncoder:
+    """BPE by merges."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+        pre = vocabulary.pre
+        usable = (NORMAL, USER_DEFINED, BYTE)
+        tokens: dict[str, int] = {}
+        for i, (text, kind) in enumerate(
+            zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True)
+        ):
+            if kind in usable and text not in tokens and _is_utf8(text):
+                tokens[text] = i
+        options = {"ignore_merges": pre.ignore_merges, "byte_fallback": pre.raw_bytes}
+        self._tokenizer: Any = Tokenizer(_bpe(tokens, vocabulary.merges, options))
+        cuts: list[Any] = [
+            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns
+        ]
+        if pre.raw_bytes:
+            self._tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        else:
+            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+            if pre.nfc:
+                self._tokenizer.normalizer = normalizers.NFC()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]) -> Any:
+    from tokenizers.models import BPE
+
+    pairs = []
+    for rank, merge in enumerate(merges):
+        # The first space is part of the first token when the merge begins with it.
+        at = merge.find(" ", 1)
+        if at < 0:
+            raise FormatError(
+                f"tokenizer.ggml.merges: entry {rank:,} is not two tokens but "
+                f"'{printable(merge, 40)}'"
+            )
+        pairs.append((merge[:at], merge[at + 1 :]))
+    try:
+        return BPE(tokens, pairs, **options)
+    except Exception:
+        # Some merge is of tokens that are not in the vocabulary: it could never be used.
+        pairs = [(a, b) for a, b in pairs if a in tokens and b in tokens and a + b in tokens]
+        return BPE(tokens, pairs, **options)
+
+
+class PieceEncoder:
+    """SentencePiece's BPE by scores."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        tokens, types = vocabulary.tokens, vocabulary.types.tolist()
+        self._byte_ids: list[int | None] = [None] * 256
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
+            if kind == BYTE and (byte := byte_value(text)) is not None:
+                self._byte_ids[byte] = i
+        self._unknown = vocabulary.ids.get("unknown")
+        self._own_unknown = len(tokens)
+        self._all_bytes = None not in self._byte_ids
+        self._processor: Any = SentencePieceProcessor()
+        message = _model_message(vocabulary, byte_fallback=self._all_bytes)
+        try:
+            self._processor.LoadFromSerializedProto(message)
+        except RuntimeError as error:
+            raise FormatError(
+                f"the file's tokenizer makes no SentencePiece model ({printable(error)})"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.EncodeAsIds(text)
+        if self._own_unknown not in ids:
+            return ids
+        return self._without_unknown(text)
+
+    def _without_unknown(self, text: str) -> list[int]:
+        """Characters that are in no piece: their bytes, or else the unknown token."""
+        ids: list[int] = []
+        for piece in self._processor.EncodeAsImmutableProto(text).pieces:
+            if piece.id != self._own_unknown:
+                ids.append(piece.id)
+                continue
+            by_bytes = [self._byte_ids[byte] for byte in piece.surface.encode()]
+            known = [i for i in by_bytes if i is not None]
+            if len(known) == len(by_bytes):
+                ids += known
+            elif self._unknown is not None:
+                ids.append(self._unknown)
+        return ids
+
+
+def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
+    """A serialized SentencePiece ModelProto with the vocabulary's tokens at their ids.
+
+    Tokens that text must not become (control, unused, unknown) are control pieces there. The one
+    unknown piece that the library asks for stands behind them all.
+    """
+    from struct import pack
+
+    assert vocabulary.scores is not None
+    parts = []
+    taken: set[str] = set()
+    scores, types = vocabulary.scores.tolist(), vocabulary.types.tolist()
+    entries = zip(vocabulary.tokens, scores, types, strict=True)
+    for i, (text, score, kind) in enumerate(entries):
+        code = kind if kind == NORMAL else _CONTROL_PIECE
+        if kind == BYTE and byte_fallback and byte_value(text) is not None:
+            code, text = BYTE, f"<0x{byte_value(text):02X}>"
+        if not text or text in taken or not _is_utf8(text):
+            code, text = _CONTROL_PIECE, f"\ufdd1{i}"
+        taken.add(text)
+        data = text.encode()
+        piece = b"\n" + _varint(len(data)) + data + b"\x15" + pack("<f", score) + _KINDS[code]
+        parts.append(b"\n" + _varint(len(piece)) + piece)
+    data = "\ufdd1unknown".encode()
+    piece = b"\n" + _varint(len(data)) + data + b"\x15" + pack("<f", 0.0) + _KINDS[_UNKNOWN_PIECE]
+    parts.append(b"\n" + _varint(len(piece)) + piece)
+    trainer = _number(3, 2) + _number(35, int(byte_fallback)) + _number(40, len(parts) - 1)
+    trainer += b"".join(_number(field, (1 << 64) - 1) for field in (41, 42, 43))  # no bos, eos, pad
+    spaces = int(vocabulary.remove_extra_whitespaces)
+    name = b"identity"
+    normalizer = b"\n" + _varint(len(name)) + name
+    normalizer += _number(3, 0) + _number(4, spaces) + _number(5, 1)
+    for key, message in ((b"\x12", trainer), (b"\x1a", normalizer)):
+        parts.append(key + _varint(len(message)) + message)
+    return b"".join(parts)
+
+
+_UNKNOWN_PIECE, _CONTROL_PIECE = 2, 3
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+_KINDS = {kind: _number(3, kind) for kind in range(1, 7)}
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether `text` can be written as UTF-8; bytes of a file that could not, can't again."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)

@@ -1,0 +1,208 @@
+"""The tokenizer of a GGUF file: text to ids and back, from its metadata alone.
+
+Control tokens (bos, <|im_end|> and the like) are recognised in text only when asked for, with
+`parse_special=True`, as in a prompt made by a chat template; what a user types never becomes one.
+"""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from runtime.encoders import SPACE, Matcher, make_encoder
+from runtime.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    byte_value,
+    read_vocabulary,
+)
+
+GUARD = "\ufdd0"
+"""A character that Unicode keeps for programs. `Tokenizer.guarded` breaks up control tokens with
+it; encoding removes it."""
+
+
+class Tokenizer:
+    """Text to ids and back. Knows its vocabulary and no model."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._vocabulary = read_vocabulary(metadata)
+        ids = self._vocabulary.ids
+        self.n_tokens = len(self._vocabulary.tokens)
+        self.bos_id = ids.get("bos")
+        self.eos_id = ids.get("eos")
+        self.add_bos = self._vocabulary.add_bos
+        self.add_eos = self._vocabulary.add_eos
+        self.eog_ids = self._vocabulary.eog_ids
+        self.chat_template = self._vocabulary.chat_template
+        self.notes = self._vocabulary.notes  # to tell the user once
+        self._encoder = make_encoder(self._vocabulary)
+
+    # Text to ids.
+
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """The ids of `text`.
+
+        `add_special` puts bos before and eos behind as the file asks, but never a second bos:
+        a text that begins with it (most chat templates do) keeps its own. `parse_special`
+        recognises control tokens in the text.
+        """
+        ids: list[int] = []
+        vocabulary = self._vocabulary
+        after_token = True
+        for part in self._matcher(parse_special).split(_well_formed(text)):
+            if isinstance(part, int):
+                ids.append(part)
+                after_token = True
+                continue
+            if parse_special:
+                part = part.replace(GUARD, "")
+            if part:
+                prefix = " " if after_token and vocabulary.add_space_prefix else ""
+                ids += self._encoder.encode(prefix + part)
+                after_token = False
+        if add_special:
+            if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+                ids.insert(0, self.bos_id)
+            if self.add_eos and self.eos_id is not None:
+                ids.append(self.eos_id)
+        return ids
+
+    def guarded(self, text: str) -> str:
+        """`text` so that `encode` with parse_special=True finds no control token in it.
+
+        For what goes into a chat template: the template's own tokens are to be recognised, those
+        that a user has typed are not.
+        """
+        text = _well_formed(text).replace(GUARD, "")
+        parts = []
+        for part in self._controls.split(text):
+            if isinstance(part, int):
+                token = self._vocabulary.tokens[part]
+                part = token[:1] + GUARD + token[1:]
+            parts.append(part)
+        return "".join(parts)
+
+    # Ids to text.
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of `ids`; control tokens are left out unless `special`.
+
+        The space that a tokenizer of this kind puts before every text is taken away again.
+        """
+        data = b"".join(self.token_bytes(i, special=special) for i in ids)
+        if self._vocabulary.add_space_prefix and data.startswith(b" "):
+            first = next((i for i in ids if self.token_bytes(i, special=special)), None)
+            if first is not None and self._vocabulary.types[first] == NORMAL:
+                data = data[1:]
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for: part of a character, or several; nothing for control."""
+        text = self.token_text(token_id)
+        kind = self._vocabulary.types[token_id]
+        if kind == BYTE and (byte := byte_value(text)) is not None:
+            return bytes([byte])
+        if kind in (NORMAL, BYTE):
+            if self._byte_alphabet:
+                return _from_byte_alphabet(text)
+            return _utf8(text.replace(SPACE, " "))
+        if kind in (CONTROL, UNKNOWN, UNUSED) and not special:
+            return b""
+        return _utf8(text)
+
+    def token_text(self, token_id: int) -> str:
+        """The token as the file stores it."""
+        if not 0 <= token_id < self.n_tokens:
+            raise ValueError(f"{token_id} is no token of {self.n_tokens}")
+        return self._vocabulary.tokens[token_id]
+
+    # Made when first needed.
+
+    @cached_property
+    def _byte_alphabet(self) -> bool:
+        return self._vocabulary.model == "gpt2" and not self._vocabulary.pre.raw_bytes
+
+    @cached_property
+    def _controls(self) -> Matcher:
+        return self._matcher_of(CONTROL, UNKNOWN)
+
+    @cached_property
+    def _plain(self) -> Matcher:
+        return self._matcher_of(USER_DEFINED)
+
+    @cached_property
+    def _all(self) -> Matcher:
+        return self._matcher_of(USER_DEFINED, CONTROL, UNKNOWN)
+
+    def _matcher(self, parse_special: bool) -> Matcher:
+        return self._all if parse_special else self._plain
+
+    def _matcher_of(self, *kinds: int) -> Matcher:
+        chosen = [i for i, kind in enumerate(self._vocabulary.types.tolist()) if kind in kinds]
+        chosen.reverse()  # of several with one text the first counts
+        return Matcher([self._vocabulary.tokens[i] for i in chosen], chosen)
+
+
+def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """The ids of a prompt that a chat template has written: bos once, and no eos behind it."""
+    ids = tokenizer.encode(rendered, add_special=False, parse_special=True)
+    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+    return ids
+
+
+class StreamDecoder:
+    """Tokens to text as they come: a character is given out when its last byte has arrived."""
+
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        """What can be shown after one more token."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id, special=self._special))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character whose end never came."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable ones stand for themselves."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    alphabet = {chr(byte): byte for byte in plain}
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _from_byte_alphabet(text: str) -> bytes:
+    try:
+        return bytes([_ALPHABET[character] for character in text])
+    except KeyError:
+        return _utf8(text)
+
+
+def _utf8(text: str) -> bytes:
+    """The bytes of a token; what was not UTF-8 in the file comes back as it was."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _well_formed(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

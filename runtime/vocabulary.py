@@ -1,0 +1,246 @@
+"""The `tokenizer.*` metadata of a GGUF file, checked: tokens, their types, and the special ids.
+
+Files come from anywhere. A number that would be used as an index is checked here; what a file
+leaves out takes llama.cpp's default.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gguf_tools.errors import FormatError, UnsupportedModelError, printable
+from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
+
+KNOWN_MODELS = ("llama", "gpt2", "gemma4")
+PREFIX = "tokenizer.ggml."
+TEMPLATE_KEY = "tokenizer.chat_template"
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# Tokens that end a turn or a text, whatever the metadata says of them.
+END_TEXTS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>",
+    "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "_<EOT>", "[e~[",
+})  # fmt: skip
+# The same, but only where they are control tokens: they may be text as well (HTML's </s>).
+END_CONTROL_TEXTS = frozenset({"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"})
+# Fill-in-the-middle tokens that end the part between (padding, next file, next repository).
+FILL_ENDS = {
+    "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep_token_id": ("<|file_sep|>",),
+}
+# With both of a pair in the vocabulary, <|end|> ends a message of several in one answer.
+END_IS_NO_END = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"), ("<|call|>", "<|flush|>"))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a file says about its tokens."""
+
+    model: str
+    pre: PreTokenizer
+    tokens: Sequence[str]
+    types: NDArray[np.int32]  # (n_tokens,)
+    scores: NDArray[np.float32] | None  # (n_tokens,)
+    merges: Sequence[str]
+    ids: Mapping[str, int]  # "bos", "eos", "unknown", ... -> id
+    eog_ids: frozenset[int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    remove_extra_whitespaces: bool
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary that these `tokenizer.*` entries describe."""
+    model = _text(metadata, "model")
+    if model is None:
+        raise FormatError(f"the file has no tokenizer: {PREFIX}model is missing")
+    if model not in KNOWN_MODELS:
+        raise UnsupportedModelError(
+            f"the file's tokenizer is of the kind '{printable(model, 40)}'; known are "
+            f"{', '.join(KNOWN_MODELS)}"
+        )
+    notes: list[str] = []
+    pre = _pre_tokenizer(metadata, model, notes)
+    tokens = _strings(metadata, "tokens")
+    if tokens is None or not tokens:
+        raise FormatError(
+            f"the file's tokenizer is empty: {PREFIX}tokens is missing or has no token"
+        )
+    types = _types(metadata, model, tokens)
+    scores = _numbers(metadata, "scores", len(tokens), np.float32)
+    merges = _strings(metadata, "merges")
+    if model == "llama" and scores is None:
+        raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}scores is missing")
+    if model != "llama" and merges is None:
+        raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}merges is missing")
+    if scores is not None and not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise FormatError(f"{PREFIX}scores: the score of token {bad:,} is {scores[bad]}")
+    ids = _special_ids(metadata, model, tokens, types, notes)
+    eog_ids = _end_ids(tokens, types, ids)
+    types[[i for i in eog_ids if types[i] in (NORMAL, USER_DEFINED)]] = CONTROL
+    template = metadata.get(TEMPLATE_KEY)
+    return Vocabulary(
+        model=model,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges or (),
+        ids=ids,
+        eog_ids=eog_ids,
+        add_bos=_flag(metadata, "add_bos_token", model == "llama" or pre.add_bos) and "bos" in ids,
+        add_eos=_flag(metadata, "add_eos_token", False) and "eos" in ids,
+        add_space_prefix=model == "llama" and _flag(metadata, "add_space_prefix", True),
+        remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
+        chat_template=template if isinstance(template, str) else None,
+        notes=tuple(notes),
+    )
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any], model: str, notes: list[str]) -> PreTokenizer:
+    name = _text(metadata, "pre")
+    if model == "gemma4":
+        name = "gemma4"
+    if model == "llama" or name == "default":
+        return PRETOKENIZERS["default"]
+    if not name:
+        notes.append(
+            "the file does not name its pre-tokenizer (it was made by an old converter): text may "
+            "be tokenized otherwise than in training"
+        )
+        return PRETOKENIZERS["default"]
+    pre = PRETOKENIZERS.get(name)
+    if pre is None:
+        raise UnsupportedModelError(
+            f"the file's pre-tokenizer is '{printable(name, 40)}'; known are "
+            f"{', '.join(sorted(PRETOKENIZERS))}"
+        )
+    return pre
+
+
+def _types(metadata: Mapping[str, Any], model: str, tokens: Sequence[str]) -> NDArray[np.int32]:
+    types = _numbers(metadata, "token_type", len(tokens), np.int32)
+    if types is not None:
+        types = types.copy()
+        types[(types < NORMAL) | (types > BYTE)] = NORMAL
+        return types
+    types = np.full(len(tokens), NORMAL, np.int32)
+    if model == "llama":  # files of the first converters had none
+        types[[i for i, t in enumerate(tokens) if byte_value(t) is not None]] = BYTE
+        types[[i for i, t in enumerate(tokens) if t in ("<s>", "</s>")]] = CONTROL
+        types[[i for i, t in enumerate(tokens) if t == "<unk>"]] = UNKNOWN
+    return types
+
+
+def byte_value(text: str) -> int | None:
+    """The byte that a token such as `<0x0A>` stands for."""
+    if len(text) != 6 or not text.startswith("<0x") or text[5] != ">":
+        return None
+    digits = text[3:5]
+    return int(digits, 16) if all(c in "0123456789abcdefABCDEF" for c in digits) else None
+
+
+def _special_ids(
+    metadata: Mapping[str, Any],
+    model: str,
+    tokens: Sequence[str],
+    types: NDArray[np.int32],
+    notes: list[str],
+) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    n_tokens = len(tokens)
+    for key, value in metadata.items():
+        if not key.startswith(PREFIX) or not key.endswith("_token_id"):
+            continue
+        role = key[len(PREFIX) : -len("_token_id")]
+        number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if number and 0 <= value < n_tokens:
+            ids[role] = int(value)
+        elif not (number and value in (-1, 2**32 - 1)):  # "none", as some converters write it
+            notes.append(
+                f"{printable(key)} is {printable(value, 40)}, which is no token of "
+                f"{n_tokens:,}, and was ignored"
+            )
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {"bos": 11, "eos": 11}
+    for role, token_id in defaults.items():
+        key = f"{PREFIX}{role}_token_id"
+        if key not in metadata and token_id < n_tokens and types[token_id] in (CONTROL, UNKNOWN):
+            ids.setdefault(role, token_id)
+    return ids
+
+
+def _end_ids(
+    tokens: Sequence[str], types: NDArray[np.int32], ids: Mapping[str, int]
+) -> frozenset[int]:
+    """The ids that end an answer: those the metadata names, and those known by their text."""
+    ends = {ids[role] for role in ("eos", "eot", "eom") if role in ids}
+    by_text = {text: i for i, text in enumerate(tokens) if text in END_TEXTS}
+    ends.update(by_text.values())
+    candidates = np.flatnonzero((types != NORMAL) & (types != USER_DEFINED)).tolist()
+    control = {tokens[i]: i for i in candidates}
+    ends.update(control[text] for text in END_CONTROL_TEXTS if text in control)
+    for key, texts in FILL_ENDS.items():
+        role = key[: -len("_token_id")]
+        known = [ids[role]] if role in ids else [control[text] for text in texts if text in control]
+        ends.update(known[:1])
+    if any(a in by_text and b in by_text for a, b in END_IS_NO_END):
+        ends.discard(by_text.get("<|end|>", -1))
+    return frozenset(ends)
+
+
+def _text(metadata: Mapping[str, Any], name: str) -> str | None:
+    value = metadata.get(PREFIX + name)
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"{PREFIX}{name}: expected a text, found {printable(value, 40)}")
+    return value
+
+
+def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = metadata.get(PREFIX + name)
+    if value is None:
+        return default
+    if not isinstance(value, bool | np.bool_):
+        raise FormatError(f"{PREFIX}{name}: expected true or false, found {printable(value, 40)}")
+    return bool(value)
+
+
+def _strings(metadata: Mapping[str, Any], name: str) -> Sequence[str] | None:
+    value = metadata.get(PREFIX + name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise FormatError(f"{PREFIX}{name}: expected a list of texts")
+    return value
+
+
+def _numbers(
+    metadata: Mapping[str, Any], name: str, n_tokens: int, dtype: type[Any]
+) -> NDArray[Any] | None:
+    """An array with a number for each token; whole numbers are fine where floats are expected."""
+    value = metadata.get(PREFIX + name)
+    if value is None:
+        return None
+    array = np.asarray(value)
+    kinds = "iuf" if dtype is np.float32 else "iu"
+    if (
+        array.ndim != 1
+        or (array.size and array.dtype.kind not in kinds)
+        or array.dtype.itemsize < 4
+    ):
+        raise FormatError(f"{PREFIX}{name}: expected a list of {np.dtype(dtype).name} numbers")
+    if array.size != n_tokens:
+        raise FormatError(
+            f"{PREFIX}{name} has {array.size:,} entries for {n_tokens:,} tokens: the file is "
+            "damaged"
+        )
+    return array.astype(dtype)
