@@ -179,18 +179,11 @@ def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
 
 
 def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:
-    """A table of labels and texts; into a pipe nothing is folded."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in rows:
-        table.add_row(Text(label, style="bold"), Text(text))
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    console.print(table)
+    """A table of labels and texts."""
+    pairs = list(rows)
+    width = max(len(label) for label, _ in pairs)
+    for label, text in pairs:
+        print(f"{label:<{width}}  {text}")
 
 
 def _print_json(file: "GGUFFile") -> None:
