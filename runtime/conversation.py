@@ -29,7 +29,7 @@ from runtime.generation import (
     write,
 )
 from runtime.sampling import Sampler
-from runtime.tokenizer import StreamDecoder, Tokenizer
+from runtime.tokenizer import StreamDecoder, Tokenizer, encode_chat
 from runtime.turns import Turn, continuation_ids, cut_back, joined, rest_of
 
 ContextPolicy = Literal["stop", "drop-oldest"]
@@ -160,7 +160,7 @@ class Conversation:
             n_dropped += 1
             del turns[0]
             text = yield from self._render(turns, user)
-            ids, n_held = self._encode_whole(text), 0
+            ids = self._encode_whole(text)
         if len(ids) > self.model.n_ctx:
             raise ContextFullError(self._too_long(len(ids)))
         if n_dropped:
@@ -193,16 +193,19 @@ class Conversation:
         return text
 
     def _messages(self, turns: Sequence[Turn], user: str) -> list[dict[str, str]]:
+        """The dialogue as templates take it; a control token that somebody typed stays text."""
+        guarded = self.tokenizer.guarded
         messages: list[dict[str, str]] = []
         for turn in turns:
-            messages.append({"role": "user", "content": turn.user})
-            messages.append({"role": "assistant", "content": turn.answer})
-        messages.append({"role": "user", "content": user})
+            messages.append({"role": "user", "content": guarded(turn.user)})
+            messages.append({"role": "assistant", "content": guarded(turn.answer.strip())})
+        messages.append({"role": "user", "content": guarded(user)})
         if self._system is not None:
+            system = guarded(self._system)
             if self._system_as_message:
-                messages[0]["content"] = f"{self._system}\n\n{messages[0]['content']}"
+                messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
             else:
-                messages.insert(0, {"role": "system", "content": self._system})
+                messages.insert(0, {"role": "system", "content": system})
         return messages
 
     def _encode(self, text: str) -> tuple[list[int], int]:
@@ -211,13 +214,13 @@ class Conversation:
             return self._encode_whole(text), 0
         last = self.turns[-1]
         held = last.prompt_ids + last.answer_ids
-        rest = rest_of(text, last)
+        rest = rest_of(text, last, self.tokenizer)
         added = None if rest is None else continuation_ids(self.tokenizer, rest)
         n_held = min(len(held), len(self.model.tokens))
         return (self._encode_whole(text) if added is None else held + added), n_held
 
     def _encode_whole(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special=True, parse_special=True)
+        return encode_chat(self.tokenizer, text)
 
     # Room in the context.
 
@@ -280,16 +283,20 @@ class Conversation:
                     break
             if stops.found is None:
                 text = stops.feed(decoder.finish()) + stops.finish()
-                turn.answer += text
+                yield self._piece(turn, text)
                 turn.covered = turn.answer
-                if text:
-                    yield Piece(text)
         finally:
             if stats.reason == "interrupted" or stops.found is not None:
                 cut_back(turn, self.tokenizer)
             if stats.reason == "interrupted" and not turn.answer:
                 self.turns.remove(turn)
             stats.n_context = len(self.model.tokens)
+
+    def _piece(self, turn: Turn, text: str) -> Piece:
+        """Append to the answer; an answer to a message is shown without white space before it."""
+        at_start = self.template is not None and not turn.answer.strip()
+        turn.answer += text
+        return Piece(text.lstrip() if at_start else text)
 
     def _read(self, ids: Sequence[int]) -> Generator[Event, None, NDArray[np.float32]]:
         reader = read_prompt(self.model, ids)
@@ -334,8 +341,6 @@ class Conversation:
                 stats.n_steps = n_steps + len(self.model.tokens) - n_held
             turn.answer_ids.append(token)
             stats.n_written += 1
-            text = stops.feed(decoder.feed(token))
-            turn.answer += text
-            yield Piece(text)
+            yield self._piece(turn, stops.feed(decoder.feed(token)))
             if stops.found is not None:
                 return "stop string"

@@ -1,11 +1,10 @@
 """From a path to everything a conversation needs: file, model, tokenizer, template."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf_tools.describe import count_parameters, short_count, short_size
 from gguf_tools.errors import FormatError, GGUFError, TemplateError, printable
@@ -71,7 +70,7 @@ def open_session(
     """Open the model at `path` for a conversation, and close it afterwards."""
     refuse_checkpoint(path)
     with GGUFFile(path) as file:
-        tokenizer = Tokenizer(_tokenizer_keys(file.metadata))
+        tokenizer = Tokenizer(file.metadata)
         template, template_name = _choose_template(tokenizer, template_file, raw=raw)
         with Model.load(file, n_ctx=n_ctx, threads=threads, backend=backend) as model:
             config = model.config
@@ -81,7 +80,7 @@ def open_session(
                     f"token_embd.weight only {config.n_vocab} rows: the file is damaged, or made "
                     "of two models; convert it again"
                 )
-            notes = list(model.notes)
+            notes = [*tokenizer.notes, *model.notes]
             if model.n_ctx > config.n_ctx_train:
                 notes.append(
                     f"the context of {model.n_ctx} tokens is longer than the "
@@ -127,10 +126,6 @@ def count(n: int, noun: str) -> str:
 def template_family(source: str) -> str:
     """The name people know a template by, told from the markers in it."""
     return next((name for marker, name in TEMPLATE_FAMILIES if marker in source), "custom")
-
-
-def _tokenizer_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
 
 
 def _choose_template(

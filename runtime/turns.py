@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import GUARD, Tokenizer
 
 NO_SPACE_BEFORE = ",.;:!?)]}%"
 
@@ -29,27 +29,28 @@ def joined(before: str, text: str) -> str:
 def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
     """The ids of `text` where it follows other text; None when they can't be told.
 
-    A tokenizer that puts a space before a text would put one in the middle here. So ids count
-    only when their bytes are those of `text`.
+    A tokenizer that puts a space before a text would put one in the middle here, so several ways
+    to encode are tried, and ids count only when they say `text`.
     """
-    wanted = text.encode()
     anchor = tokenizer.encode("\n", add_special=False)
-    for prefix, n_prefix, start in (("", 0, 0), ("", 0, 1), ("\n", len(anchor), 0)):
-        if start and not text.startswith(" "):
-            continue
-        ids = tokenizer.encode(prefix + text[start:], add_special=False, parse_special=True)
-        if prefix and ids[:n_prefix] != anchor:
-            continue
-        ids = ids[n_prefix:]
-        if b"".join(tokenizer.token_bytes(i, special=True) for i in ids) == wanted:
+    ways = [("", text), ("\n", "\n" + text)]
+    if text.startswith(" "):
+        ways.insert(1, ("", text[1:]))
+    for before, whole in ways:
+        ids = tokenizer.encode(whole, add_special=False, parse_special=True)
+        if before:
+            if ids[: len(anchor)] != anchor:
+                continue
+            ids = ids[len(anchor) :]
+        if _says(tokenizer, ids, text.replace(GUARD, "").encode()):
             return ids
     return None
 
 
-def rest_of(text: str, last: Turn) -> str | None:
+def rest_of(text: str, last: Turn, tokenizer: Tokenizer) -> str | None:
     """What `text` adds to the last turn, or None when it does not begin with that turn.
 
-    Templates may strip the white space around an answer; the ids then keep what was written.
+    White space around the answer may be missing there; the ids then keep what was written.
     """
     if not text.startswith(last.prompt_text):
         return None
@@ -57,9 +58,10 @@ def rest_of(text: str, last: Turn) -> str | None:
     variants = [last.covered]
     if last.covered == last.answer:
         variants += [last.answer.rstrip(), last.answer.lstrip(), last.answer.strip()]
-    for answer in variants:
-        if after.startswith(answer):
-            return after[len(answer) :]
+    for variant in variants:
+        for answer in (variant, tokenizer.guarded(variant)):
+            if after.startswith(answer):
+                return after[len(answer) :]
     return None
 
 
@@ -81,3 +83,16 @@ def _is_whole(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _says(tokenizer: Tokenizer, ids: list[int], text: bytes) -> bool:
+    """Whether `ids` stand for `text`; after an added token, tokenizers may put a space."""
+    place = 0
+    for n, token_id in enumerate(ids):
+        piece = tokenizer.token_bytes(token_id, special=True)
+        if n > 0 and piece.startswith(b" ") and not text.startswith(piece, place):
+            piece = piece[1:]
+        if not text.startswith(piece, place):
+            return False
+        place += len(piece)
+    return place == len(text)
