@@ -1,81 +1,60 @@
-"""Block formats: one file per format with a quantiser, the rest read through the gguf package."""
+"""ggml's types, one file per format: what the bytes of a tensor mean.
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
+`QUANTS` lists every type a GGUF file can hold. Importing this package costs little: compilers are
+loaded when something is quantised for the first time.
+"""
 
 from gguf_tools.errors import UnsupportedQuantError, printable
+from gguf_tools.quants.bf16 import BF16
+from gguf_tools.quants.f16 import F16
+from gguf_tools.quants.f32 import F32
+from gguf_tools.quants.plain_numbers import F64, I8, I16, I32, I64
+from gguf_tools.quants.q1_0 import Q1_0
+from gguf_tools.quants.q2_0 import Q2_0
+from gguf_tools.quants.q4_0 import Q4_0
+from gguf_tools.quants.q4_1 import Q4_1
+from gguf_tools.quants.q4_k import Q4_K
+from gguf_tools.quants.q5_0 import Q5_0
+from gguf_tools.quants.q5_1 import Q5_1
+from gguf_tools.quants.q5_k import Q5_K
+from gguf_tools.quants.q6_k import Q6_K
+from gguf_tools.quants.q8_0 import Q8_0
+from gguf_tools.quants.q8_1 import Q8_1
+from gguf_tools.quants.q8_k import Q8_K
 from gguf_tools.quants.quanttype import QuantType
+from gguf_tools.quants.read_only import READ_ONLY
 
-# name: (ggml's number, weights per block, bytes per block); ggml.h and ggml-common.h
-_KNOWN = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q4_1": (3, 32, 20),
-    "Q5_0": (6, 32, 22),
-    "Q5_1": (7, 32, 24),
-    "Q8_0": (8, 32, 34),
-    "Q8_1": (9, 32, 36),
-    "Q2_K": (10, 256, 84),
-    "Q3_K": (11, 256, 110),
-    "Q4_K": (12, 256, 144),
-    "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-    "Q8_K": (15, 256, 292),
-    "IQ2_XXS": (16, 256, 66),
-    "IQ2_XS": (17, 256, 74),
-    "IQ3_XXS": (18, 256, 98),
-    "IQ1_S": (19, 256, 50),
-    "IQ4_NL": (20, 32, 18),
-    "IQ3_S": (21, 256, 110),
-    "IQ2_S": (22, 256, 82),
-    "IQ4_XS": (23, 256, 136),
-    "I8": (24, 1, 1),
-    "I16": (25, 1, 2),
-    "I32": (26, 1, 4),
-    "I64": (27, 1, 8),
-    "F64": (28, 1, 8),
-    "IQ1_M": (29, 256, 56),
-    "BF16": (30, 1, 2),
-    "TQ1_0": (34, 256, 54),
-    "TQ2_0": (35, 256, 66),
-    "MXFP4": (39, 32, 17),
-}
-_PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4"}
-_PLAIN["I64"] = "<i8"
+__all__ = ["QUANTS", "QuantType", "by_id", "by_name"]
 
+QUANTS: tuple[QuantType, ...] = (
+    *(F32, F16, BF16),
+    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K),
+    *(Q1_0, Q2_0, Q8_1, Q8_K),
+    *READ_ONLY,
+    *(I8, I16, I32, I64, F64),
+)
 
-def _decoder(name: str) -> Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]:
-    def dequantize(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        if name in _PLAIN:
-            return rows.view(_PLAIN[name]).astype(np.float32)
-        import gguf
-
-        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])
-        return np.asarray(values, np.float32)
-
-    return dequantize
-
-
-QUANTS = tuple(QuantType(name, *facts, _decoder(name)) for name, facts in _KNOWN.items())
 _BY_ID = {quant.type_id: quant for quant in QUANTS}
 _BY_NAME = {quant.name: quant for quant in QUANTS}
 
 
 def by_id(type_id: int) -> QuantType:
-    quant = _BY_ID.get(type_id)
-    if quant is None:
-        raise UnsupportedQuantError(f"tensor type {printable(type_id)} is not one of ggml's")
-    return quant
+    """The type with this number in GGUF files."""
+    found = _BY_ID.get(type_id)
+    if found is None:
+        known = ", ".join(f"{quant.type_id} {quant.name}" for quant in _sorted())
+        raise UnsupportedQuantError(f"tensor type {type_id} is not known; known are {known}")
+    return found
 
 
 def by_name(name: str) -> QuantType:
-    quant = _BY_NAME.get(name)
-    if quant is None:
-        known = ", ".join(_BY_NAME)
-        raise UnsupportedQuantError(f"tensor type {printable(name)} is unknown; known: {known}")
-    return quant
+    """The type ggml calls so, such as `Q4_K`."""
+    found = _BY_NAME.get(name)
+    if found is None:
+        known = ", ".join(quant.name for quant in _sorted())
+        raise UnsupportedQuantError(f"type {printable(name)} is not known; known are {known}")
+    return found
+
+
+def _sorted() -> list[QuantType]:
+    return sorted(QUANTS, key=lambda quant: quant.type_id)

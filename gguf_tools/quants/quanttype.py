@@ -1,43 +1,40 @@
-"""What is known of one block format."""
-
-from __future__ import annotations
+"""What the rest of the program knows of a block format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from gguf_tools.errors import UnsupportedQuantError
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Bytes = npt.NDArray[np.uint8]
-    Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class QuantType:
-    """A block format; rows of k weights are k / block_size blocks of block_bytes each.
+    """One of ggml's types: its numbers and its functions between weights and bytes.
 
-    dequantize: (n_rows, row_bytes) uint8 -> (n_rows, k) float32; the definition of the format
-    quantize_reference: (n_rows, k) float32 -> (n_rows, row_bytes); NumPy, step for step as ggml
-    quantize: the same, fast and equal to the bit; may be called from several threads at once
+    The functions take and give whole rows: weights (n_rows, k) float32, bytes (n_rows, row_bytes)
+    uint8. They refuse rows that are not whole blocks with UnsupportedQuantError.
     """
 
-    name: str  # ggml's, such as Q4_K
-    type_id: int  # ggml's number
-    block_size: int
+    name: str  # as ggml calls it: "Q4_K"
+    type_id: int  # its number in a GGUF file
+    block_size: int  # weights in a block
     block_bytes: int
-    dequantize: Callable[[Bytes], Floats]
-    quantize_reference: Callable[[Floats], Bytes] | None = None
-    quantize: Callable[[Floats], Bytes] | None = None
+    dequantize: Callable[[Bytes], Floats]  # vectorised NumPy: the definition of the format
+    quantize_reference: Callable[[Floats], Bytes] | None  # NumPy, step for step as ggml
+    quantize: Callable[[Floats], Bytes] | None  # the same bytes, fast; threads may share it
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a row of k weights; UnsupportedQuantError when blocks do not fill it."""
+        """Bytes of a row of k weights."""
         if k % self.block_size:
             raise UnsupportedQuantError(
-                f"{self.name} holds rows in blocks of {self.block_size} weights: a row of {k} "
-                "does not fit; choose another type for it"
+                f"a row of {k} weights cannot be stored as {self.name}: expected a multiple of "
+                f"{self.block_size}; choose another type for this tensor"
             )
         return k // self.block_size * self.block_bytes

@@ -1,0 +1,69 @@
+"""C's arithmetic in NumPy, where the two differ and a bit depends on it."""
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_tools.quants.quanttype import Array, Floats
+
+MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: a float this large has no fraction
+
+
+def to_half(x: Floats) -> npt.NDArray[np.float16]:
+    """float16, rounded half to even; too large is infinity, a NaN keeps only its sign."""
+    half = x.astype(np.float16)
+    bits = half.view(np.uint16)
+    bits[np.isnan(half)] &= 0xFE00
+    return half
+
+
+def nearest_int(x: Floats) -> npt.NDArray[np.int32]:
+    """ggml's rounding of the K formats: half to even, by adding a magic number.
+
+    Beyond 2^22 the bits of the sum are garbage, and the same garbage as ggml's: NaN gives 0,
+    infinity -2^22.
+    """
+    return ((x + MAGIC).view(np.int32) & 0x7FFFFF) - 0x400000
+
+
+def round_half_away(x: Floats) -> Floats:
+    """C's roundf."""
+    whole: Floats = np.trunc(x)
+    return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(np.float32(1), x), whole)
+
+
+def low_byte(x: Floats) -> npt.NDArray[np.int32]:
+    """(uint8_t) x of a float: towards zero; what an int cannot hold becomes 0."""
+    fits = np.abs(x) < np.float32(2**31)
+    return np.where(fits, x, np.float32(0)).astype(np.int32) & 0xFF
+
+
+def ordered_sum(terms: Floats) -> Floats:
+    """Sums along the last axis, added from left to right as a C loop does."""
+    total: Floats = np.add.accumulate(terms, axis=-1)[..., -1]
+    return total
+
+
+def first_largest(x: Floats) -> Floats:
+    """The value of largest magnitude in each block (last axis), the first of equals, signed."""
+    at = np.argmax(np.abs(x), axis=-1, keepdims=True)
+    return np.take_along_axis(x, at, axis=-1)[..., 0]
+
+
+def inverse(x: Floats) -> Floats:
+    """1 / x, and 0 for 0."""
+    return np.where(x != 0, np.float32(1) / x, np.float32(0))
+
+
+def join_nibbles(low: Array, high: Array) -> npt.NDArray[np.uint8]:
+    """low | high << 4, as bytes."""
+    joined: npt.NDArray[np.uint8] = (low | (high << 4)).astype(np.uint8)
+    return joined
+
+
+def range_of(x: Floats) -> tuple[Floats, Floats]:
+    """The smallest and the largest of each block (last axis), the first of equals (-0 and 0)."""
+    low, high = (
+        np.take_along_axis(x, choose(x, axis=-1, keepdims=True), axis=-1)[..., 0]
+        for choose in (np.argmin, np.argmax)
+    )
+    return low, high
