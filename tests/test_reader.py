@@ -70,7 +70,10 @@ def test_same_as_gguf_package_on_a_real_model(smollm2_gguf: Path) -> None:
 
 @pytest.mark.parametrize("alignment", [8, 32, 64])
 def test_same_as_gguf_package_on_our_own_file(tmp_path: Path, alignment: int) -> None:
-    """Every type of value, and a tensor of every block format that there is."""
+    """Every type of value, and a tensor of every block format that the package knows as ggml does.
+
+    It takes Q8_1, which no file holds, for 40 bytes where ggml has 36, and lacks the newest ones.
+    """
     path = tmp_path / "all.gguf"
     metadata = {
         "general.architecture": Value("str", "test"),
@@ -91,7 +94,10 @@ def test_same_as_gguf_package_on_our_own_file(tmp_path: Path, alignment: int) ->
         "none": Array("i32", []),
         "bools": Array("bool", [True, False]),
     }
-    specs = [TensorSpec(f"t.{q.name}", q, (2, 3, 2 * q.block_size)) for q in QUANTS]
+    theirs = {int(type_id): sizes for type_id, sizes in gguf.GGML_QUANT_SIZES.items()}
+    quants = [q for q in QUANTS if theirs.get(q.type_id) == (q.block_size, q.block_bytes)]
+    assert len(quants) >= 30
+    specs = [TensorSpec(f"t.{q.name}", q, (2, 3, 2 * q.block_size)) for q in quants]
     random_ = np.random.default_rng(5)
     with GGUFWriter(path, metadata=metadata, tensors=specs, alignment=alignment) as writer:
         for spec in specs:
