@@ -45,8 +45,21 @@ def ordered_sum(terms: Floats) -> Floats:
 
 def first_largest(x: Floats) -> Floats:
     """The value of largest magnitude in each block (last axis), the first of equals, signed."""
-    at = np.argmax(np.abs(x), axis=-1, keepdims=True)
-    return np.take_along_axis(x, at, axis=-1)[..., 0]
+    largest = magnitude = np.zeros(x.shape[:-1], np.float32)
+    for column in np.moveaxis(x, -1, 0):
+        larger = np.abs(column) > magnitude
+        magnitude = np.where(larger, np.abs(column), magnitude)
+        largest = np.where(larger, column, largest)
+    return largest
+
+
+def range_of(x: Floats) -> tuple[Floats, Floats]:
+    """The smallest and the largest of each block (last axis), the first of equals (-0 and 0)."""
+    low, high = x[..., 0], x[..., 0]
+    for column in np.moveaxis(x, -1, 0)[1:]:
+        low = np.where(column < low, column, low)
+        high = np.where(column > high, column, high)
+    return low, high
 
 
 def inverse(x: Floats) -> Floats:
@@ -58,12 +71,3 @@ def join_nibbles(low: Array, high: Array) -> npt.NDArray[np.uint8]:
     """low | high << 4, as bytes."""
     joined: npt.NDArray[np.uint8] = (low | (high << 4)).astype(np.uint8)
     return joined
-
-
-def range_of(x: Floats) -> tuple[Floats, Floats]:
-    """The smallest and the largest of each block (last axis), the first of equals (-0 and 0)."""
-    low, high = (
-        np.take_along_axis(x, choose(x, axis=-1, keepdims=True), axis=-1)[..., 0]
-        for choose in (np.argmin, np.argmax)
-    )
-    return low, high

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gguf_tools.quants.arithmetic import first_largest, nearest_int, ordered_sum
+from gguf_tools.quants.arithmetic import first_largest, nearest_int, ordered_sum, range_of
 from gguf_tools.quants.quanttype import Floats
 
 TINY = np.float32(1e-15)
@@ -40,10 +40,7 @@ def fit_scale_and_minimum(
     top + first + i / 10 levels. The error is the weighted sum of squares, or of magnitudes when
     `absolute`. The grid starts from the best minimum so far, which the trials move.
     """
-    low, high = x[:, 0].copy(), x[:, 0].copy()
-    for column in x.T[1:]:
-        low = np.where(column < low, column, low)
-        high = np.where(column > high, column, high)
+    low, high = range_of(x)
     low = np.where(low > 0, np.float32(0), low)
     flat = high == low
     flat_low = low
