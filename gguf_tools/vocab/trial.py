@@ -1,20 +1,20 @@
 """Trying a tokenizer.json out: its fingerprint, and which known split encodes as it does.
 
-It runs as a process of its own, `python -m gguf_tools.vocab.trial FILE`: the file's regular
-expressions run in the tokenizers library, where a hostile one may take for ever or bring the
-process down. The parent sets a time limit and reads the answer, one line of JSON.
+It runs in a process of its own: the file's regular expressions run in the tokenizers library, where
+a hostile one may take for ever or bring the process down. The parent sets a time limit and reads
+the answer, one line of JSON.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf_tools
+from gguf_tools.child import python_command
 from gguf_tools.pretokenizers import SPLITS
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
@@ -36,16 +36,14 @@ class Trial:
 
 def run_trial(path: Path) -> Trial | None:
     """Try the file in a process of its own; None when it failed there or took too long."""
-    root = str(Path(gguf_tools.__file__).resolve().parent.parent)
-    paths = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "gguf_tools.vocab.trial", str(path.resolve())],
+            python_command("gguf_tools.vocab.trial", [str(path.resolve())]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=TIME_LIMIT,
-            env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             check=True,
         )
         return Trial(**json.loads(done.stdout))
@@ -78,6 +76,12 @@ def try_tokenizer(path: str) -> Trial:
     return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter)
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Try the file that is the one argument."""
+    sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0]))))
+    return 0
+
+
 def _encode_all(tokenizer: Any) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in TEST_TEXTS]
 
@@ -93,7 +97,3 @@ def _cut_all(tokenizer: Any) -> list[list[str]]:
 
 def _count_equal(first: list[Any], second: list[Any]) -> int:
     return sum(a == b for a, b in zip(first, second, strict=True))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(vars(try_tokenizer(sys.argv[1]))))
