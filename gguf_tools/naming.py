@@ -58,7 +58,7 @@ def title(name: str) -> str:
 def size_label(n_parameters: int) -> str:
     """`135M`: at least two significant digits, powers of a thousand."""
     unit, scale = next(((u, s) for u, s in UNITS[:-1] if n_parameters > s), UNITS[-1])
-    scaled = n_parameters / scale
+    scaled = n_parameters * (1 / scale)
     digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
     return f"{scaled:.{digits}f}{unit}"
 

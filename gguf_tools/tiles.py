@@ -68,7 +68,9 @@ def int8_tile(
                 first = b.load(_at(b, corr_at[c], i4), typ=I32, align=4)
                 dots[0][c] = dots[1][c] = emit_splat(b, _INTS, first)
             for j in range(size // 4):
-                rows = [b.load(_at(b, weights, (j * 2 + r) * 64), typ=_BYTES, align=64) for r in (0, 1)]
+                rows = [
+                    b.load(_at(b, weights, (j * 2 + r) * 64), typ=_BYTES, align=64) for r in (0, 1)
+                ]
                 for c in range(columns):
                     four = b.load(_at(b, b.add(x_at[c], along), j * 4), typ=I32, align=4)
                     spread = b.bitcast(emit_splat(b, _INTS, four), _BYTES)

@@ -18,7 +18,7 @@ MAX_CONTEXT = 1 << 30
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched; `kind` is none, linear or yarn (YaRN, arXiv 2309.00071)."""
+    """How rotary positions are stretched; `kind` is none, linear or yarn (arXiv 2309.00071)."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -124,9 +124,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         value_dim=value_dim,
         n_vocab=n_vocab,
         n_ctx_train=n_ctx_train,
-        norm_epsilon=meta.real(
-            f"{arch}.attention.layer_norm_rms_epsilon", low=0.0, high=1.0
-        ),
+        norm_epsilon=meta.real(f"{arch}.attention.layer_norm_rms_epsilon", low=0.0, high=1.0),
         rope_dims=rope_dims,
         rope_base=meta.real(f"{arch}.rope.freq_base", low=1.0, high=1e12, default=10000.0),
         rope_scaling=_read_rope_scaling(meta, arch, n_ctx_train),

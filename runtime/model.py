@@ -57,9 +57,7 @@ class Model:
         size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
-        runner = _make_backend(
-            backend, program, n_ctx=size, n_threads=n_threads, n_batch=n_batch
-        )
+        runner = _make_backend(backend, program, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
         return cls(config, runner, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gguf_tools.errors import MissingTensorError, printable
+from gguf_tools.quants import by_name
 from gguf_tools.reader import GGUFFile
 from runtime.program import Floats, Matrix
 
@@ -27,7 +28,7 @@ class Weights:
         if self._check(name, (n_rows, n_columns)):
             info = self.file.tensors[name]
             return Matrix(name, info.quant, n_rows, n_columns, self.file.raw(name))
-        return Matrix(name, _absent(), n_rows, n_columns, np.empty((0, 0), np.uint8))
+        return Matrix(name, by_name("F32"), n_rows, n_columns, np.empty((0, 0), np.uint8))
 
     def vector(self, name: str, size: int) -> Floats:
         """A float32 vector such as a norm's weight."""
@@ -60,9 +61,3 @@ class Weights:
             found = " x ".join(str(n) for n in info.shape)
             self.problems.append(f"{name} is {found}, expected {' x '.join(map(str, shape))}")
         return info is not None and tuple(info.shape) == shape
-
-
-def _absent():  # type: ignore[no-untyped-def]
-    from gguf_tools.quants import by_name
-
-    return by_name("F32")

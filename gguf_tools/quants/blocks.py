@@ -6,6 +6,7 @@ The blocks of all rows lie one after another, so a format never sees rows.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ def block_quant(
     dequantize: Callable[[Array], Floats],
     quantize_reference: Callable[[Floats], Array] | None = None,
 ) -> QuantType:
-    """The QuantType of a format given by functions on blocks."""
+    """The QuantType of a format given by functions on blocks.
+
+    A format that can be quantised has a kernel too: see `quantize_with_kernel`.
+    """
     block_bytes = block.itemsize
 
     def dequantize_rows(rows: Bytes) -> Floats:
@@ -40,6 +44,11 @@ def block_quant(
             blocks = quantize_reference(split_blocks(weights, block_size))
         return blocks.view(np.uint8).reshape(*weights.shape[:-1], row_bytes)
 
+    def quantize_rows(weights: Floats) -> Bytes:
+        row_bytes = quant.row_bytes(weights.shape[-1])
+        data = quantize_with_kernel(name, split_blocks(weights, block_size), block_bytes)
+        return data.reshape(*weights.shape[:-1], row_bytes)
+
     can_quantize = quantize_reference is not None
     quant = QuantType(
         name,
@@ -48,7 +57,7 @@ def block_quant(
         block_bytes,
         dequantize_rows,
         quantize_rows_reference if can_quantize else None,
-        quantize_rows_reference if can_quantize else None,
+        quantize_rows if can_quantize else None,
     )
     return quant
 
@@ -69,3 +78,25 @@ def split_blocks(weights: Floats, block_size: int) -> Floats:
     if weights.dtype != np.float32:
         raise ValueError(f"weights to quantise are float32, not {weights.dtype}")
     return np.ascontiguousarray(weights).reshape(-1, block_size)
+
+
+def quantize_with_kernel(name: str, blocks: Floats, block_bytes: int) -> Bytes:
+    """Run the compiled quantiser of a format, which is `kernels.NAME.quantize`.
+
+    A kernel takes whole groups of GROUP blocks; what is left over is padded with zeros. Compilers
+    are imported here, at the first use, and not by those who only ask for a type's size.
+    """
+    module = import_module(f"gguf_tools.quants.kernels.{name.lower()}")
+    group = module.GROUP
+    scratch = np.empty(module.SCRATCH, np.uint8)  # of this call: threads share nothing
+    data = np.empty((len(blocks), block_bytes), np.uint8)
+    whole = len(blocks) - len(blocks) % group
+    if whole:
+        module.quantize(blocks.ctypes.data, data.ctypes.data, whole, scratch.ctypes.data)
+    if whole < len(blocks):
+        padded = np.zeros((group, blocks.shape[1]), np.float32)
+        padded[: len(blocks) - whole] = blocks[whole:]
+        last = np.empty((group, block_bytes), np.uint8)
+        module.quantize(padded.ctypes.data, last.ctypes.data, group, scratch.ctypes.data)
+        data[whole:] = last[: len(blocks) - whole]
+    return data

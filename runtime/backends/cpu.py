@@ -7,6 +7,7 @@ barriers made of atomics.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import numpy as np
@@ -134,11 +135,10 @@ class CPUBackend:
 
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
     """A buffer as NumPy sees it; the first thread's where each thread has its own."""
-    import ctypes
-
     size = place.token_stride // 4
     memory = (ctypes.c_float * (n_tokens * size)).from_address(place.base)
-    return np.frombuffer(memory, np.float32).reshape(n_tokens, size)[:, :width]
+    rows: Floats = np.ctypeslib.as_array(memory).reshape(n_tokens, size)
+    return rows[:, :width]
 
 
 def _arrays(parts: list[Table | HostMatMul]) -> list[npt.NDArray[np.int64] | HostMatMul]:

@@ -300,9 +300,7 @@ class Lowering:
         )
         table.add(matmul.matvec, arguments, accesses)
 
-    def _quantised(
-        self, table: Table, source: str, form: Activation, k: int
-    ) -> tuple[int, ...]:
+    def _quantised(self, table: Table, source: str, form: Activation, k: int) -> tuple[int, ...]:
         """Each thread's own bytes of the (one) token in `source`, made unless still valid."""
         assert form.quantise is not None
         if form.name not in self._forms:
@@ -320,7 +318,7 @@ class Lowering:
         source = self.places[step.source]
         accesses = self._access(step.target, columns(matrix.n_rows), written=True)
         if kernels.group == 0:
-            arguments: tuple[int, ...] = (
+            floats = (
                 *self._matrix(matrix),
                 kernels.rows.address,
                 matmul.tile_floats.address,
@@ -330,7 +328,7 @@ class Lowering:
                 target.token_stride,
             )
             accesses += self._access(step.source, WHOLE)
-            table.add(matmul.matmul_floats, arguments, accesses)
+            table.add(matmul.matmul_floats, floats, accesses)
             return
         form = f"{kernels.group}/{kernels.span}/{kernels.bias}"
         place = self._quantised_columns(table, step.source, form, kernels, matrix.n_columns)
@@ -371,7 +369,10 @@ class Lowering:
         key = id(step.table)
         if key not in self._ropes:
             angles = step.table.angles(np.arange(self.memory.n_positions))
-            self._ropes[key] = (self.memory.arena.hold(angles[0]), self.memory.arena.hold(angles[1]))
+            self._ropes[key] = (
+                self.memory.arena.hold(angles[0]),
+                self.memory.arena.hold(angles[1]),
+            )
         arguments = (
             *self.places[step.target].arguments,
             step.n_heads,

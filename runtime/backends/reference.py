@@ -31,7 +31,9 @@ class ReferenceBackend:
 
     def __init__(self, program: Program, *, n_ctx: int) -> None:
         self.program = program
-        self.notes: tuple[str, ...] = ("the reference backend is slow: it is there to compare with",)
+        self.notes: tuple[str, ...] = (
+            "the reference backend is slow: it is there to compare with",
+        )
         self._keys = [
             np.zeros((n_ctx, shape.n_kv_heads, shape.key_dim), np.float32)
             for shape in program.caches
@@ -82,17 +84,22 @@ class ReferenceBackend:
                     start=start,
                 )
             case Gate():
-                gate = buffers[step.gate]
-                buffers[step.target] = gate / (1 + np.exp(-gate)) * buffers[step.up]
+                buffers[step.target] = silu(buffers[step.gate]) * buffers[step.up]
             case Add():
                 buffers[step.target] = buffers[step.target] + buffers[step.source]
 
 
 def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
     groups = x.reshape(-1, len(weight))
-    mean = np.mean(groups * groups, axis=1, keepdims=True, dtype=np.float32)
+    mean: Floats = np.mean(groups * groups, axis=1, keepdims=True, dtype=np.float32)
     normed: Floats = (groups / np.sqrt(mean + np.float32(epsilon)) * weight).reshape(x.shape)
     return normed
+
+
+def silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):  # exp(-x) is infinite for very negative x: the result is 0
+        y: Floats = x / (1 + np.exp(-x))
+    return y
 
 
 def matmul(x: Floats, step: MatMul) -> Floats:
@@ -143,4 +150,5 @@ def attend(
     scores -= scores.max(axis=2, keepdims=True)
     weights = np.exp(scores)
     weights /= weights.sum(axis=2, keepdims=True)
-    return np.einsum("htp,phd->thd", weights, v).reshape(n_tokens, -1)
+    mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(n_tokens, -1)
+    return mixed

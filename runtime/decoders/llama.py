@@ -29,7 +29,11 @@ from runtime.weights import Weights
 def build(weights: Weights, config: ModelConfig) -> Program:
     """Emit the program; what the tensors lack is noted in `weights` for one error."""
     c = config
-    q_width, k_width, v_width = c.n_heads * c.key_dim, c.n_kv_heads * c.key_dim, c.n_kv_heads * c.value_dim
+    q_width, k_width, v_width = (
+        c.n_heads * c.key_dim,
+        c.n_kv_heads * c.key_dim,
+        c.n_kv_heads * c.value_dim,
+    )
     buffers = {
         "x": c.dim,
         "normed": c.dim,
@@ -67,7 +71,9 @@ def _layer(
         steps.append(RMSNorm("x", "normed", weight, c.norm_epsilon))
 
     def linear(name: str, source: str, target: str, n_rows: int, n_columns: int) -> None:
-        steps.append(MatMul(source, target, weights.matrix(f"{block}.{name}.weight", n_rows, n_columns)))
+        steps.append(
+            MatMul(source, target, weights.matrix(f"{block}.{name}.weight", n_rows, n_columns))
+        )
         bias = weights.optional_vector(f"{block}.{name}.bias", n_rows)
         if bias is not None:
             steps.append(AddBias(target, bias))

@@ -13,20 +13,24 @@ HALVES = {  # where the f16 fields of a block are, in bytes
     "Q5_K": (0, 2),
     "Q6_K": (208,),
 }
+LARGEST = {"Q8_0": 16, "Q4_K": 64, "Q5_K": 128, "Q6_K": 256}  # about; the scales make up for it
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def random_rows(name: str, n_rows: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """(n_rows, row_bytes) uint8: any bits, with scales of ordinary size."""
+def random_rows(
+    name: str, n_rows: int, k: int, rng: np.random.Generator, spread: float = 1.0
+) -> np.ndarray:
+    """(n_rows, row_bytes) uint8: any bits, with scales of ordinary size times `spread`."""
     if name in FLOATS:
-        values = rng.normal(size=(n_rows, k)).astype(np.float32)
+        values = (rng.normal(size=(n_rows, k)) * spread).astype(np.float32)
         if name == "BF16":
             return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
         return values.astype(FLOATS[name]).view(np.uint8)
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     blocks = rng.integers(0, 256, (n_rows, k // block, size), dtype=np.uint8)
+    size = 0.1 * spread / LARGEST.get(name, 2)
     for at in HALVES[name]:
-        scale = (rng.normal(size=blocks.shape[:2]) * 0.01).astype(np.float16)
+        scale = (rng.normal(size=blocks.shape[:2]) * size).astype(np.float16)
         blocks[:, :, at : at + 2] = scale[:, :, None].view(np.uint8)
     return blocks.reshape(n_rows, -1)
 

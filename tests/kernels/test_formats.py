@@ -61,9 +61,7 @@ def test_rows(name: str, k: int) -> None:
         return
     q = np.zeros(k + 64, np.uint8)
     scales, offsets = np.zeros((2, k // kernels.group + 64), np.float32)
-    kernels.rows(
-        rows.ctypes.data, q.ctypes.data, scales.ctypes.data, offsets.ctypes.data, k
-    )
+    kernels.rows(rows.ctypes.data, q.ctypes.data, scales.ctypes.data, offsets.ctypes.data, k)
     values = q[:k].reshape(-1, kernels.group).astype(np.float64) - kernels.bias
     values *= scales[: len(values), None]
     if kernels.has_offset:

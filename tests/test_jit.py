@@ -1,0 +1,72 @@
+"""The cache of compiled kernels: shared by processes, absent, in the way, damaged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gguf_tools.jit import kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import numpy as np
+from gguf_tools import jit
+from gguf_tools.simd import ld_f32, st_f32
+from runtime.kernels.floats import matvec_f32
+x = np.arange(40, dtype=np.float32); y = np.zeros(1, np.float32)
+matvec_f32(x.ctypes.data, 160, 0, 1, x.ctypes.data, y.ctypes.data, 40)
+assert y[0] == (x * x).sum()
+print(jit.CACHE_FOLDER, jit.NO_CACHE_REASON, sep="|")
+"""
+
+
+def start(cache: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "GGUF_TOOLS_CACHE": cache}
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out.strip()
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    both = [start(str(tmp_path)) for _ in range(2)]
+    folders = {finish(process) for process in both}
+    assert len(folders) == 1
+    kept = list(tmp_path.rglob("*.nbc"))
+    assert kept
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    finish(start(str(tmp_path)))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == before
+
+
+def test_no_cache_folder(tmp_path: Path) -> None:
+    assert finish(start("off")) == "None|switched off by GGUF_TOOLS_CACHE"
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    out = finish(start(str(blocked / "cache")))
+    assert out.startswith("None|") and "cannot be written" in out
+
+
+def test_damaged_cache_entry(tmp_path: Path) -> None:
+    finish(start(str(tmp_path)))
+    for path in [*tmp_path.rglob("*.nbc"), *tmp_path.rglob("*.nbi")]:
+        path.write_bytes(b"")
+    finish(start(str(tmp_path)))
+
+
+def test_wrong_letters() -> None:
+    with pytest.raises(ValueError, match="not"):
+        kernel("ix")
