@@ -1,0 +1,267 @@
+"""`convert` as a process: what it prints, what it leaves, how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from gguf_tools.recipes import available
+from tests.checkpoints import STORIES, llama_config, llama_tensors, make_llama, safetensors
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def convert(
+    folder: Path, *arguments: str | Path, command: tuple[str, ...] = ("-m", "gguf_tools", "convert")
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in `folder`."""
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
+
+
+def error_of(ended: subprocess.CompletedProcess[str], code: int = 1) -> str:
+    """The one line that a refusal is."""
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    return ended.stderr
+
+
+def fields(stdout: str) -> dict[str, str]:
+    """The closing table."""
+    pairs = (line.split("  ", 1) for line in stdout.splitlines() if "  " in line.strip())
+    return {label.strip(): text.strip() for label, text in pairs if label.strip()}
+
+
+def test_defaults(tmp_path: Path) -> None:
+    ended = convert(tmp_path, STORIES)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["stories260k-Q8_0.gguf"]
+    output = tmp_path / "stories260k-Q8_0.gguf"
+    table = fields(ended.stdout)
+    assert table["file"] == output.name
+    assert table["size"].startswith(f"{output.stat().st_size:,} bytes")
+    assert table["parameters"] == "260,032"
+    assert table["tensors"] == "47: 31 Q8_0, 11 F32, 5 F16"
+    assert table["fallbacks"] == (
+        "blk.*.ffn_down.weight (5 tensors): F16 instead of Q8_0: rows of 172 are not whole "
+        "blocks of 32 (Q8_0)"
+    )
+    tensors = gguf.GGUFReader(output).tensors
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / 260_032
+    assert table["bits per weight"] == f"{bits:.4f}"
+
+
+@pytest.mark.parametrize(
+    "command", [("-m", "gguf_tools"), ("-m", "gguf_tools", "convert"), (str(ROOT / "convert.py"),)]
+)
+def test_every_way_to_call_it(tmp_path: Path, command: tuple[str, ...]) -> None:
+    ended = convert(tmp_path, STORIES, "--type", "f16", "-o", "x.gguf", command=command)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "x.gguf").is_file()
+
+
+def test_relative_folders(tmp_path: Path) -> None:
+    make_llama(tmp_path / "Some-Model")
+    assert convert(tmp_path, "Some-Model/", "--type", "q4_k_m").returncode == 0
+    assert (tmp_path / "Some-Model-Q4_K_M.gguf").is_file()
+    assert convert(tmp_path / "Some-Model", ".", "--type", "F32").returncode == 0
+    assert (tmp_path / "Some-Model" / "Some-Model-F32.gguf").is_file()
+
+
+def test_help_names_every_type(tmp_path: Path) -> None:
+    ended = convert(tmp_path, "--help")
+    assert ended.returncode == 0
+    words = set(re.findall(r"\w+", ended.stdout))
+    assert {file_type.name for file_type in available()} <= words
+
+
+def test_dry_run_is_exact_and_writes_nothing(tmp_path: Path) -> None:
+    planned = convert(tmp_path, STORIES, "--dry-run", "--type", "Q4_K_M")
+    assert planned.returncode == 0, planned.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = convert(tmp_path, STORIES, "--type", "Q4_K_M")
+    output = tmp_path / "stories260k-Q4_K_M.gguf"
+    assert fields(planned.stdout)["size"] == fields(done.stdout)["size"]
+    assert fields(planned.stdout)["size"].startswith(f"{output.stat().st_size:,} bytes")
+    for tensor in gguf.GGUFReader(output).tensors:
+        pattern = rf"^{re.escape(tensor.name)} .* {tensor.tensor_type.name} +{tensor.n_bytes:,}\b"
+        assert re.search(pattern, planned.stdout, re.MULTILINE), tensor.name
+
+
+def test_dry_run_where_the_output_exists(tmp_path: Path) -> None:
+    (tmp_path / "stories260k-Q8_0.gguf").write_text("mine")
+    assert convert(tmp_path, STORIES, "--dry-run").returncode == 0
+    assert (tmp_path / "stories260k-Q8_0.gguf").read_text() == "mine"
+
+
+def test_existing_output(tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    output.write_text("mine")
+    message = error_of(convert(tmp_path, STORIES, "-o", output))
+    assert "exists already" in message
+    assert "--force" in message
+    assert output.read_text() == "mine"
+    assert convert(tmp_path, STORIES, "-o", output, "--force").returncode == 0
+    assert output.read_bytes()[:4] == b"GGUF"
+
+
+def test_the_checkpoint_is_not_written_over(tmp_path: Path) -> None:
+    make_llama(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    message = error_of(convert(tmp_path, "model", "-o", weights, "--force"))
+    assert "is a file of the checkpoint itself" in message
+    assert weights.read_bytes() == before
+
+
+def test_unknown_types_list_the_known(tmp_path: Path) -> None:
+    message = error_of(convert(tmp_path, STORIES, "--type", "Q4_K_XXL"))
+    for file_type in available():
+        assert f" {file_type.name}" in message
+
+
+def test_wrong_options_are_the_command_lines(tmp_path: Path) -> None:
+    for arguments in (("--threads", "0"), ("--threads", "many"), ("--no-such",)):
+        ended = convert(tmp_path, STORIES, *arguments)
+        assert (ended.returncode, ended.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "there is no such folder"),
+        (lambda folder: folder.mkdir(), "is empty"),
+        (lambda folder: folder.write_bytes(b"GGUF"), "is a GGUF file already"),
+        (lambda folder: make_llama(folder, architectures=["FooLM"]), "known are LlamaForCausalLM"),
+        (lambda folder: make_llama(folder, vocab_size=511), "wrong shape"),
+        (lambda folder: make_llama(folder, num_hidden_layers=10**9), "num_hidden_layers"),
+    ],
+    ids=["absent", "empty", "gguf", "architecture", "shape", "layers"],
+)
+def test_refusals(tmp_path: Path, make: object, words: str) -> None:
+    tensors = llama_tensors(llama_config())
+    if words in ("wrong shape", "num_hidden_layers"):
+        changes = {"vocab_size": 511} if words == "wrong shape" else {"num_hidden_layers": 10**9}
+        make_llama(tmp_path / "model", tensors=tensors, **changes)
+    else:
+        make(tmp_path / "model")  # type: ignore[operator]
+    assert words in error_of(convert(tmp_path, "model", "-o", "out.gguf"))
+    assert not list(tmp_path.glob("out.gguf*"))
+
+
+def test_no_folder_for_the_output(tmp_path: Path) -> None:
+    assert "does not exist" in error_of(convert(tmp_path, STORIES, "-o", "absent/x.gguf"))
+    assert "is a folder" in error_of(convert(tmp_path, STORIES, "-o", "."))
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user"
+)
+def test_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    assert "no permission" in error_of(convert(tmp_path, STORIES, "-o", "closed/x.gguf"))
+
+
+def test_a_damaged_weight(tmp_path: Path) -> None:
+    tensors = llama_tensors(llama_config())
+    tensors["model.layers.1.mlp.down_proj.weight"][60, 90] = np.nan
+    make_llama(tmp_path / "model", tensors=tensors)
+    message = error_of(convert(tmp_path, "model"))
+    assert "model.layers.1.mlp.down_proj.weight[60, 90] is nan" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_notes_go_to_standard_error(tmp_path: Path) -> None:
+    tensors = llama_tensors(llama_config())
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    make_llama(tmp_path / "model", tensors=tensors, tie_word_embeddings=True)
+    ended = convert(tmp_path, "model")
+    assert ended.returncode == 0
+    assert "note: lm_head.weight is left out" in ended.stderr
+    assert "note" not in ended.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """In the middle of a large tensor: no file, not even a partial one."""
+    folder = tmp_path / "model"
+    make_llama(folder)
+    n_vocab = 1 << 18
+    (folder / "config.json").write_text(json.dumps(llama_config(vocab_size=n_vocab)))
+    header, size = {}, 0
+    for name, values in llama_tensors(llama_config()).items():
+        shape = [n_vocab if n == 512 else n for n in values.shape]
+        end = size + int(np.prod(shape)) * 4
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
+        size = end
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(safetensors(header))
+        file.truncate(file.tell() + size)
+    command = [sys.executable, "-m", "gguf_tools", "convert", "model", "--type", "F32"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    part = tmp_path / "model-F32.gguf.part"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if part.exists() and part.stat().st_size > 20_000_000:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert b"Traceback" not in stderr
+    assert stdout == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_on_a_terminal(tmp_path: Path) -> None:
+    import pty
+
+    leader, follower = pty.openpty()
+    make_llama(tmp_path / "model", num_hidden_layers=20)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gguf_tools", "convert", "model"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "120"},
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            data = os.read(leader, 4096)
+        except OSError:  # Linux: the other end has closed
+            break
+        if not data:
+            break
+        shown += data
+    stdout = process.communicate(timeout=60)[0].decode()
+    os.close(leader)
+    assert process.returncode == 0
+    assert "B/s" in shown.decode()
+    assert re.search(r"blk\.\d+\.\w+\.weight Q8_0|output\.weight Q8_0", shown.decode())
+    assert "100%" in shown.decode()
+    assert fields(stdout)["file"] == "model-Q8_0.gguf"
