@@ -89,7 +89,7 @@ class GGUFWriter:
         alignment: int = DEFAULT_ALIGNMENT,
     ) -> None:
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        self.part = self.path.parent / (self.path.name + ".part")
         self._tensors = tuple(tensors)
         self._alignment = alignment
         self._force = force
