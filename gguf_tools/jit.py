@@ -37,7 +37,7 @@ CACHE_VARIABLE = "GGUF_TOOLS_CACHE"
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
 
 _PACKAGES = Path(__file__).resolve().parent.parent
-_KERNEL_SOURCES = ("gguf_tools/*.py", "gguf_tools/quants/*.py", "runtime/kernels/*.py")
+_KERNEL_SOURCES = ("gguf_tools/*.py", "gguf_tools/quants/**/*.py", "runtime/kernels/*.py")
 _NUMBA_TYPES = {"i": types.int64, "f": types.float32}
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 

@@ -246,13 +246,13 @@ class Lowering:
             case Gate():
                 width = self.program.buffers[step.target]
                 names = (step.gate, step.up, step.target)
-                arguments = (*(a for name in names for a in self.places[name].arguments), width)
+                places = [a for name in names for a in self.places[name].arguments]
                 accesses = [
                     *self._access(step.gate, columns(width)),
                     *self._access(step.up, columns(width)),
                     *self._access(step.target, columns(width), written=True),
                 ]
-                table.add(elementwise.gate_silu, arguments, accesses)
+                table.add(elementwise.gate_silu, (*places, width), accesses)
                 self._written(step.target)
             case Add():
                 width = self.program.buffers[step.target]

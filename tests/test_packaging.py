@@ -1,0 +1,20 @@
+"""What an installation contains."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_package_is_listed() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    folders = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for package in ("gguf_tools", "runtime")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert listed == folders | {"gguf_tools.embedded"}
+    assert (ROOT / "models" / "stories260k" / "model.safetensors").is_file()
