@@ -30,21 +30,19 @@ def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
     """The ids of `text` where it follows other text; None when they can't be told.
 
     A tokenizer that puts a space before a text would put one in the middle here, so several ways
-    to encode are tried, and ids count only when they say `text`.
+    to encode are tried, and the one with the fewest spaces too many is taken.
     """
-    anchor = tokenizer.encode("\n", add_special=False)
-    ways = [("", text), ("\n", "\n" + text)]
-    if text.startswith(" "):
-        ways.insert(1, ("", text[1:]))
-    for before, whole in ways:
-        ids = tokenizer.encode(whole, add_special=False, parse_special=True)
-        if before:
-            if ids[: len(anchor)] != anchor:
-                continue
+    wanted = text.replace(GUARD, "").encode()
+    found: list[tuple[int, list[int]]] = []
+    for before, rest in (("", text), ("", text.removeprefix(" ")), ("\n", text)):
+        anchor = tokenizer.encode(before, add_special=False)
+        ids = tokenizer.encode(before + rest, add_special=False, parse_special=True)
+        if ids[: len(anchor)] == anchor:
             ids = ids[len(anchor) :]
-        if _says(tokenizer, ids, text.replace(GUARD, "").encode()):
-            return ids
-    return None
+            n_spaces = _spaces_added(tokenizer, ids, wanted)
+            if n_spaces is not None:
+                found.append((n_spaces, ids))
+    return min(found, key=lambda way: way[0])[1] if found else None
 
 
 def rest_of(text: str, last: Turn, tokenizer: Tokenizer) -> str | None:
@@ -85,14 +83,18 @@ def _is_whole(data: bytes) -> bool:
     return True
 
 
-def _says(tokenizer: Tokenizer, ids: list[int], text: bytes) -> bool:
-    """Whether `ids` stand for `text`; after an added token, tokenizers may put a space."""
-    place = 0
+def _spaces_added(tokenizer: Tokenizer, ids: list[int], text: bytes) -> int | None:
+    """How many spaces `ids` say that `text` has not, or None when they say something else.
+
+    After an added token a tokenizer may put one, as it does in a text encoded at once.
+    """
+    place, n_spaces = 0, 0
     for n, token_id in enumerate(ids):
         piece = tokenizer.token_bytes(token_id, special=True)
         if n > 0 and piece.startswith(b" ") and not text.startswith(piece, place):
             piece = piece[1:]
+            n_spaces += 1
         if not text.startswith(piece, place):
-            return False
+            return None
         place += len(piece)
-    return place == len(text)
+    return n_spaces if place == len(text) else None
