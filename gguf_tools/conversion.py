@@ -17,10 +17,11 @@ import psutil
 
 from gguf_tools import archs
 from gguf_tools.archs.config import HFConfig
-from gguf_tools.checkpoint import CONFIG_NAME, Floats, LazyTensor, open_checkpoint
+from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
 from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantError, printable
+from gguf_tools.file_types import FileType
 from gguf_tools.plan import Plan, TensorPlan, build_plan, match_tensors
-from gguf_tools.recipes import FileType
+from gguf_tools.safetensors_file import Floats, LazyTensor
 from gguf_tools.vocab import read_vocab
 from gguf_tools.writer import GGUFWriter
 

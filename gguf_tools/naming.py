@@ -86,19 +86,19 @@ def name_parts(name: str, n_parameters: int) -> NameParts:
             kinds[i].add("fine_tune")
     sizes = [part for part, kind in zip(parts, kinds, strict=True) if "size" in kind]
     if any(character.isdecimal() for size in sizes for character in size):
-        for part, kind in zip(parts, kinds, strict=True):
+        for part, found in zip(parts, kinds, strict=True):
             if part.isalpha():
-                kind.discard("size")
+                found.discard("size")
     _find_base(parts, kinds)
 
     def joined(kind: str, without: str = "") -> str:
         chosen = [p for p, k in zip(parts, kinds, strict=True) if kind in k and without not in k]
         return "-".join(dict.fromkeys(chosen) if kind == "size" else chosen)
 
-    found = NameParts(
+    named = NameParts(
         joined("base"), joined("size"), joined("fine_tune"), joined("version", without="base")
     )
-    return found if found.size or found.fine_tune or found.version else NameParts()
+    return named if named.size or named.fine_tune or named.version else NameParts()
 
 
 def _read_size(part: str, n_parameters: int) -> tuple[str, str]:
@@ -128,7 +128,7 @@ def _find_base(parts: list[str], kinds: list[set[str]]) -> None:
             at_start = False
             if not kind:
                 kind.add("fine_tune")
-    for kind in reversed(kinds):
-        if "base" not in kind or len(kind) == 1:
+    for found in reversed(kinds):
+        if "base" not in found or len(found) == 1:
             break
-        kind.discard("base")
+        found.discard("base")

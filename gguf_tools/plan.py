@@ -17,27 +17,15 @@ import numpy.typing as npt
 from gguf_tools.archs.architecture import Architecture, ModelFacts, TensorRule
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.transforms import Transform
-from gguf_tools.checkpoint import (
-    CONFIG_NAME,
-    READABLE,
-    Checkpoint,
-    LazyTensor,
-    listing,
-    unreadable,
-)
+from gguf_tools.checkpoint import CONFIG_NAME, Checkpoint, listing
 from gguf_tools.errors import CheckpointError, MissingTensorError, printable
+from gguf_tools.file_types import FileType, RecipeFacts
 from gguf_tools.model_card import card_metadata, read_card
 from gguf_tools.naming import model_id, name_parts, size_label, title
 from gguf_tools.quants import by_name
 from gguf_tools.quants.quanttype import QuantType
-from gguf_tools.recipes import (
-    Choice,
-    FileType,
-    RecipeFacts,
-    block_number,
-    choose_types,
-    sorted_names,
-)
+from gguf_tools.recipes import Choice, block_number, choose_types, sorted_names
+from gguf_tools.safetensors_file import READABLE, LazyTensor, unreadable
 from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import TensorSpec, file_size
 
@@ -297,8 +285,8 @@ def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
         return False
     for row in range(0, one.n_rows, COMPARED_ROWS):
         end = min(row + COMPARED_ROWS, one.n_rows)
-        bands = [tensor.load(row, end).view(np.uint32) for tensor in (one, other)]
-        if not np.array_equal(*bands):
+        left, right = (tensor.load(row, end).view(np.uint32) for tensor in (one, other))
+        if not np.array_equal(left, right):
             return False
     return True
 

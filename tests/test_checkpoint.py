@@ -58,7 +58,7 @@ def test_bands_of_every_dtype(tmp_path: Path, dtype: str) -> None:
 def test_bf16_and_f16_bits() -> None:
     """All 65536 patterns, against ml_dtypes' idea of them."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    from gguf_tools.checkpoint import _to_float32
+    from gguf_tools.safetensors_file import _to_float32
 
     bits = np.arange(65536, dtype="<u2").view(np.uint8)
     for dtype, theirs in (("BF16", ml_dtypes.bfloat16), ("F16", np.float16)):

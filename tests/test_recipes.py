@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from gguf_tools.errors import UnsupportedQuantError
+from gguf_tools.file_types import FILE_TYPES, FileType, RecipeFacts
 from gguf_tools.quants import QUANTS
 from gguf_tools.recipes import (
-    FILE_TYPES,
-    FileType,
-    RecipeFacts,
     available,
     choose_types,
     find_file_type,
