@@ -88,15 +88,16 @@ def quantize_with_kernel(name: str, blocks: Floats, block_bytes: int) -> Bytes:
     """
     module = import_module(f"gguf_tools.quants.kernels.{name.lower()}")
     group = module.GROUP
-    scratch = np.empty(module.SCRATCH, np.uint8)  # of this call: threads share nothing
+    memory = np.empty(module.SCRATCH + 64, np.uint8)  # of this call: threads share nothing
+    scratch = memory.ctypes.data + -memory.ctypes.data % 64
     data = np.empty((len(blocks), block_bytes), np.uint8)
     whole = len(blocks) - len(blocks) % group
     if whole:
-        module.quantize(blocks.ctypes.data, data.ctypes.data, whole, scratch.ctypes.data)
+        module.quantize(blocks.ctypes.data, data.ctypes.data, whole, scratch)
     if whole < len(blocks):
         padded = np.zeros((group, blocks.shape[1]), np.float32)
         padded[: len(blocks) - whole] = blocks[whole:]
         last = np.empty((group, block_bytes), np.uint8)
-        module.quantize(padded.ctypes.data, last.ctypes.data, group, scratch.ctypes.data)
+        module.quantize(padded.ctypes.data, last.ctypes.data, group, scratch)
         data[whole:] = last[: len(blocks) - whole]
     return data

@@ -1,0 +1,19 @@
+"""Q4_K: two blocks at once."""
+
+from gguf_tools.jit import kernel
+from gguf_tools.quants.kernels.blocks_k import GROUP, LEVELS, SCRATCH, fit_two
+from gguf_tools.simd import ld_i8x32, st
+
+__all__ = ["GROUP", "SCRATCH", "quantize"]
+
+
+@kernel("iiii")
+def quantize(x, data, n_blocks, scratch):
+    for first in range(0, n_blocks, 2):
+        y = data + first * 144
+        fit_two(x + first * 1024, y, 144, scratch, 15, -1.0, 21)
+        for block in range(2):
+            levels, qs = scratch + LEVELS + block * 256, y + block * 144 + 16
+            for i in range(4):
+                low, high = ld_i8x32(levels + i * 64), ld_i8x32(levels + i * 64 + 32)
+                st(qs + i * 32, low | (high << 4))
