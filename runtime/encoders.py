@@ -135,24 +135,23 @@ class PieceEncoder:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.EncodeAsIds(text)
-        if self._own_unknown not in ids:
-            return ids
-        return self._without_unknown(text)
+        return self._without_unknown(ids, text) if self._own_unknown in ids else ids
 
-    def _without_unknown(self, text: str) -> list[int]:
+    def _without_unknown(self, ids: list[int], text: str) -> list[int]:
         """Characters that are in no piece: their bytes, or else the unknown token."""
-        ids: list[int] = []
-        for piece in self._processor.EncodeAsImmutableProto(text).pieces:
-            if piece.id != self._own_unknown:
-                ids.append(piece.id)
+        result: list[int] = []
+        # The piece of an unknown stretch is its text.
+        for token_id, piece in zip(ids, self._processor.EncodeAsPieces(text), strict=True):
+            if token_id != self._own_unknown:
+                result.append(token_id)
                 continue
-            by_bytes = [self._byte_ids[byte] for byte in piece.surface.encode()]
+            by_bytes = [self._byte_ids[byte] for byte in piece.encode()]
             known = [i for i in by_bytes if i is not None]
             if len(known) == len(by_bytes):
-                ids += known
+                result += known
             elif self._unknown is not None:
-                ids.append(self._unknown)
-        return ids
+                result.append(self._unknown)
+        return result
 
 
 def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:

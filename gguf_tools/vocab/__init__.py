@@ -25,7 +25,13 @@ from gguf_tools.vocab.presplit import find_pre
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
 from gguf_tools.vocab.special import KEYS, find_special, special_texts
-from gguf_tools.vocab.table import AddedToken, check_unique, read_added_tokens
+from gguf_tools.vocab.table import (
+    CONTROL,
+    UNKNOWN,
+    AddedToken,
+    check_unique,
+    read_added_tokens,
+)
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
 from gguf_tools.vocab.tokenizer_json import TokenizerJson, parse_tokenizer
 
@@ -67,6 +73,7 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
         pieces.names,
         (tokenizer_config, special_map),
         {"config.json": config, GENERATION_NAME: generation},
+        control={text: i for text, i in pieces.names.items() if types[i] in (UNKNOWN, CONTROL)},
         n_vocab=n_vocab,
     )
     steps = source.post_processor if source is not None else []

@@ -48,6 +48,7 @@ TEST_TEXTS: tuple[str, ...] = (
     "\U0001d49c\U0001d4b7 \u2211\u222b\u221a \u2192 \u2264 \u2260 \u00b1 \u221e",
     "word\u200bzero\u200djoin \ufeffbom \u00adsoft",
     "mixed\u4e2d\u6587and\u0440\u0443\u0441\u0441\u043a\u0438\u0439123\u65e5\u672c",
+    "Ti\u1ebfng Vi\u1ec7t Nam",
     "A.B.C. e.g. i.e. U.S.A. Mr. O'Neil-Smith's",
     "Once upon a time, there was a little girl named Lily. She liked to play.",
     CHECK_TEXT,

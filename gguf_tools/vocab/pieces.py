@@ -42,7 +42,6 @@ class Pieces:
     merges: list[str] = field(default_factory=list)
     add_space_prefix: bool | None = None
     remove_extra_whitespaces: bool = False
-    renamed: bool = False  # an added token may take the id of another (tokenizer.model only)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -69,7 +68,6 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
         {piece.text: i for i, piece in enumerate(model.pieces)},
         add_space_prefix=model.add_dummy_prefix,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
-        renamed=True,
     )
     if len(pieces.names) != len(model.pieces):
         raise CheckpointError(f"{name}: two of its pieces have the same text")
@@ -121,7 +119,7 @@ def add_tokens(pieces: Pieces, added: list[AddedToken], n_vocab: int) -> None:
 
     A text that is in the vocabulary keeps its id there, as in the tokenizers library.
     """
-    dropped = []
+    dropped, renamed = [], []
     for token in added:
         token_id = pieces.names.get(token.text, token.id)
         if token_id >= n_vocab:
@@ -129,13 +127,18 @@ def add_tokens(pieces: Pieces, added: list[AddedToken], n_vocab: int) -> None:
             continue
         known = pieces.table.texts.get(token_id)
         if known is not None and token.text not in pieces.names:
-            if not pieces.renamed:
+            if token.source == NAME or token_id in pieces.table.added:
                 raise CheckpointError(
                     f"{token.source}: the id {token_id:,} of the added token "
                     f"'{printable(token.text, 40)}' already belongs to '{printable(known, 40)}'"
                 )
             pieces.names.pop(known, None)
+            renamed.append(f"'{printable(known, 40)}' is '{printable(token.text, 40)}'")
         _enter(pieces, token, token_id)
+    if renamed:
+        pieces.warnings.append(
+            f"tokenizer_config.json renames {len(renamed):,} tokens (the first: {renamed[0]})"
+        )
     if dropped:
         pieces.warnings.append(
             f"{len(dropped):,} added tokens have no row in the embedding and were left out "

@@ -30,10 +30,10 @@ OTHER_SPELLINGS: dict[tuple[str, ...], str] = {
 def find_pre(source: TokenizerJson, path: Path) -> tuple[str, list[str]]:
     """The name to write, and warnings. `path` is the tokenizer.json."""
     split = known_split(source.pre_tokenizer)
-    trial = run_trial(path)
+    fitting = [p for p in _byte_level() if p.split == split or split is None]
+    trial = run_trial(path, sorted({_key(p) for p in fitting}))
     if split is None:
         return _nearest(source, trial)
-    fitting = [p for p in PRETOKENIZERS.values() if p.split == split and not p.raw_bytes]
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
     if trial is None:
         raise CheckpointError(
@@ -41,7 +41,7 @@ def find_pre(source: TokenizerJson, path: Path) -> tuple[str, list[str]]:
         )
     by_hash = PRETOKENIZERS.get(NAMES.get(trial.fingerprint, ""))
     warnings = []
-    if by_hash in fitting:
+    if by_hash in (exact or fitting):
         chosen = by_hash
     else:
         nfc = _uses_nfc(source)
@@ -96,7 +96,7 @@ def _patterns(step: Mapping[str, Any]) -> list[str] | None:
 def _nearest(source: TokenizerJson, trial: Trial | None) -> tuple[str, list[str]]:
     kinds = ", ".join(step["type"] for step in source.pre_tokenizer) or "none"
     what = f"{NAME}: an unknown pre-tokenizer ({printable(kinds, 80)})"
-    known = ", ".join(sorted(name for name, p in PRETOKENIZERS.items() if not p.raw_bytes))
+    known = ", ".join(sorted(p.name for p in _byte_level()))
     if trial is None:
         raise UnsupportedModelError(
             f"{what} that cannot be run to find its like; known are {known}"
@@ -106,7 +106,7 @@ def _nearest(source: TokenizerJson, trial: Trial | None) -> tuple[str, list[str]
         chosen = by_hash
     else:
         chosen = max(
-            (p for p in PRETOKENIZERS.values() if not p.raw_bytes),
+            _byte_level(),
             key=lambda p: (
                 trial.same_ids[_key(p)],
                 trial.same_words[_key(p)],
@@ -133,6 +133,10 @@ def _agreement(chosen: PreTokenizer, trial: Trial) -> list[str]:
         f"{NAME}: {same} of {trial.n_texts} test texts encode identically with the pre-tokenizer "
         f"'{chosen.name}'; what else the file does to text has no form in GGUF"
     ]
+
+
+def _byte_level() -> list[PreTokenizer]:
+    return [p for p in PRETOKENIZERS.values() if not p.raw_bytes]
 
 
 def _key(pre: PreTokenizer) -> str:

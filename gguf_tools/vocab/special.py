@@ -88,9 +88,14 @@ def find_special(
     by_text: tuple[Mapping[str, Any] | None, ...],
     by_id: Mapping[str, Mapping[str, Any] | None],
     *,
+    control: Mapping[str, int],
     n_vocab: int,
 ) -> SpecialTokens:
-    """Roles and their ids. `by_id` maps the name of a file to its content."""
+    """Roles and their ids.
+
+    `names` are all tokens, `control` those that are not text; `by_id` maps the name of a file to
+    its content.
+    """
     found = SpecialTokens()
     ends: list[int] = []  # every id that some file calls the end of a text
     for role in NAMED:
@@ -107,12 +112,12 @@ def find_special(
             if ids:
                 found.ids.setdefault(role, ids[0])
     for role, texts in USUAL.items():
-        usual = [names[text] for text in texts if text in names]
+        usual = [control[text] for text in texts if text in control]
         if usual:
             found.ids.setdefault(role, usual[0])
     _ends_of_turns(found, names, ends)
     for role, texts in FILL_IN_MIDDLE.items():
-        known = [names[text] for text in texts if text in names]
+        known = [control[text] for text in texts if text in control]
         if known:
             found.ids.setdefault(role, known[0])
     return found

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ class Trial:
     merges_matter: int  # texts that ignoring the merges of whole words encodes differently
 
 
-def run_trial(path: Path) -> Trial | None:
-    """Try the file in a process of its own; None when it failed there or took too long."""
+def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
+    """Try the file and the splits `keys` in a process of its own; None when that failed."""
     try:
         done = subprocess.run(
-            python_command("gguf_tools.vocab.trial", [str(path.resolve())]),
+            python_command("gguf_tools.vocab.trial", [str(path.resolve()), *keys]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -51,8 +51,8 @@ def run_trial(path: Path) -> Trial | None:
         return None
 
 
-def try_tokenizer(path: str) -> Trial:
-    """Encode the test texts with the file as it is and with each known split in its place."""
+def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
+    """Encode the test texts with the file as it is and with each of these splits in its place."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     tokenizer: Any = Tokenizer.from_file(path)
@@ -64,21 +64,21 @@ def try_tokenizer(path: str) -> Trial:
     merges_matter = len(TEST_TEXTS) - _count_equal(_encode_all(tokenizer), expected)
     tokenizer.model.ignore_merges = plain
     same_ids, same_words = {}, {}
-    for suffix, normalizer in (("", normalizers.Sequence([])), (NFC, normalizers.NFC())):
-        tokenizer.normalizer = normalizer
-        for name, patterns in SPLITS.items():
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-                + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-            )
-            same_ids[name + suffix] = _count_equal(_encode_all(tokenizer), expected)
-            same_words[name + suffix] = _count_equal(_cut_all(tokenizer), words)
+    for key in keys:
+        patterns = SPLITS[key.removesuffix(NFC)]
+        tokenizer.normalizer = normalizers.NFC() if key.endswith(NFC) else normalizers.Sequence([])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+            + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        same_ids[key] = _count_equal(_encode_all(tokenizer), expected)
+        same_words[key] = _count_equal(_cut_all(tokenizer), words)
     return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try the file that is the one argument."""
-    sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0]))))
+    """Try the file and the splits that the arguments are."""
+    sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0], arguments[1:]))))
     return 0
 
 
