@@ -210,9 +210,10 @@ def build_plan(
     metadata = {
         **_general_metadata(model, n_parameters, sampling),
         **_model_metadata(model),
-        "general.file_type": Value("u32", file_type.file_type_id),
-        "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
         **vocab_metadata,
+        # Last, where llama-quantize puts them: its file and ours are then the same to the byte.
+        "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
+        "general.file_type": Value("u32", file_type.file_type_id),
     }
     return Plan(file_type, tensors, metadata, model.notes)
 
