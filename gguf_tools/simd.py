@@ -9,8 +9,8 @@ keep reading like Python:
 Every operation is pasted into its caller as LLVM IR: no call, no compile unit of its own. Memory
 is addressed by plain int64 addresses (`array.ctypes.data`) and needs no alignment. LLVM splits a
 vector wider than the machine's registers, so all operations run on every processor; only the byte
-dot product, the 16-bit multiply-add and `pause` name instructions of one processor, and they are
-chosen in one place (`DOT`).
+dot product, the 16-bit multiply-add, the byte table and `pause` name instructions of one processor,
+and they are chosen in one place (`DOT`).
 
 For each vector type there are (T stands for its name, such as f32x16):
 
@@ -50,7 +50,7 @@ def _choose_dot() -> str:
     if chosen:
         return chosen
     features = llvm.get_host_cpu_features()
-    if features.get("avx512vnni") and features.get("avx512vl"):
+    if all(features.get(name) for name in ("avx512vnni", "avx512vl", "avx512bw")):
         return "avx512vnni"
     if features.get("avxvnni"):
         return "avxvnni"
@@ -532,6 +532,37 @@ def make_shuffle(name: str, lanes: Sequence[int], source: Vector, *, two: bool =
     function = two_operands if two else one_operand
     function.__name__ = function.__qualname__ = name
     return intrinsic(function)
+
+
+@intrinsic
+def lookup16(typingctx, table, indices):
+    """table[i] for every lane i of `indices`, which must be 0 to 15; a table of 16 bytes."""
+
+    def emit(context, b, sig, args):
+        return _emit_lookup(b, *args)
+
+    return indices(table, indices), emit
+
+
+def _emit_lookup(b: Any, table: Any, indices: Any) -> Any:
+    n = indices.type.count
+    widest = {"avx512vnni": 64, "avxvnni": 32, "avx2": 32}.get(DOT, 0)
+    if not widest:
+        # A tree of choices: the lowest bit of the index chooses among neighbours, and so on.
+        entries = [emit_splat(b, indices.type, b.extract_element(table, I32(i))) for i in range(16)]
+        for bit in (1, 2, 4, 8):
+            mask = ir.Constant(indices.type, [bit] * n)
+            chosen = b.icmp_unsigned("!=", b.and_(indices, mask), ir.Constant(indices.type, None))
+            pairs = zip(entries[::2], entries[1::2], strict=True)
+            entries = [b.select(chosen, second, first) for first, second in pairs]
+        return entries[0]
+    if n > widest:
+        parts = [range(first, first + widest) for first in range(0, n, widest)]
+        done = [_emit_lookup(b, table, emit_shuffle(b, indices, None, lanes)) for lanes in parts]
+        return emit_shuffle(b, done[0], done[1], range(n))
+    names = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}
+    repeated = emit_shuffle(b, table, None, [i % 16 for i in range(n)])  # it looks up in 16 lanes
+    return emit_call(b, f"llvm.x86.{names[n]}", indices.type, [repeated, indices])
 
 
 @intrinsic

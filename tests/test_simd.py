@@ -55,6 +55,7 @@ from gguf_tools.simd import (
     ld_u16,
     ld_u32,
     ld_u64,
+    lookup16,
     make_shuffle,
     pmaddwd,
     prefetch,
@@ -200,6 +201,26 @@ def dots(unsigned, signed, out):
     st_i32(out + 160, hsum(ld_i32x8(out + 64)))
 
 
+@kernel("iii")
+def lookups(table, indices, out):
+    st(out, lookup16(ld_i8x16(table), ld_i8x64(indices)))
+    st(out + 64, lookup16(ld_i8x16(table), ld_i8x32(indices)))
+    st(out + 96, lookup16(ld_i8x16(table), ld_i8x16(indices)))
+
+
+def check_lookups() -> None:
+    table = RNG.integers(-128, 128, 16).astype(np.int8)
+    indices = RNG.permutation(np.arange(64) % 16).astype(np.int8)
+    out = np.zeros(112, np.int8)
+    lookups(table.ctypes.data, indices.ctypes.data, out.ctypes.data)
+    for first, last in ((0, 64), (64, 96), (96, 112)):
+        assert np.array_equal(out[first:last], table[indices[: last - first]])
+
+
+def test_lookups() -> None:
+    check_lookups()
+
+
 def check_dots() -> None:
     for extreme in (False, True):
         unsigned = np.full(64, 255, np.uint8) if extreme else RNG.integers(0, 256, 64)
@@ -223,13 +244,13 @@ def test_dots() -> None:
 
 
 @pytest.mark.parametrize("dot", ["avx512vnni", "avxvnni", "avx2", "portable"])
-def test_every_dot_this_processor_has(dot: str) -> None:
+def test_every_instruction_set_this_processor_has(dot: str) -> None:
     import llvmlite.binding as llvm
 
     if dot != "portable" and not llvm.get_host_cpu_features().get(dot):
         pytest.skip(f"no {dot} here")
     environment = {**os.environ, "GGUF_TOOLS_DOT": dot, "GGUF_TOOLS_CACHE": "off"}
-    code = "from tests.test_simd import check_dots; check_dots()"
+    code = "from tests.test_simd import check_dots, check_lookups; check_dots(); check_lookups()"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=root)
 

@@ -10,10 +10,11 @@ For one token (matvec), k values at xq:
     BYTES_32      q[k] | d[k/32] f32 | corr[k/32][8] i32: -128 * sum of 4 bytes | (d, d*sum)[k/32]
     NIBBLES_32    q[k] | (d, d*sum)[k/32] f32
     BYTES_256     q[k] | d[k/256] f32 | sums of 32: [k/32] i16 | sums of 16: [k/16] i16
-    NIBBLES_256   as BYTES_256
+    NIBBLES_256   as BYTES_256, and so are HALVES_256 and PAIRS_256
 
-k is rounded up to 128 for the bytes of the 32-kinds. NIBBLES_32 stores the low halves of four
-blocks, then the high halves; NIBBLES_256 stores the groups of 32 in the order 0 2 1 3, 4 6 5 7.
+k is rounded up to 128 for the bytes of the 32-kinds. NIBBLES_32 and HALVES_256 store the low
+halves of four groups of 32, then their high halves; NIBBLES_256 stores the groups of 32 in the
+order 0 2 1 3, 4 6 5 7; PAIRS_256 in the order 0 4 1 5 2 6 3 7.
 """
 
 from dataclasses import dataclass
@@ -112,8 +113,23 @@ def quantise_nibbles_32(x, xq, k):
         st_f32(pairs + b * 8 + 4, d * float32(hsum(low + high)))
 
 
+_NATURAL, _NIBBLES, _HALVES, _PAIRS = range(4)
+
+
 @jit
-def _quantise_256(x, xq, k, nibbles):
+def _place(order, j):
+    """Where in its block the low half of group j lies, and how far behind it the high half."""
+    if order == _NIBBLES:
+        return 32 * ((j & 4) | ((j & 1) << 1) | ((j >> 1) & 1)), 16
+    if order == _HALVES:
+        return 128 * (j >> 2) + 16 * (j & 3), 64
+    if order == _PAIRS:
+        return 32 * (2 * (j & 3) | (j >> 2)), 16
+    return 32 * j, 16
+
+
+@jit
+def _quantise_256(x, xq, k, order):
     n_blocks = k // 256
     scales = xq + k
     sums32 = scales + n_blocks * 4
@@ -131,20 +147,29 @@ def _quantise_256(x, xq, k, nibbles):
             st_i16(sums16 + b * 32 + j * 4, low_sum)
             st_i16(sums16 + b * 32 + j * 4 + 2, high_sum)
             st_i16(sums32 + b * 16 + j * 2, low_sum + high_sum)
-            place = j
-            if nibbles:
-                place = (j & 4) | ((j & 1) << 1) | ((j >> 1) & 1)
-            st(xq + b * 256 + place * 32, concat(cvt_i8x16(low), cvt_i8x16(high)))
+            place, apart = _place(order, j)
+            st(xq + b * 256 + place, cvt_i8x16(low))
+            st(xq + b * 256 + place + apart, cvt_i8x16(high))
 
 
 @kernel("iii")
 def quantise_bytes_256(x, xq, k):
-    _quantise_256(x, xq, k, False)
+    _quantise_256(x, xq, k, _NATURAL)
 
 
 @kernel("iii")
 def quantise_nibbles_256(x, xq, k):
-    _quantise_256(x, xq, k, True)
+    _quantise_256(x, xq, k, _NIBBLES)
+
+
+@kernel("iii")
+def quantise_halves_256(x, xq, k):
+    _quantise_256(x, xq, k, _HALVES)
+
+
+@kernel("iii")
+def quantise_pairs_256(x, xq, k):
+    _quantise_256(x, xq, k, _PAIRS)
 
 
 FLOATS = Activation("FLOATS", 1, None, 0)
@@ -152,3 +177,5 @@ BYTES_32 = Activation("BYTES_32", 32, quantise_bytes_32, 4 + 32 + 8)
 NIBBLES_32 = Activation("NIBBLES_32", 32, quantise_nibbles_32, 8)
 BYTES_256 = Activation("BYTES_256", 256, quantise_bytes_256, 4 + 16 + 32)
 NIBBLES_256 = Activation("NIBBLES_256", 256, quantise_nibbles_256, 4 + 16 + 32)
+HALVES_256 = Activation("HALVES_256", 256, quantise_halves_256, 4 + 16 + 32)
+PAIRS_256 = Activation("PAIRS_256", 256, quantise_pairs_256, 4 + 16 + 32)

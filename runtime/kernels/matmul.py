@@ -121,7 +121,17 @@ def tile_16(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
     int8_tile(6, 16, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
 
 
-TILES = {(32, False): tile_32, (32, True): tile_32_offset, (16, False): tile_16}
+@kernel("iiiiiiiiiiii")
+def tile_16_offset(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
+    int8_tile(6, 16, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+
+
+TILES = {
+    (32, False): tile_32,
+    (32, True): tile_32_offset,
+    (16, False): tile_16,
+    (16, True): tile_16_offset,
+}
 
 
 @kernel("iii")

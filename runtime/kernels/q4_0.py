@@ -35,11 +35,13 @@ from runtime.kernels.activations import NIBBLES_32
 from runtime.kernels.formats import FormatKernels
 
 # The halves d of 4 blocks (72 bytes), each twice; the last starts at byte 54.
-_scales = make_shuffle(
-    "_scales", [18 * b + i for b in range(4) for _ in range(2) for i in range(2)], VECTORS["i8x64"]
+scales_of_4 = make_shuffle(
+    "scales_of_4",
+    [18 * b + i for b in range(4) for _ in range(2) for i in range(2)],
+    VECTORS["i8x64"],
 )
-_even = make_shuffle("_even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
-_odd = make_shuffle("_odd", [1, 3, 5, 7], VECTORS["f32x8"])
+even = make_shuffle("even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
+odd = make_shuffle("odd", [1, 3, 5, 7], VECTORS["f32x8"])
 
 
 @kernel("iiiiiii")
@@ -58,14 +60,14 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             low = concat(ld_i8x16(p + 2), ld_i8x16(p + 20))
             nibbles = concat(low, concat(ld_i8x16(p + 38), ld_i8x16(p + 56)))
             # (d * dx, d * dx * sum) of each block
-            d = cvt_f32x8(bits_f16x8(_scales(ld_i8x64(p)))) * ld_f32x8(pairs + b * 8)
+            d = cvt_f32x8(bits_f16x8(scales_of_4(ld_i8x64(p)))) * ld_f32x8(pairs + b * 8)
             t = dpbusd(zero_i32x16(), nibbles & mask, ld_i8x64(xq + b * 32))
             high = bits_i8x64(bits_i16x32(nibbles) >> 4) & mask
             t = dpbusd(t, high, ld_i8x64(xq + b * 32 + 64))
-            total = fma(cvt_f32x16(t), _even(d), total)
+            total = fma(cvt_f32x16(t), even(d), total)
             sums = sums + d
             p += 72
-        result = hsum(total) - float32(8.0) * hsum(_odd(sums))
+        result = hsum(total) - float32(8.0) * hsum(odd(sums))
         for b in range(n_blocks & ~3, n_blocks):
             n = ld_i8x16(p + 2)
             place = xq + (b // 4) * 128 + (b % 4) * 16

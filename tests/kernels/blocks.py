@@ -9,11 +9,26 @@ HALVES = {  # where the f16 fields of a block are, in bytes
     "Q5_0": (0,),
     "Q5_1": (0, 2),
     "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "IQ3_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
 }
-LARGEST = {"Q8_0": 16, "Q4_K": 64, "Q5_K": 128, "Q6_K": 256}  # about; the scales make up for it
+LARGEST = {  # about; the scales make up for it
+    "Q8_0": 16,
+    "Q2_K": 16,
+    "Q3_K": 32,
+    "Q4_K": 64,
+    "Q5_K": 128,
+    "Q6_K": 256,
+    "IQ3_S": 64,
+    "IQ4_NL": 64,
+    "IQ4_XS": 512,
+}
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 

@@ -7,7 +7,11 @@ from runtime.kernels.formats import FormatKernels
 from runtime.kernels.table import FORMATS
 from tests.kernels.blocks import block_size, dequantise, random_rows
 
-LENGTHS = {1: (1, 15, 33, 172, 576, 2304), 32: (32, 64, 96, 160, 576, 2304), 256: (256, 768, 2304)}
+LENGTHS = {
+    1: (1, 15, 33, 172, 576, 2304, 4096),
+    32: (32, 64, 96, 160, 576, 2304, 4096),
+    256: (256, 768, 2304, 4096),
+}
 CASES = [(name, k) for name in FORMATS for k in LENGTHS[block_size(name)]]
 
 

@@ -1,0 +1,106 @@
+"""Q2_K on the CPU: 84 bytes per 256 weights, 16 x (4-bit scale, 4-bit minimum) | 64 x 4 bit pairs |
+f16 d | f16 dmin; weight = d * scale * q - dmin * minimum. Bit pair j of byte 32 h + i belongs to
+weight 128 h + 32 j + i."""
+
+from numba import int8
+
+from gguf_tools.jit import kernel
+from gguf_tools.simd import (
+    VECTORS,
+    bits_i8x16,
+    bits_i8x32,
+    bits_i8x64,
+    bits_i16x8,
+    bits_i16x16,
+    bits_i16x32,
+    cvt_f32x8,
+    cvt_f32x16,
+    dpbusd,
+    fma,
+    hsum,
+    ld_f16,
+    ld_f32,
+    ld_i8x16,
+    ld_i8x32,
+    ld_i8x64,
+    ld_i16x16,
+    make_shuffle,
+    pmaddwd,
+    splat_f32x8,
+    splat_f32x16,
+    splat_i8x16,
+    splat_i8x32,
+    splat_i8x64,
+    st,
+    st_f32,
+    ucvt_i16x16,
+    ucvt_i32x16,
+    zero_f32x8,
+    zero_f32x16,
+    zero_i32x16,
+)
+from runtime.kernels.activations import PAIRS_256
+from runtime.kernels.formats import FormatKernels
+
+
+def _pair(j: int) -> list[int]:
+    """Lanes of the scales of groups of 32 j and j + 4, which PAIRS_256 puts side by side."""
+    return [group for half in (0, 8) for i in (0, 1) for group in [half + 2 * j + i] * 4]
+
+
+pair_0 = make_shuffle("pair_0", _pair(0), VECTORS["i32x16"])
+pair_1 = make_shuffle("pair_1", _pair(1), VECTORS["i32x16"])
+pair_2 = make_shuffle("pair_2", _pair(2), VECTORS["i32x16"])
+pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["i32x16"])
+
+
+@kernel("iiiiiii")
+def matvec(w, row_bytes, first, last, xq, y, k):
+    n_blocks = k // 256
+    dx = xq + k
+    sums = dx + n_blocks * 20
+    mask = splat_i8x64(int8(3))
+    mask16 = splat_i8x16(int8(15))
+    for r in range(first, last):
+        p = w + r * row_bytes
+        total = zero_f32x16()
+        below = zero_f32x8()
+        for b in range(n_blocks):
+            packed = ld_i8x16(p)
+            s = ucvt_i32x16(packed & mask16)
+            minima = ucvt_i16x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16)
+            x = xq + b * 256
+            q = ld_i8x64(p + 16)
+            words = bits_i16x32(q)
+            t = dpbusd(zero_i32x16(), q & mask, ld_i8x64(x)) * pair_0(s)
+            q = bits_i8x64(words >> 2) & mask
+            t = t + dpbusd(zero_i32x16(), q, ld_i8x64(x + 64)) * pair_1(s)
+            q = bits_i8x64(words >> 4) & mask
+            u = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128)) * pair_2(s)
+            q = bits_i8x64(words >> 6) & mask
+            u = u + dpbusd(zero_i32x16(), q, ld_i8x64(x + 192)) * pair_3(s)
+            d = ld_f32(dx + b * 4)
+            total = fma(cvt_f32x16(t + u), splat_f32x16(ld_f16(p + 80) * d), total)
+            m = pmaddwd(minima, ld_i16x16(sums + b * 32))
+            below = fma(cvt_f32x8(m), splat_f32x8(ld_f16(p + 82) * d), below)
+            p += 84
+        st_f32(y + r * 4, hsum(total) - hsum(below))
+
+
+@kernel("iiiii")
+def rows(p, q, scales, offsets, k):
+    mask = splat_i8x32(int8(3))
+    mask16 = splat_i8x16(int8(15))
+    for b in range(k // 256):
+        packed = ld_i8x16(p)
+        minima = bits_i8x16(bits_i16x8(packed) >> 4) & mask16
+        st(scales + b * 64, cvt_f32x16(ucvt_i32x16(packed & mask16)) * splat_f32x16(ld_f16(p + 80)))
+        st(offsets + b * 64, cvt_f32x16(ucvt_i32x16(minima)) * splat_f32x16(-ld_f16(p + 82)))
+        for h in range(2):
+            words = bits_i16x16(ld_i8x32(p + 16 + h * 32))
+            for j in range(4):
+                st(q + b * 256 + h * 128 + j * 32, bits_i8x32(words >> (2 * j)) & mask)
+        p += 84
+
+
+KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=256, bias=0, has_offset=True)
