@@ -66,11 +66,12 @@ def count_blocks(rows: Bytes, name: str, block_bytes: int) -> int:
     """Blocks in each row of bytes; an error when the rows are not whole blocks."""
     if rows.dtype != np.uint8:
         raise ValueError(f"rows to dequantise are uint8, not {rows.dtype}")
-    if rows.shape[-1] % block_bytes:
+    n_bytes: int = rows.shape[-1]
+    if n_bytes % block_bytes:
         raise UnsupportedQuantError(
-            f"a row of {rows.shape[-1]} bytes is not {name}: expected a multiple of {block_bytes}"
+            f"a row of {n_bytes} bytes is not {name}: expected a multiple of {block_bytes}"
         )
-    return rows.shape[-1] // block_bytes
+    return n_bytes // block_bytes
 
 
 def split_blocks(weights: Floats, block_size: int) -> Floats:

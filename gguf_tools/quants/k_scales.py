@@ -52,17 +52,19 @@ def store_levels(blocks: Array, x: Floats, fit: Fit, top: int) -> Array:
     The scales are rounded to 6 bits first, the levels are then made for the rounded scales; a
     group whose scale became 0 keeps the levels of the search.
     """
-    for name, part, field in (("d", fit.scale, 0), ("dmin", fit.minimum, 1)):
-        part = part.reshape(-1, 8)
-        largest = np.float32(0)
-        for column in part.T:
-            largest = np.where(column > largest, column, largest)
-        inverse = np.where(largest > 0, np.float32(63) / largest, np.float32(0))
-        steps = np.minimum(63, nearest_int(inverse[:, None] * part) & 0xFF)
-        blocks[name] = to_half(largest / np.float32(63))
-        if field == 0:
-            scales = steps
-    blocks["scales"] = pack_scales(scales, steps)
+    blocks["d"], scales = _six_bits(fit.scale.reshape(-1, 8))
+    blocks["dmin"], minima = _six_bits(fit.minimum.reshape(-1, 8))
+    blocks["scales"] = pack_scales(scales, minima)
     d, dmin = scales_and_minima(blocks)
     levels = nearest_int((x.reshape(-1, 8, 32) + dmin) / d).clip(0, top)
     return np.where(d != 0, levels, fit.levels.reshape(-1, 8, 32)).reshape(-1, 256)
+
+
+def _six_bits(scales: Floats) -> tuple[Array, Array]:
+    """One step as float16 (n_blocks,), and how many steps each scale is (n_blocks, 8)."""
+    largest = np.zeros(len(scales), np.float32)
+    for column in scales.T:
+        largest = np.where(column > largest, column, largest)
+    inverse = np.where(largest > 0, np.float32(63) / largest, np.float32(0))
+    steps = np.minimum(63, nearest_int(inverse[:, None] * scales) & 0xFF)
+    return to_half(largest / np.float32(63)), steps

@@ -37,7 +37,8 @@ def quantize_reference(x: Floats) -> Array:
 def five_bits(blocks: Array) -> Array:
     """(n_blocks, 32) q of 0 to 31; also of Q5_1, which has the same fields."""
     low = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=1)
-    return low | np.unpackbits(blocks["qh"], axis=1, bitorder="little") << 4
+    q: Array = low | np.unpackbits(blocks["qh"], axis=1, bitorder="little") << 4
+    return q
 
 
 def store_five_bits(blocks: Array, q: Array) -> None:

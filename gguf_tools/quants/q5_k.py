@@ -30,7 +30,9 @@ def dequantize(blocks: Array) -> Floats:
     qs = blocks["qs"].reshape(-1, 4, 32)
     low = np.stack([qs & 15, qs >> 4], axis=2).reshape(-1, 8, 32)
     high = blocks["qh"][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    return (d * (low | high << 4).astype(np.float32) - dmin).reshape(-1, 256)
+    q = (low | high << 4).astype(np.float32)
+    weights: Floats = d * q - dmin
+    return weights.reshape(-1, 256)
 
 
 def quantize_reference(x: Floats) -> Array:

@@ -28,7 +28,8 @@ def dequantize(blocks: Array) -> Floats:
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = blocks["qh"].reshape(-1, 2, 1, 32) >> shifts & 3
     q = (low | high << 4).astype(np.float32) - 32
-    return (_scales(blocks) * q.reshape(-1, 16, 16)).reshape(-1, 256)
+    weights: Floats = _scales(blocks) * q.reshape(-1, 16, 16)
+    return weights.reshape(-1, 256)
 
 
 def quantize_reference(x: Floats) -> Array:

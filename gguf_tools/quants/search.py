@@ -56,8 +56,8 @@ def fit_scale_and_minimum(
         distance = np.abs(distance) if absolute else distance * distance
         return ordered_sum(weights * distance)
 
-    inverse_scale = np.float32(top) / (high - low)
-    scale = np.float32(1) / inverse_scale
+    inverse_scale: Floats = np.float32(top) / (high - low)
+    scale: Floats = np.float32(1) / inverse_scale
     best_levels = levels_of(inverse_scale)
     best_error = error_of(scale, low, best_levels)
     for trial in range(n_trials):
@@ -68,8 +68,8 @@ def fit_scale_and_minimum(
         sum_l2 = ordered_sum(weights * level * level)
         sum_xl = ordered_sum(weights * level * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
-        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        new_scale: Floats = np.divide(sum_w * sum_xl - sum_x * sum_l, determinant)
+        new_low: Floats = np.divide(sum_l2 * sum_x - sum_l * sum_xl, determinant)
         above = new_low > 0
         new_scale = np.where(above, sum_xl / sum_l2, new_scale)
         new_low = np.where(above, np.float32(0), new_low)

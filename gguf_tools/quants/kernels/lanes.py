@@ -35,6 +35,14 @@ def round_level(x, low, high):
 
 
 @jit
+def round_small(x, low, high):
+    """The same between two whole numbers, for x known to be below 2^22."""
+    magic = splat_f32x16(MAGIC)
+    low, high = splat_f32x16(MAGIC + float32(low)), splat_f32x16(MAGIC + float32(high))
+    return clamp(x + magic, low, high) - magic
+
+
+@jit
 def clamp(x, low, high):
     """x of no NaN between two splats (one instruction each, which vmin and vmax are not)."""
     x = sel_lt(x, high, x, high)

@@ -20,12 +20,13 @@ from gguf_tools.simd import (
 )
 
 GROUP = 1
-SCRATCH = 1024 + 3 * 64 + 256
+RESULT = 3 * 1024  # where scales begin, after the weights, their squares and their cubes
+SCRATCH = RESULT + 3 * 64 + 256
 
 
 @kernel("iiii")
 def quantize(x, data, n_blocks, scratch):
-    result, levels = scratch + 1024, scratch + 1024 + 3 * 64
+    result, levels = scratch + RESULT, scratch + RESULT + 3 * 64
     for b in range(n_blocks):
         block, y = x + b * 1024, data + b * 210
         turn(block, 64, 16, scratch)

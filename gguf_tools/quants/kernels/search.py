@@ -7,7 +7,7 @@ comparison falls for NaN are the same.
 from numba import float32
 
 from gguf_tools.jit import jit
-from gguf_tools.quants.kernels.lanes import round_level
+from gguf_tools.quants.kernels.lanes import round_level, round_small
 from gguf_tools.simd import ld_f32x16, sel_lt, splat_f32x16, st, vfabs, zero_f32x16
 
 TINY = float32(1e-15)
@@ -85,16 +85,21 @@ def _distance(x, absolute):
 
 @jit
 def fit_scale(turned, result, n, top):
-    """Store scale and, to make the levels again, inverse scale (0 for a group of zeros)."""
+    """Store scale and, to make the levels again, inverse scale (0 for a group of zeros).
+
+    turned   16 groups of n weights, turned around, and room for twice as many after them
+    result   2 vectors
+    """
     zero = zero_f32x16()
-    least, most = splat_f32x16(float32(-top)), splat_f32x16(float32(top - 1))
     largest = magnitude = zero
     for i in range(n):
         v = ld_f32x16(turned + i * 64)
         largest = sel_lt(magnitude, vfabs(v), v, largest)
         magnitude = sel_lt(magnitude, vfabs(v), vfabs(v), magnitude)
+        st(turned + (n + i) * 64, v * v)
+        st(turned + (2 * n + i) * 64, v * v * v)
     inverse = splat_f32x16(float32(-top)) / largest
-    sum_xl, sum_l2 = _sums(turned, inverse, n, least, most)
+    sum_xl, sum_l2 = _sums(turned, inverse, n, top)
     scale = sel_lt(zero, sum_l2, sum_xl / sum_l2, sum_l2)
     best = scale * sum_xl
     best_inverse = inverse
@@ -103,9 +108,9 @@ def fit_scale(turned, result, n, top):
             continue
         stretch = float32(top) + float32(0.1) * float32(step)
         inverse = splat_f32x16(-stretch) / largest
-        sum_xl, sum_l2 = _sums(turned, inverse, n, least, most)
-        threshold = sel_lt(zero, sum_l2, best * sum_l2, sum_xl * sum_xl)
+        sum_xl, sum_l2 = _sums(turned, inverse, n, top)
         square = sum_xl * sum_xl
+        threshold = sel_lt(zero, sum_l2, best * sum_l2, square)  # not better without weights
         best_inverse = sel_lt(threshold, square, inverse, best_inverse)
         scale = sel_lt(threshold, square, sum_xl / sum_l2, scale)
         best = sel_lt(threshold, square, scale * sum_xl, best)
@@ -115,12 +120,10 @@ def fit_scale(turned, result, n, top):
 
 
 @jit
-def _sums(turned, inverse, n, least, most):
+def _sums(turned, inverse, n, top):
     sum_xl = sum_l2 = zero_f32x16()
     for i in range(n):
-        v = ld_f32x16(turned + i * 64)
-        level = round_level(inverse * v, least, most)
-        weight = v * v
-        sum_xl += weight * v * level
-        sum_l2 += weight * level * level
+        level = round_small(inverse * ld_f32x16(turned + i * 64), -top, top - 1)
+        sum_xl += ld_f32x16(turned + (2 * n + i) * 64) * level
+        sum_l2 += ld_f32x16(turned + (n + i) * 64) * level * level
     return sum_xl, sum_l2

@@ -17,9 +17,10 @@ sys.path.insert(0, str(HERE.parent.parent.parent))
 from gguf_tools.quants import QUANTS  # noqa: E402
 from tests.quants.samples import hard_matrix, plain_rows  # noqa: E402
 
-NAMES = """
-    F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS
-""".split()
+NAMES = (
+    *("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
 FEW, MANY = (12, 512), (700, 1024)  # rows, width
 
 
