@@ -1,7 +1,7 @@
 """Text to ids, by the libraries that define the two kinds of tokenizer.
 
-- `PieceEncoder`: SentencePiece's BPE, which merges the pair whose result scores highest. Its own
-  library runs it, on a model message put together from the file's tokens and scores.
+- `PieceEncoder`: SentencePiece, which joins pieces by their scores. Its own library runs it, on a
+  model message put together from the file's tokens and scores.
 - `MergeEncoder`: BPE by a list of merges, over GPT-2's byte alphabet or over plain text.
 - `Matcher`: finds added tokens in a text before either of them sees it.
 """
@@ -10,20 +10,39 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gguf_tools.errors import FormatError, printable
-from runtime.vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary, byte_value
+from runtime.vocabulary import (
+    BYTE,
+    NORMAL,
+    PIECE_MODELS,
+    USER_DEFINED,
+    Vocabulary,
+    byte_value,
+)
 
 SPACE = "\u2581"  # how a space is written in tokens
 
+ADDED_SCORE = -1000.0
+"""Of tokens added to a SentencePiece model. They are found before it sees the text, which then goes
+on like a new one; user-defined pieces of its own, with other scores, are found by it."""
+
+
+def is_added(vocabulary: Vocabulary, token_id: int) -> bool:
+    """Whether a user-defined token is one that `Matcher` has to find."""
+    scores = vocabulary.scores
+    if vocabulary.model not in PIECE_MODELS or scores is None:
+        return True
+    return bool(scores[token_id] == ADDED_SCORE)
+
 
 class Encoder(Protocol):
-    """Encodes a stretch of text that holds no added token."""
+    """Encodes a text, or a stretch of it between added tokens; each begins like a new text."""
 
     def encode(self, text: str) -> list[int]: ...
 
 
 def make_encoder(vocabulary: Vocabulary) -> Encoder:
     """The encoder that the vocabulary's kind asks for."""
-    if vocabulary.model == "llama":
+    if vocabulary.model in PIECE_MODELS:
         return PieceEncoder(vocabulary)
     return MergeEncoder(vocabulary)
 
@@ -111,10 +130,10 @@ def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]
 
 
 class PieceEncoder:
-    """SentencePiece's BPE by scores."""
+    """SentencePiece: BPE or unigram, by scores."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import SentencePieceProcessor, set_min_log_level
 
         tokens, types = vocabulary.tokens, vocabulary.types.tolist()
         self._byte_ids: list[int | None] = [None] * 256
@@ -126,6 +145,7 @@ class PieceEncoder:
         self._all_bytes = None not in self._byte_ids
         self._processor: Any = SentencePieceProcessor()
         message = _model_message(vocabulary, byte_fallback=self._all_bytes)
+        set_min_log_level(_ERRORS)
         try:
             self._processor.LoadFromSerializedProto(message)
         except RuntimeError as error:
@@ -157,8 +177,9 @@ class PieceEncoder:
 def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
     """A serialized SentencePiece ModelProto with the vocabulary's tokens at their ids.
 
-    Tokens that text must not become (control, unused, unknown) are control pieces there. The one
-    unknown piece that the library asks for stands behind them all.
+    Tokens that text must not become (control, unused, unknown) are control pieces there, and so are
+    added tokens, which a `Matcher` finds. The one unknown piece that the library asks for stands
+    behind them all.
     """
     from struct import pack
 
@@ -171,7 +192,9 @@ def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
         code = kind if kind == NORMAL else _CONTROL_PIECE
         if kind == BYTE and byte_fallback and byte_value(text) is not None:
             code, text = BYTE, f"<0x{byte_value(text):02X}>"
-        if not text or text in taken or not _is_utf8(text):
+        elif kind == USER_DEFINED and score != ADDED_SCORE:
+            code, text = USER_DEFINED, text.replace(" ", SPACE)
+        if not text or text in taken or "\0" in text or not _is_utf8(text):
             code, text = _CONTROL_PIECE, f"\ufdd1{i}"
         taken.add(text)
         data = text.encode()
@@ -180,18 +203,20 @@ def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
     data = "\ufdd1unknown".encode()
     piece = b"\n" + _varint(len(data)) + data + b"\x15" + pack("<f", 0.0) + _KINDS[_UNKNOWN_PIECE]
     parts.append(b"\n" + _varint(len(piece)) + piece)
-    trainer = _number(3, 2) + _number(35, int(byte_fallback)) + _number(40, len(parts) - 1)
+    model_type = 2 if vocabulary.model == "llama" else 1  # BPE or unigram
+    trainer = _number(3, model_type) + _number(35, int(byte_fallback)) + _number(40, len(parts) - 1)
     trainer += b"".join(_number(field, (1 << 64) - 1) for field in (41, 42, 43))  # no bos, eos, pad
-    spaces = int(vocabulary.remove_extra_whitespaces)
-    name = b"identity"
-    normalizer = b"\n" + _varint(len(name)) + name
-    normalizer += _number(3, 0) + _number(4, spaces) + _number(5, 1)
+    prefix, spaces = int(vocabulary.add_space_prefix), int(vocabulary.remove_extra_whitespaces)
+    charsmap = vocabulary.charsmap
+    normalizer = b"\x12" + _varint(len(charsmap)) + charsmap
+    normalizer += _number(3, prefix) + _number(4, spaces) + _number(5, 1)
     for key, message in ((b"\x12", trainer), (b"\x1a", normalizer)):
         parts.append(key + _varint(len(message)) + message)
     return b"".join(parts)
 
 
 _UNKNOWN_PIECE, _CONTROL_PIECE = 2, 3
+_ERRORS = 2  # a level of the library's log
 
 
 def _varint(value: int) -> bytes:

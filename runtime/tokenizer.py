@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from runtime.encoders import SPACE, Matcher, make_encoder
+from runtime.encoders import SPACE, Matcher, is_added, make_encoder
 from runtime.vocabulary import (
     BYTE,
     CONTROL,
@@ -54,19 +54,12 @@ class Tokenizer:
         recognises control tokens in the text.
         """
         ids: list[int] = []
-        vocabulary = self._vocabulary
-        after_token = True
-        for part in self._matcher(parse_special).split(_well_formed(text)):
+        matcher = self._all if parse_special else self._plain
+        for part in matcher.split(_well_formed(text)):
             if isinstance(part, int):
                 ids.append(part)
-                after_token = True
-                continue
-            if parse_special:
-                part = part.replace(GUARD, "")
-            if part:
-                prefix = " " if after_token and vocabulary.add_space_prefix else ""
-                ids += self._encoder.encode(prefix + part)
-                after_token = False
+            else:
+                ids += self._encoder.encode(part.replace(GUARD, "") if parse_special else part)
         if add_special:
             if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
                 ids.insert(0, self.bos_id)
@@ -98,8 +91,8 @@ class Tokenizer:
         """
         data = b"".join(self.token_bytes(i, special=special) for i in ids)
         if self._vocabulary.add_space_prefix and data.startswith(b" "):
-            first = next((i for i in ids if self.token_bytes(i, special=special)), None)
-            if first is not None and self._vocabulary.types[first] == NORMAL:
+            first = next(i for i in ids if self.token_bytes(i, special=special))
+            if self._vocabulary.types[first] == NORMAL or not is_added(self._vocabulary, first):
                 data = data[1:]
         return data.decode("utf-8", "replace")
 
@@ -141,13 +134,15 @@ class Tokenizer:
     def _all(self) -> Matcher:
         return self._matcher_of(USER_DEFINED, CONTROL, UNKNOWN)
 
-    def _matcher(self, parse_special: bool) -> Matcher:
-        return self._all if parse_special else self._plain
-
     def _matcher_of(self, *kinds: int) -> Matcher:
-        chosen = [i for i, kind in enumerate(self._vocabulary.types.tolist()) if kind in kinds]
+        vocabulary = self._vocabulary
+        chosen = [
+            i
+            for i, kind in enumerate(vocabulary.types.tolist())
+            if kind in kinds and (kind != USER_DEFINED or is_added(vocabulary, i))
+        ]
         chosen.reverse()  # of several with one text the first counts
-        return Matcher([self._vocabulary.tokens[i] for i in chosen], chosen)
+        return Matcher([vocabulary.tokens[i] for i in chosen], chosen)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:

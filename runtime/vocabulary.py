@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
 
-KNOWN_MODELS = ("llama", "gpt2", "gemma4")
+KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4")
+PIECE_MODELS = ("llama", "t5")  # SentencePiece's BPE and unigram models; the others are merges
+
+# What llama.cpp takes a special token to be where the file says nothing.
+DEFAULT_IDS = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "t5": {"eos": 1, "unknown": 2},
+    "gpt2": {"bos": 11, "eos": 11},
+    "gemma4": {},
+}
 PREFIX = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -54,6 +63,7 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     remove_extra_whitespaces: bool
+    charsmap: bytes  # SentencePiece's table of replacements, or nothing
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -78,9 +88,9 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     types = _types(metadata, model, tokens)
     scores = _numbers(metadata, "scores", len(tokens), np.float32)
     merges = _strings(metadata, "merges")
-    if model == "llama" and scores is None:
+    if model in PIECE_MODELS and scores is None:
         raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}scores is missing")
-    if model != "llama" and merges is None:
+    if model not in PIECE_MODELS and merges is None:
         raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}merges is missing")
     if scores is not None and not np.isfinite(scores).all():
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
@@ -99,8 +109,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         ids=ids,
         eog_ids=eog_ids,
         add_bos=_flag(metadata, "add_bos_token", model == "llama" or pre.add_bos) and "bos" in ids,
-        add_eos=_flag(metadata, "add_eos_token", False) and "eos" in ids,
-        add_space_prefix=model == "llama" and _flag(metadata, "add_space_prefix", True),
+        add_eos=_flag(metadata, "add_eos_token", model == "t5") and "eos" in ids,
+        add_space_prefix=model in PIECE_MODELS
+        and _flag(metadata, "add_space_prefix", model == "llama"),
+        charsmap=_charsmap(metadata),
         remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
         chat_template=template if isinstance(template, str) else None,
         notes=tuple(notes),
@@ -111,7 +123,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any], model: str, notes: list[str]) ->
     name = _text(metadata, "pre")
     if model == "gemma4":
         name = "gemma4"
-    if model == "llama" or name == "default":
+    if model in PIECE_MODELS or name == "default":
         return PRETOKENIZERS["default"]
     if not name:
         notes.append(
@@ -135,7 +147,7 @@ def _types(metadata: Mapping[str, Any], model: str, tokens: Sequence[str]) -> ND
         types[(types < NORMAL) | (types > BYTE)] = NORMAL
         return types
     types = np.full(len(tokens), NORMAL, np.int32)
-    if model == "llama":  # files of the first converters had none
+    if model in PIECE_MODELS:  # files of the first converters had none
         types[[i for i, t in enumerate(tokens) if byte_value(t) is not None]] = BYTE
         types[[i for i, t in enumerate(tokens) if t in ("<s>", "</s>")]] = CONTROL
         types[[i for i, t in enumerate(tokens) if t == "<unk>"]] = UNKNOWN
@@ -171,8 +183,7 @@ def _special_ids(
                 f"{printable(key)} is {printable(value, 40)}, which is no token of "
                 f"{n_tokens:,}, and was ignored"
             )
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {"bos": 11, "eos": 11}
-    for role, token_id in defaults.items():
+    for role, token_id in DEFAULT_IDS[model].items():
         key = f"{PREFIX}{role}_token_id"
         if key not in metadata and token_id < n_tokens and types[token_id] in (CONTROL, UNKNOWN):
             ids.setdefault(role, token_id)
@@ -196,6 +207,37 @@ def _end_ids(
     if any(a in by_text and b in by_text for a, b in END_IS_NO_END):
         ends.discard(by_text.get("<|end|>", -1))
     return frozenset(ends)
+
+
+def _charsmap(metadata: Mapping[str, Any]) -> bytes:
+    """SentencePiece's normalizer table, its automaton checked: it runs without looking back.
+
+    A u32 size, a double array of u32 units (offset, label and flags in each), and the replacements,
+    each with a zero behind it. From a unit, a character leads to another unit; where a match ends,
+    a unit holds the place of its replacement.
+    """
+    value = metadata.get(PREFIX + "precompiled_charsmap")
+    if value is None:
+        return b""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" or array.dtype.itemsize != 1 or array.ndim != 1:
+        raise FormatError(f"{PREFIX}precompiled_charsmap: expected a list of bytes")
+    data = array.tobytes()
+    if not data:
+        return b""
+    n_trie = int.from_bytes(data[:4], "little")
+    if len(data) < 8 or n_trie % 1024 or not 0 < n_trie < len(data) - 4 or data[-1]:
+        raise FormatError(f"{PREFIX}precompiled_charsmap: not a table of characters")
+    units = np.frombuffer(data, "<u4", n_trie // 4, 4).astype(np.int64)
+    is_value = units >> 31 != 0
+    offsets = (units >> 10) << ((units & 0x200) >> 6)
+    reached = (np.arange(units.size) ^ offsets) | 0xFF
+    n_replacements = len(data) - 4 - n_trie
+    if (reached[~is_value] >= units.size).any() or (
+        (units & 0x7FFFFFFF)[is_value] >= n_replacements
+    ).any():
+        raise FormatError(f"{PREFIX}precompiled_charsmap: it leads out of itself")
+    return data
 
 
 def _text(metadata: Mapping[str, Any], name: str) -> str | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.vocab.files import read_bytes, read_json
@@ -86,7 +88,7 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
         PREFIX + "pre": Value("str", pre),
         PREFIX + "tokens": Array("str", texts),
     }
-    if pieces.model == "llama":
+    if pieces.model != "gpt2":
         metadata[PREFIX + "scores"] = Array("f32", scores)
     metadata[PREFIX + "token_type"] = Array("i32", types)
     if pieces.model == "gpt2":
@@ -169,6 +171,11 @@ def _switches(
         prefix = configured
     if prefix is not None:
         switches[PREFIX + "add_space_prefix"] = Value("bool", prefix)
+    if pieces.remove_extra_whitespaces:
+        switches[PREFIX + "remove_extra_whitespaces"] = Value("bool", True)
+    if pieces.charsmap:
+        table = np.frombuffer(pieces.charsmap, np.uint8)
+        switches[PREFIX + "precompiled_charsmap"] = Array("u8", table)
     return switches
 
 

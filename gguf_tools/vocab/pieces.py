@@ -42,15 +42,17 @@ class Pieces:
     merges: list[str] = field(default_factory=list)
     add_space_prefix: bool | None = None
     remove_extra_whitespaces: bool = False
+    charsmap: bytes = b""
     warnings: list[str] = field(default_factory=list)
 
 
 def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> Pieces:
     """The pieces of a `tokenizer.model`."""
-    if model.model_type != "bpe":
+    kind = {"bpe": "llama", "unigram": "t5"}.get(model.model_type)
+    if kind is None:
         raise UnsupportedModelError(
-            f"{name}: a SentencePiece model of the type '{model.model_type}'; only 'bpe' can be "
-            "stored for this architecture"
+            f"{name}: a SentencePiece model of the type '{model.model_type}'; known are 'bpe' and "
+            "'unigram'"
         )
     if len(model.pieces) > n_vocab:
         raise CheckpointError(
@@ -63,18 +65,19 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
         text = piece.text.replace(SPACE, " ") if piece.kind == USER_DEFINED else piece.text
         table.put(token_id, text, piece.score, piece.kind)
     pieces = Pieces(
-        "llama",
+        kind,
         table,
         {piece.text: i for i, piece in enumerate(model.pieces)},
         add_space_prefix=model.add_dummy_prefix,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
+        charsmap=model.charsmap,
     )
     if len(pieces.names) != len(model.pieces):
         raise CheckpointError(f"{name}: two of its pieces have the same text")
-    if model.charsmap:
+    if model.charsmap and kind == "llama":
         pieces.warnings.append(
-            f"{name} normalizes text by a table of its own, which GGUF keeps no place for: "
-            "full-width and compatibility characters may be tokenized differently"
+            f"{name} replaces full-width, compatibility and other characters by a table of its "
+            "own; it is written to the file, but llama.cpp does not look for it there"
         )
     if model.whitespace_suffix:
         pieces.warnings.append(
@@ -154,7 +157,7 @@ def _enter(pieces: Pieces, token: AddedToken, token_id: int) -> None:
         kind = CONTROL
     else:
         text = text.replace(SPACE, " ")  # matched in the text as typed
-    score = ADDED_SCORE if pieces.model == "llama" else 0.0
+    score = 0.0 if pieces.model == "gpt2" else ADDED_SCORE
     if token_id in pieces.table.texts and kind == UNKNOWN:
         score = pieces.table.scores[token_id]
     pieces.table.put(token_id, text, score, kind)
