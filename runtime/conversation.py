@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_tools.errors import ContextFullError, TemplateError
+from gguf_tools.errors import ContextFullError, GGUFError, TemplateError
 from runtime.generation import (
     LanguageModel,
     StopReason,
@@ -161,6 +161,8 @@ class Conversation:
             del turns[0]
             text = yield from self._render(turns, user)
             ids = self._encode_whole(text)
+        if not ids:
+            raise GGUFError("the text is no token to this model: write something else")
         if len(ids) > self.model.n_ctx:
             raise ContextFullError(self._too_long(len(ids)))
         if n_dropped:
@@ -180,16 +182,28 @@ class Conversation:
             for turn in turns:
                 text = joined(text, turn.user) + turn.answer
             return joined(text, user)
-        messages = self._messages(turns, user)
         try:
-            return self.template.render(messages)
+            return self._render_messages(turns, user)
         except TemplateError:
             if self._system is None or self._system_as_message:
                 raise
-        # Some templates refuse a system message: the first message can carry its text.
-        self._system_as_message = True
-        text = self.template.render(self._messages(turns, user))
+            # Some templates refuse a system message: the first message can carry its text.
+            self._system_as_message = True
+            try:
+                text = self._render_messages(turns, user)
+            except TemplateError:
+                self._system_as_message = False
+                text = ""
+            if not text:
+                raise
         yield Notice("this template takes no system prompt: it stands before the first message")
+        return text
+
+    def _render_messages(self, turns: Sequence[Turn], user: str) -> str:
+        assert self.template is not None
+        text = self.template.render(self._messages(turns, user))
+        if not text:
+            raise TemplateError("the chat template renders nothing of this conversation")
         return text
 
     def _messages(self, turns: Sequence[Turn], user: str) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
     """The ids of `text` where it follows other text; None when they can't be told.
 
     A tokenizer that puts a space before a text would put one in the middle here, so several ways
-    to encode are tried, and the one with the fewest spaces too many is taken.
+    to encode are tried, and the one with the fewest wrong spaces is taken.
     """
     wanted = text.replace(GUARD, "").encode()
     found: list[tuple[int, list[int]]] = []
@@ -39,9 +39,9 @@ def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
         ids = tokenizer.encode(before + rest, add_special=False, parse_special=True)
         if ids[: len(anchor)] == anchor:
             ids = ids[len(anchor) :]
-            n_spaces = _spaces_added(tokenizer, ids, wanted)
-            if n_spaces is not None:
-                found.append((n_spaces, ids))
+            n_wrong = _n_wrong_spaces(tokenizer, ids, wanted)
+            if n_wrong is not None:
+                found.append((n_wrong, ids))
     return min(found, key=lambda way: way[0])[1] if found else None
 
 
@@ -83,18 +83,23 @@ def _is_whole(data: bytes) -> bool:
     return True
 
 
-def _spaces_added(tokenizer: Tokenizer, ids: list[int], text: bytes) -> int | None:
-    """How many spaces `ids` say that `text` has not, or None when they say something else.
+def _n_wrong_spaces(tokenizer: Tokenizer, ids: list[int], text: bytes) -> int | None:
+    """How many spaces `ids` say too many or too few, or None when they say something else.
 
-    After an added token a tokenizer may put one, as it does in a text encoded at once.
+    Tokenizers do so in a text encoded at once, too: some put a space after an added token, some
+    make one of several.
     """
-    place, n_spaces = 0, 0
+    place, n_wrong = 0, 0
     for n, token_id in enumerate(ids):
         piece = tokenizer.token_bytes(token_id, special=True)
-        if n > 0 and piece.startswith(b" ") and not text.startswith(piece, place):
-            piece = piece[1:]
-            n_spaces += 1
-        if not text.startswith(piece, place):
-            return None
+        while not text.startswith(piece, place):
+            if text.startswith(b" ", place):
+                place += 1
+            elif n > 0 and piece.startswith(b" "):
+                piece = piece[1:]
+            else:
+                return None
+            n_wrong += 1
         place += len(piece)
-    return n_spaces if place == len(text) else None
+    rest = text[place:]
+    return None if rest.strip(b" ") else n_wrong + len(rest)
