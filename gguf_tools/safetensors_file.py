@@ -96,6 +96,11 @@ def read_header(path: Path) -> dict[str, _Entry]:
             f"found {printable(text[:8])}{_looks_like(start)}"
         )
     header = parse_json(text, path, "header", unique=True)
+    remarks = header.get("__metadata__")
+    if remarks is not None and not (
+        isinstance(remarks, dict) and all(isinstance(text, str) for text in remarks.values())
+    ):
+        raise CheckpointError(f"{shown(path)}: header: __metadata__: expected an object of texts")
     data_size = size - 8 - length
     entries = {
         name: _read_entry(path, name, value, data_size)

@@ -50,6 +50,22 @@ def fields(stdout: str) -> dict[str, str]:
     return {label.strip(): text.strip() for label, text in pairs if label.strip()}
 
 
+def make_large(folder: Path) -> None:
+    """A checkpoint with six tensors of 64 MB, zeros that take no room on the disk."""
+    ffn = 1 << 18
+    make_llama(folder)
+    (folder / "config.json").write_text(json.dumps(llama_config(intermediate_size=ffn)))
+    header, size = {}, 0
+    for name, values in llama_tensors(llama_config()).items():
+        shape = [ffn if n == 96 else n for n in values.shape]
+        end = size + int(np.prod(shape)) * 4
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
+        size = end
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(safetensors(header))
+        file.truncate(file.tell() + size)
+
+
 def test_defaults(tmp_path: Path) -> None:
     ended = convert(tmp_path, STORIES)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -203,19 +219,7 @@ def test_notes_go_to_standard_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """In the middle of a large tensor: no file, not even a partial one."""
-    folder = tmp_path / "model"
-    make_llama(folder)
-    n_vocab = 1 << 18
-    (folder / "config.json").write_text(json.dumps(llama_config(vocab_size=n_vocab)))
-    header, size = {}, 0
-    for name, values in llama_tensors(llama_config()).items():
-        shape = [n_vocab if n == 512 else n for n in values.shape]
-        end = size + int(np.prod(shape)) * 4
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [size, end]}
-        size = end
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(safetensors(header))
-        file.truncate(file.tell() + size)
+    make_large(tmp_path / "model")
     command = [sys.executable, "-m", "gguf_tools", "convert", "model", "--type", "F32"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -232,6 +236,23 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
     assert b"Traceback" not in stderr
     assert stdout == b""
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs ru_maxrss in kilobytes")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """What is held is bands, not tensors."""
+    make_large(tmp_path / "model")
+    peaks = []
+    for folder in (STORIES, tmp_path / "model"):
+        command = [sys.executable, "-m", "gguf_tools", "convert", str(folder), "-o", "x.gguf"]
+        process = subprocess.Popen(
+            [*command, "--force"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    assert peaks[1] - peaks[0] < 100, peaks
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

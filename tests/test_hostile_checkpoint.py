@@ -122,6 +122,8 @@ FILES = {
     "no tensors": header({}, b""),
     "garbage data": header({"x": GOOD}, bytes(9)),
     "data cut": header({"x": GOOD}, bytes(7)),
+    "metadata list": header({"__metadata__": [], "x": GOOD}),
+    "metadata number": header({"__metadata__": {"format": 1}, "x": GOOD}),
     "entry null": raw('{"x":null}'),
     "entry list": raw('{"x":[]}'),
     "entry text": raw('{"x":"F32"}'),
