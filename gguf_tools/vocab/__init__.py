@@ -80,6 +80,13 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
     )
     steps = source.post_processor if source is not None else []
     ends = added_ends(steps, tokenizer_config, special, pieces.names)
+    if "eos" not in special.ids:
+        special.warnings.append(
+            "no file of the tokenizer names the token that ends a text: answers will only end at "
+            "their longest"
+        )
+    elif pieces.model == "gpt2":
+        special.ids.setdefault("bos", special.ids["eos"])  # or llama.cpp would take the id 11
     templates, template_warnings = chat_templates(folder, tokenizer_config)
     sampling, sampling_warnings = sampling_defaults(generation)
 

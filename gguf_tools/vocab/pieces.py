@@ -30,6 +30,7 @@ from gguf_tools.vocab.table import (
 from gguf_tools.vocab.tokenizer_json import KINDS, NAME, TokenizerJson
 
 SPACE = "\u2581"  # SentencePiece's visible space
+LARGEST_OVERHANG = 1.1  # ids of the vocabulary to rows of the embedding
 
 
 @dataclass
@@ -54,25 +55,21 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
             f"{name}: a SentencePiece model of the type '{model.model_type}'; known are 'bpe' and "
             "'unigram'"
         )
-    if len(model.pieces) > n_vocab:
-        raise CheckpointError(
-            f"{name} has {len(model.pieces):,} pieces but the embedding only {n_vocab:,} rows: "
-            "they cannot belong together"
-        )
     table = TokenTable()
-    for token_id, piece in enumerate(model.pieces):
+    for token_id, piece in enumerate(model.pieces[:n_vocab]):
         # A user-defined piece is looked for in the text as typed, where spaces are spaces.
         text = piece.text.replace(SPACE, " ") if piece.kind == USER_DEFINED else piece.text
         table.put(token_id, text, piece.score, piece.kind)
     pieces = Pieces(
         kind,
         table,
-        {piece.text: i for i, piece in enumerate(model.pieces)},
+        {piece.text: i for i, piece in enumerate(model.pieces[:n_vocab])},
         add_space_prefix=model.add_dummy_prefix,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
         charsmap=model.charsmap,
     )
-    if len(pieces.names) != len(model.pieces):
+    _check_fits(pieces, len(model.pieces) - 1, n_vocab, name)
+    if len(pieces.names) != len(table.texts):
         raise CheckpointError(f"{name}: two of its pieces have the same text")
     if model.charsmap and kind == "llama":
         pieces.warnings.append(
@@ -88,23 +85,28 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
 
 def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
     """A byte-level BPE; token strings stay in GPT-2's byte alphabet."""
-    _check_fits(source, n_vocab)
     table = TokenTable()
-    for text, token_id in source.vocab.items():
+    names = {text: token_id for text, token_id in source.vocab.items() if token_id < n_vocab}
+    for text, token_id in names.items():
         table.put(token_id, text, 0.0, NORMAL)
-    merges = [f"{_no_space(left)} {_no_space(right)}" for left, right in source.merges]
-    return Pieces("gpt2", table, dict(source.vocab), merges)
+    pairs = source.merges
+    if len(names) < len(source.vocab):
+        pairs = [(a, b) for a, b in pairs if a in names and b in names and a + b in names]
+    merges = [f"{_no_space(left)} {_no_space(right)}" for left, right in pairs]
+    pieces = Pieces("gpt2", table, names, merges)
+    _check_fits(pieces, max(source.vocab.values()), n_vocab, NAME)
+    return pieces
 
 
 def byte_fallback_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
     """A BPE over visible spaces with `<0x0A>` tokens for bytes: SentencePiece in JSON."""
-    _check_fits(source, n_vocab)
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(source.merges):
         ranks.setdefault(left + right, rank)
     unmerged = -float(len(source.merges))
     table = TokenTable()
-    for text, token_id in source.vocab.items():
+    names = {text: token_id for text, token_id in source.vocab.items() if token_id < n_vocab}
+    for text, token_id in names.items():
         if source.byte_fallback and is_byte_token(text):
             table.put(token_id, text, 0.0, BYTE)
         elif text == source.unknown:
@@ -112,7 +114,8 @@ def byte_fallback_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
         else:
             score = -float(ranks[text]) if text in ranks else unmerged
             table.put(token_id, text, score, NORMAL)
-    pieces = Pieces("llama", table, dict(source.vocab), add_space_prefix=False)
+    pieces = Pieces("llama", table, names, add_space_prefix=False)
+    _check_fits(pieces, max(source.vocab.values()), n_vocab, NAME)
     _space_rules(source, pieces)
     return pieces
 
@@ -184,13 +187,14 @@ def read_slow_added_tokens(data: Mapping[str, Any] | None, name: str) -> list[Ad
     return tokens
 
 
-def _check_fits(source: TokenizerJson, n_vocab: int) -> None:
-    last = max(source.vocab.values())
-    if last >= n_vocab:
-        raise CheckpointError(
-            f"{NAME} has tokens up to id {last:,} but the embedding has {n_vocab:,} rows: "
-            "they cannot belong together"
-        )
+def _check_fits(pieces: Pieces, last: int, n_vocab: int, name: str) -> None:
+    """A few tokens without a row in the embedding can be left out; many mean another model's."""
+    if last < n_vocab:
+        return
+    what = f"{name} has tokens up to id {last:,} but the embedding has {n_vocab:,} rows"
+    if last >= n_vocab * LARGEST_OVERHANG:
+        raise CheckpointError(f"{what}: they cannot belong together")
+    pieces.warnings.append(f"{what}; the tokens beyond were left out")
 
 
 def _no_space(text: str) -> str:

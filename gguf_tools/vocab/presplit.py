@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
+from gguf_tools.errors import UnsupportedModelError, printable
 from gguf_tools.pretokenizers import DIGIT, DIGITS, GPT2, PRETOKENIZERS, SPLITS, PreTokenizer
 from gguf_tools.vocab.fingerprints import NAMES
 from gguf_tools.vocab.tokenizer_json import NAME, TokenizerJson
@@ -36,9 +36,10 @@ def find_pre(source: TokenizerJson, path: Path) -> tuple[str, list[str]]:
         return _nearest(source, trial)
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
     if trial is None:
-        raise CheckpointError(
-            f"{NAME}: the tokenizers library cannot load or run it; download the file again"
-        )
+        chosen = (exact or fitting)[0]
+        return chosen.name, [
+            f"{NAME}: trying it out took too long; its pre-tokenizer looks like '{chosen.name}'"
+        ]
     by_hash = PRETOKENIZERS.get(NAMES.get(trial.fingerprint, ""))
     warnings = []
     if by_hash in (exact or fitting):

@@ -9,6 +9,7 @@ from gguf_tools.errors import CheckpointError, printable
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.vocab.files import read_json, read_text
 from gguf_tools.vocab.special import SpecialTokens, token_text
+from gguf_tools.vocab.table import check_text
 
 MAX_TEMPLATES = 64
 
@@ -67,6 +68,8 @@ def chat_templates(
             f"tokenizer_config.json and {source} hold different chat templates; the one of "
             "tokenizer_config.json is used (transformers prefers the other)"
         )
+    for text in templates.values():
+        check_text(text, "the chat template")
     entries: dict[str, MetadataValue] = {}
     if "default" in templates:
         entries["tokenizer.chat_template"] = Value("str", templates["default"])

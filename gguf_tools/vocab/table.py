@@ -44,6 +44,7 @@ class TokenTable:
 
     def filled(self, n_vocab: int) -> tuple[list[str], list[float], list[int]]:
         """Texts, scores and types for ids 0 .. n_vocab-1; holes become `[PAD{i}]`, unused."""
+        check_text("".join(self.texts.values()), "the tokenizer")
         last = max(self.texts, default=-1)
         if n_vocab - last > MAX_PADDING:
             raise CheckpointError(
@@ -108,6 +109,17 @@ def check_id(token_id: Any, text: str, source: str) -> None:
             f"{source}: token '{printable(text, 40)}' has the id {printable(token_id, 40)}, "
             "which is not a number from 0 up"
         )
+
+
+def check_text(text: str, source: str) -> None:
+    """Refuse text that UTF-8 cannot hold: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{source}: the character U+{ord(text[error.start]):04X} is half of a surrogate pair, "
+            "not text"
+        ) from error
 
 
 def check_unique(table: TokenTable, source: str) -> None:

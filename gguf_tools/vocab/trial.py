@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from gguf_tools.child import python_command
+from gguf_tools.errors import CheckpointError
 from gguf_tools.pretokenizers import SPLITS
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
 
-TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about three
+TIME_LIMIT = 15.0  # seconds; the largest tokenizers take about two
+MEMORY_LIMIT = 4 << 30  # bytes of address space, where the system can limit it
 NFC = "+nfc"
 
 
@@ -35,7 +37,7 @@ class Trial:
 
 
 def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
-    """Try the file and the splits `keys` in a process of its own; None when that failed."""
+    """Try the file and the splits `keys` in a process of its own; None when it took too long."""
     try:
         done = subprocess.run(
             python_command("gguf_tools.vocab.trial", [str(path.resolve()), *keys]),
@@ -47,8 +49,12 @@ def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
             check=True,
         )
         return Trial(**json.loads(done.stdout))
-    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+    except subprocess.TimeoutExpired:
         return None
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+        raise CheckpointError(
+            f"{path.name}: the tokenizers library cannot load it; download the file again"
+        ) from error
 
 
 def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
@@ -78,8 +84,19 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
 
 def main(arguments: Sequence[str]) -> int:
     """Try the file and the splits that the arguments are."""
+    _limit_memory()
     sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0], arguments[1:]))))
     return 0
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _encode_all(tokenizer: Any) -> list[list[int]]:
