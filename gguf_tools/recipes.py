@@ -39,6 +39,9 @@ NEVER_QUANTISED = (
 )  # fmt: skip
 NEVER_QUANTISED_NAMES = ("position_embd.weight", "token_types.weight")
 
+# Tensor types, and a file type, that llama-quantize refuses to make without an importance matrix.
+NEED_IMPORTANCE = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"}
+
 BLOCK_SIZES = {quant.name: quant.block_size for quant in QUANTS}
 
 
@@ -61,9 +64,16 @@ def find_file_type(name: str) -> FileType:
 
 
 def available() -> tuple[FileType, ...]:
-    """The file types for which every tensor type that can occur has a quantiser."""
-    can = {quant.name for quant in QUANTS if quant.quantize is not None}
-    return tuple(file_type for file_type in FILE_TYPES if _types_of(file_type) <= can)
+    """The file types for which every tensor type that can occur has a quantiser.
+
+    Those that are garbage without an importance matrix are not among them.
+    """
+    can = {quant.name for quant in QUANTS if quant.quantize is not None} - NEED_IMPORTANCE
+    return tuple(
+        file_type
+        for file_type in FILE_TYPES
+        if _types_of(file_type) <= can and file_type.name not in NEED_IMPORTANCE
+    )
 
 
 def choose_types(
