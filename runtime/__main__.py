@@ -1,12 +1,6 @@
-"""`python -m runtime [run] ...` is the same as `run ...`."""
+"""`python -m runtime ...` is `run ...`; `python -m runtime bench` and `doctor` are those."""
 
-import sys
-
-from runtime.cli import run_main
-
-COMMANDS = ("run",)
+from runtime.cli import main
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        del sys.argv[1]
-    run_main()
+    main()

@@ -1,10 +1,11 @@
-"""The commands on models: `run`.
+"""The commands on models: `run`, `bench` and `doctor`.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -28,6 +29,10 @@ def machine(help: str, *, metavar: str | None = None, min: int | None = None) ->
     return typer.Option(
         help=help, metavar=metavar, min=min, rich_help_panel="Machine", show_default=False
     )
+
+
+def sweep(help: str) -> Any:
+    return typer.Option(help=help, metavar="LIST", show_default=False)
 
 
 def run(
@@ -128,8 +133,9 @@ def run(
 ) -> None:
     """Talk with a GGUF model, or have it answer one prompt.
 
-    Without a prompt, at a terminal, it is a chat. With -p or with piped text it answers once: the
-    answer alone goes to standard output, everything else to standard error.
+    At a terminal it is a chat. With -p, or with piped text, it answers once.
+
+    Then the answer alone goes to standard output and everything else to standard error.
     """
     overrides = {
         "temp": temp,
@@ -187,15 +193,127 @@ def run(
             _chat(session, conversation, limited=max_tokens is not None, show_stats=stats)
 
 
+def bench(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        sweep("Tokens of a prompt to read, such as 128,512, or none. (default: 512)"),
+    ] = None,
+    gen: Annotated[
+        str | None, sweep("Tokens to write one by one, such as 64, or none. (default: 64)")
+    ] = None,
+    depth: Annotated[
+        str | None, sweep("Tokens held before the first, such as 0,1024. (default: 0)")
+    ] = None,
+    threads: Annotated[
+        str | None, sweep("Threads, such as 1,2. (default: the physical cores)")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Rounds; a speed is the median of them.", min=1)] = 3,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as markdown.")
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print a JSON list of objects: phase (prompt or decode), tokens, depth, threads, "
+            "tokens_per_second (the median of the rounds), spread (tokens/s that the rounds were "
+            "from it at most) and bytes_per_second (weights and KV cache read).",
+        ),
+    ] = False,
+) -> None:
+    """Measure how fast a model reads prompts and writes tokens on this machine.
+
+    Every combination of the lists is measured, in turn, round after round. Reading a prompt is
+    bound by arithmetic, writing by memory: the table holds the bytes that a step reads against
+    what the machine can read.
+    """
+    if markdown and json:
+        raise typer.BadParameter("--markdown and --json exclude each other")
+    import runtime.bench as measuring
+    from gguf_tools.reader import GGUFFile
+    from runtime.bandwidth import measure_bandwidth
+    from runtime.bench_terminal import draw_progress, draw_table
+    from runtime.config import read_config
+
+    prompts, generated = _parse_counts("--prompt", prompt), _parse_counts("--gen", gen)
+    depths, counts = _parse_counts("--depth", depth), _parse_counts("--threads", threads)
+    with GGUFFile(file) as opened:
+        cases = measuring.make_cases(
+            read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
+        )
+        results = draw_progress(measuring.measure(opened, cases, repeat=repeat))
+        if json:
+            print(dumps(measuring.to_json(results), indent=2))
+            return
+        bandwidths = {n: measure_bandwidth(n) for n in sorted({case.threads for case in cases})}
+        print("\n".join(measuring.describe(opened, bandwidths)), end="\n\n")
+        rows = list(measuring.table_rows(results, bandwidths))
+        if markdown:
+            print("\n".join(measuring.markdown(rows)))
+        else:
+            draw_table(measuring.HEADER, rows)
+
+
+def doctor(
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object: processor, vector_unit, memory_total, memory_available, "
+            "read_bandwidth, kernel_cache, versions and cuda.",
+        ),
+    ] = False,
+) -> None:
+    """Show what this machine is and what was chosen for it. It takes about two seconds."""
+    import runtime.doctor as examining
+
+    facts = examining.examine()
+    if json:
+        print(dumps(examining.to_json(facts), indent=2))
+        return
+    rows = list(examining.describe(facts))
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")
+
+
 def run_main() -> NoReturn:
     """The console script `run`."""
+    run_command(_application(run))
+
+
+def main() -> NoReturn:
+    """`python -m runtime`: the commands by name; without a name it is `run`."""
+    commands: dict[str, Callable[..., None]] = {"run": run, "bench": bench, "doctor": doctor}
+    command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command is not None:
+        del sys.argv[1]
+    run_command(_application(command or run))
+
+
+def _application(command: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command()(run)
-    run_command(app)
+    app.command()(command)
+    return app
+
+
+def _parse_counts(name: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of an option; None for its default, nothing for `none`."""
+    from runtime.bench import parse_counts
+
+    if text is None:
+        return None
+    if text == "none" and name in ("--prompt", "--gen"):
+        return ()
+    try:
+        return parse_counts(text, least=0 if name == "--depth" else 1)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name}: {error}") from None
 
 
 def _answer_once(

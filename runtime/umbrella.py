@@ -14,7 +14,7 @@ from gguf_tools.command import run_command
 
 app = typer.Typer(
     name="gguf",
-    help="Convert, inspect and run GGUF models.",
+    help="Convert, inspect, run and measure GGUF models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command()(gguf_tools.cli.convert)
 app.command()(gguf_tools.cli.info)
 app.command()(runtime.cli.run)
+app.command()(runtime.cli.bench)
+app.command()(runtime.cli.doctor)
 
 
 def main() -> NoReturn:

@@ -1,0 +1,258 @@
+"""Measuring a model: how many tokens a second it reads and writes, case by case.
+
+The cases are measured in turn, round after round, so that whatever else the machine does meanwhile
+falls on all of them alike. A case's speed is the median of its rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gguf_tools.describe import count_parameters, short_count, short_size
+from gguf_tools.errors import ContextFullError, GGUFError, printable
+from gguf_tools.reader import GGUFFile
+from runtime.config import ModelConfig, read_config
+from runtime.decoders import build_program
+from runtime.doctor import processor_name
+from runtime.model import Model, default_threads
+from runtime.program import Attend, Program, matrices
+from runtime.session import count, main_type
+
+PROMPT = "prompt"  # reading many tokens at a time
+DECODE = "decode"  # one token after the other, as when writing an answer
+DEFAULT_TOKENS = {PROMPT: 512, DECODE: 64}  # or the context, where it is smaller
+
+BATCH = 512  # tokens of a prompt that are read together
+CACHE_BYTES = 2  # of one number in the KV cache
+MOST_THREADS = 1024
+MOST_DIGITS = 9  # of a number on the command line
+
+HEADER = ("phase", "tokens", "depth", "threads", "tokens/s", "spread", "read GB/s", "of bandwidth")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: `tokens` more after the `depth` that the cache holds already."""
+
+    phase: str
+    tokens: int
+    depth: int
+    threads: int
+
+    def __str__(self) -> str:
+        threads = count(self.threads, "thread")
+        return f"{self.phase} {self.tokens} at depth {self.depth}, {threads}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of a case. Every round was within `spread` of the median speed."""
+
+    case: Case
+    tokens_per_second: float
+    spread: float  # tokens/s
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is being done now."""
+
+    text: str
+    done: int  # steps before this one
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to tell the user."""
+
+    text: str
+
+
+def parse_counts(text: str, *, least: int = 1) -> tuple[int, ...]:
+    """The numbers of a list such as `128,512`, each once; ValueError says what is wrong."""
+    counts = []
+    for part in text.split(","):
+        word = part.strip()
+        if not (word.isascii() and word.isdigit()):
+            found = f"'{printable(word, limit=40)}'"
+            raise ValueError(f"expected whole numbers such as 128,512, found {found}")
+        if len(word) > MOST_DIGITS:
+            raise ValueError(f"{word[:MOST_DIGITS]}... is too large")
+        if int(word) < least:
+            raise ValueError(f"the least is {least}, not {int(word)}")
+        counts.append(int(word))
+    return tuple(dict.fromkeys(counts))
+
+
+def make_cases(
+    config: ModelConfig,
+    *,
+    prompts: Sequence[int] | None = None,
+    generated: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+) -> list[Case]:
+    """Every combination asked for; GGUFError when one does not fit the context.
+
+    None takes the default; an empty sequence of prompts or of generated leaves the phase out.
+    """
+    context = config.n_ctx_train
+    depths = depths or (0,)
+    room = max(1, context - max(depths))
+    lengths = {PROMPT: prompts, DECODE: generated}
+    cases = []
+    for phase, chosen in lengths.items():
+        for tokens in (min(DEFAULT_TOKENS[phase], room),) if chosen is None else chosen:
+            for depth in depths:
+                if depth + tokens > context:
+                    raise ContextFullError(
+                        f"{phase} of {tokens} tokens at depth {depth} needs a context of "
+                        f"{depth + tokens}, and the model was trained for {context} tokens: "
+                        "choose fewer tokens or a smaller --depth"
+                    )
+                for n_threads in threads or (default_threads(),):
+                    if n_threads > MOST_THREADS:
+                        raise GGUFError(f"--threads {n_threads}: at most {MOST_THREADS}")
+                    cases.append(Case(phase, tokens, depth, n_threads))
+    if not cases:
+        raise GGUFError("nothing to measure: --prompt and --gen are both none")
+    return cases
+
+
+def measure(
+    file: GGUFFile, cases: Sequence[Case], *, repeat: int
+) -> Iterator[Step | Note | Measurement]:
+    """Measure `cases` in `repeat` rounds; the measurements come at the end, in their order."""
+    if repeat < 1:
+        raise ValueError(f"repeat must be positive, not {repeat}")
+    config = read_config(file)
+    program = build_program(file, config)
+    # One text for all: what the cache holds of it serves every case that goes on from there.
+    n_ctx = max(case.depth + case.tokens for case in cases)
+    ids: list[int] = np.random.default_rng(0).integers(config.n_vocab, size=n_ctx).tolist()
+    ordered = sorted(cases, key=lambda case: (case.threads, case.depth, case.tokens))
+    thread_counts = sorted({case.threads for case in cases})
+    total = len(thread_counts) + repeat * len(cases)
+    seconds: dict[Case, list[float]] = {case: [] for case in cases}
+    with ExitStack() as stack:
+        models = {}
+        for done, threads in enumerate(thread_counts):
+            yield Step("loading and warming up", done, total)
+            model = Model.load(file, n_ctx=n_ctx, threads=threads, n_batch=BATCH)
+            models[threads] = stack.enter_context(model)
+            if done == 0:
+                yield from map(Note, model.notes)
+            _warm_up(model, ids)
+        for turn in range(repeat):
+            for index, case in enumerate(ordered):
+                done = len(thread_counts) + turn * len(cases) + index
+                yield Step(f"round {turn + 1} of {repeat}: {case}", done, total)
+                seconds[case].append(_time(models[case.threads], case, ids))
+    for case in cases:
+        yield _summarise(case, seconds[case], bytes_read(program, case))
+
+
+def bytes_read(program: Program, case: Case) -> int:
+    """Bytes that must come from memory in a case: the weights and the KV cache.
+
+    Weights are read once for every batch, which for decoding is one token.
+    """
+    batch = BATCH if case.phase == PROMPT else 1
+    weights = sum(matrix.data.nbytes for matrix in matrices(program))
+    windows = [s.window for layer in program.layers for s in layer if isinstance(s, Attend)]
+    position_bytes = [
+        shape.n_kv_heads * (shape.key_dim + shape.value_dim) * CACHE_BYTES
+        for shape in program.caches
+    ]
+    total = 0
+    for first in range(case.depth, case.depth + case.tokens, batch):
+        size = min(batch, case.depth + case.tokens - first)
+        total += weights
+        for width, window in zip(position_bytes, windows, strict=True):
+            total += width * min(first + size, window + size - 1 if window else first + size)
+    return total
+
+
+def to_json(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
+    """The list that `gguf bench --json` prints."""
+    objects = []
+    for measurement in measurements:
+        numbers = asdict(measurement)
+        objects.append({**numbers.pop("case"), **numbers})
+    return objects
+
+
+def describe(file: GGUFFile, bandwidths: dict[int, float]) -> Iterator[str]:
+    """What is measured and on what: the lines above a table."""
+    weights = short_count(count_parameters(file))
+    size = short_size(file.file_size)
+    yield f"{printable(file.path.name)}: {weights} parameters, {main_type(file)}, {size}"
+    reads = ", ".join(
+        f"{speed / 1e9:.1f} GB/s with {count(threads, 'thread')}"
+        for threads, speed in bandwidths.items()
+    )
+    yield f"{printable(processor_name())}: reads memory at {reads}"
+
+
+def table_rows(
+    measurements: Iterable[Measurement], bandwidths: dict[int, float]
+) -> Iterator[tuple[str, ...]]:
+    """One row of texts under HEADER for each measurement.
+
+    `bandwidths` are bytes/s by number of threads. Only decoding is held against them: reading a
+    prompt is bound by arithmetic.
+    """
+    for measurement in measurements:
+        case, read, share = measurement.case, "", ""
+        if case.phase == DECODE:
+            read = f"{measurement.bytes_per_second / 1e9:.1f}"
+            share = f"{measurement.bytes_per_second / bandwidths[case.threads]:.0%}"
+        speeds = f"{measurement.tokens_per_second:.1f}", f"{measurement.spread:.1f}"
+        numbers = (str(n) for n in (case.tokens, case.depth, case.threads))
+        yield case.phase, *numbers, *speeds, read, share
+
+
+def markdown(rows: Iterable[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> Iterator[str]:
+    """The lines of a markdown table; all columns but the first are numbers."""
+    yield f"| {' | '.join(header)} |"
+    yield f"|---|{'---:|' * (len(header) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _warm_up(model: Model, ids: list[int]) -> None:
+    """Touch the weights, the whole cache and both ways to read tokens."""
+    if len(ids) > 1:
+        model.forward(ids[:-1])
+    model.forward(ids[-1:])
+
+
+def _time(model: Model, case: Case, ids: list[int]) -> float:
+    """Seconds that a case takes, without filling the cache to its depth."""
+    held = len(model.tokens)
+    if held < case.depth:
+        model.forward(ids[held : case.depth])
+    else:
+        model.truncate(case.depth)
+    new = ids[case.depth : case.depth + case.tokens]
+    start = time.perf_counter()
+    if case.phase == PROMPT:
+        model.forward(new)
+    else:
+        for token in new:
+            model.forward([token])
+    return time.perf_counter() - start
+
+
+def _summarise(case: Case, seconds: Sequence[float], n_bytes: int) -> Measurement:
+    speeds = [case.tokens / max(each, 1e-9) for each in seconds]
+    speed = statistics.median(speeds)
+    spread = max(abs(each - speed) for each in speeds)
+    return Measurement(case, speed, spread, n_bytes * speed / case.tokens)
