@@ -12,33 +12,28 @@ from gguf_tools.simd import (
     bits_i8x64,
     bits_i16x8,
     bits_i16x32,
-    cvt_f32x4,
     cvt_f32x8,
     cvt_f32x16,
-    cvt_i16x8,
     cvt_i32x8,
     dpbusd,
+    f16_splat8,
     fma,
     hsum,
     ld_f16,
-    ld_f32,
+    ld_f32x8,
     ld_i8x16,
     ld_i8x64,
-    ld_i16x8,
     ld_u16,
     ld_u32,
     lookup16,
     make_shuffle,
-    pmaddwd,
-    splat_f32x4,
     splat_f32x8,
-    splat_f32x16,
     splat_i8x8,
     splat_i8x16,
     splat_i8x64,
     st,
     st_f32,
-    zero_f32x4,
+    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
@@ -47,8 +42,8 @@ from runtime.kernels.formats import FormatKernels
 from runtime.kernels.iq4_nl import BIAS, unsigned_values
 
 # The scales of 4 groups, each in 4 lanes.
-_first_4 = make_shuffle("_first_4", [i // 4 for i in range(16)], VECTORS["i32x8"])
-_last_4 = make_shuffle("_last_4", [4 + i // 4 for i in range(16)], VECTORS["i32x8"])
+_first_4 = make_shuffle("_first_4", [i // 4 for i in range(16)], VECTORS["f32x8"])
+_last_4 = make_shuffle("_last_4", [4 + i // 4 for i in range(16)], VECTORS["f32x8"])
 
 
 @jit
@@ -70,16 +65,18 @@ def unpack_scales(p):
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 4
+    sums = dx + n_blocks * 32
     mask = splat_i8x64(int8(15))
     values = unsigned_values()
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
-        below = zero_f32x4()
+        other = zero_f32x16()
+        below = zero_f32x8()
         for b in range(n_blocks):
-            scales = unpack_scales(p)
-            s = cvt_i32x8(scales)
+            d = f16_splat8(p) * ld_f32x8(dx + b * 32)
+            s = cvt_f32x8(cvt_i32x8(unpack_scales(p))) * d
+            below = fma(s, ld_f32x8(sums + b * 32), below)
             x = xq + b * 256
             n = ld_i8x64(p + 8)
             t = dpbusd(zero_i32x16(), lookup16(values, n & mask), ld_i8x64(x))
@@ -89,13 +86,10 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             u = dpbusd(zero_i32x16(), lookup16(values, n & mask), ld_i8x64(x + 128))
             n = bits_i8x64(bits_i16x32(n) >> 4)
             u = dpbusd(u, lookup16(values, n & mask), ld_i8x64(x + 192))
-            d = ld_f16(p) * ld_f32(dx + b * 4)
-            t = t * _first_4(s) + u * _last_4(s)
-            total = fma(cvt_f32x16(t), splat_f32x16(d), total)
-            m = pmaddwd(cvt_i16x8(scales), ld_i16x8(sums + b * 16))
-            below = fma(cvt_f32x4(m), splat_f32x4(d), below)
+            total = fma(cvt_f32x16(t), _first_4(s), total)
+            other = fma(cvt_f32x16(u), _last_4(s), other)
             p += 136
-        st_f32(y + r * 4, hsum(total) - float32(BIAS) * hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - float32(BIAS) * hsum(below))
 
 
 @kernel("iiiii")
@@ -113,4 +107,4 @@ def rows(p, q, scales, offsets, k):
         p += 136
 
 
-KERNELS = FormatKernels(matvec, HALVES_256, rows, group=32, span=256, bias=BIAS, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_256, rows, group=32, span=32, bias=BIAS, has_offset=False)

@@ -13,34 +13,30 @@ from gguf_tools.simd import (
     bits_i16x8,
     bits_i16x16,
     bits_i16x32,
-    cvt_f32x8,
     cvt_f32x16,
     dpbusd,
     fma,
     hsum,
     ld_f16,
-    ld_f32,
+    ld_f32x8,
+    ld_f32x16,
     ld_i8x16,
     ld_i8x32,
     ld_i8x64,
-    ld_i16x16,
     make_shuffle,
-    pmaddwd,
-    splat_f32x8,
     splat_f32x16,
     splat_i8x16,
     splat_i8x32,
     splat_i8x64,
     st,
     st_f32,
-    ucvt_i16x16,
     ucvt_i32x16,
-    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
 from runtime.kernels.activations import PAIRS_256
 from runtime.kernels.formats import FormatKernels
+from runtime.kernels.q6_k import twice
 
 
 def _pair(j: int) -> list[int]:
@@ -48,43 +44,47 @@ def _pair(j: int) -> list[int]:
     return [group for half in (0, 8) for i in (0, 1) for group in [half + 2 * j + i] * 4]
 
 
-pair_0 = make_shuffle("pair_0", _pair(0), VECTORS["i32x16"])
-pair_1 = make_shuffle("pair_1", _pair(1), VECTORS["i32x16"])
-pair_2 = make_shuffle("pair_2", _pair(2), VECTORS["i32x16"])
-pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["i32x16"])
+pair_0 = make_shuffle("pair_0", _pair(0), VECTORS["f32x16"])
+pair_1 = make_shuffle("pair_1", _pair(1), VECTORS["f32x16"])
+pair_2 = make_shuffle("pair_2", _pair(2), VECTORS["f32x16"])
+pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["f32x16"])
 
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 20
+    sums = dx + n_blocks * 64
     mask = splat_i8x64(int8(3))
     mask16 = splat_i8x16(int8(15))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
-        below = zero_f32x8()
+        other = zero_f32x16()
+        below = zero_f32x16()
         for b in range(n_blocks):
             packed = ld_i8x16(p)
-            s = ucvt_i32x16(packed & mask16)
-            minima = ucvt_i16x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16)
+            d = twice(ld_f32x8(dx + b * 32))
+            s = cvt_f32x16(ucvt_i32x16(packed & mask16)) * (splat_f32x16(ld_f16(p + 80)) * d)
+            minima = ucvt_i32x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16)
+            m = cvt_f32x16(minima) * (splat_f32x16(ld_f16(p + 82)) * d)
+            below = fma(m, ld_f32x16(sums + b * 64), below)
             x = xq + b * 256
             q = ld_i8x64(p + 16)
             words = bits_i16x32(q)
-            t = dpbusd(zero_i32x16(), q & mask, ld_i8x64(x)) * pair_0(s)
+            t = dpbusd(zero_i32x16(), q & mask, ld_i8x64(x))
+            total = fma(cvt_f32x16(t), pair_0(s), total)
             q = bits_i8x64(words >> 2) & mask
-            t = t + dpbusd(zero_i32x16(), q, ld_i8x64(x + 64)) * pair_1(s)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            other = fma(cvt_f32x16(t), pair_1(s), other)
             q = bits_i8x64(words >> 4) & mask
-            u = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128)) * pair_2(s)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
+            total = fma(cvt_f32x16(t), pair_2(s), total)
             q = bits_i8x64(words >> 6) & mask
-            u = u + dpbusd(zero_i32x16(), q, ld_i8x64(x + 192)) * pair_3(s)
-            d = ld_f32(dx + b * 4)
-            total = fma(cvt_f32x16(t + u), splat_f32x16(ld_f16(p + 80) * d), total)
-            m = pmaddwd(minima, ld_i16x16(sums + b * 32))
-            below = fma(cvt_f32x8(m), splat_f32x8(ld_f16(p + 82) * d), below)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
+            other = fma(cvt_f32x16(t), pair_3(s), other)
             p += 84
-        st_f32(y + r * 4, hsum(total) - hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - hsum(below))
 
 
 @kernel("iiiii")
@@ -103,4 +103,4 @@ def rows(p, q, scales, offsets, k):
         p += 84
 
 
-KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=256, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=32, bias=0, has_offset=True)

@@ -12,35 +12,31 @@ from gguf_tools.simd import (
     bits_i16x16,
     bits_i16x32,
     concat,
-    cvt_f32x8,
     cvt_f32x16,
-    cvt_i16x16,
     cvt_i32x16,
     dpbusd,
     fma,
     hsum,
     ld_f16,
-    ld_f32,
+    ld_f32x8,
+    ld_f32x16,
     ld_i8x32,
     ld_i8x64,
-    ld_i16x16,
     ld_u32,
     ld_u64,
-    pmaddwd,
-    splat_f32x8,
     splat_f32x16,
     splat_i8x16,
     splat_i8x32,
     splat_i8x64,
     st,
     st_f32,
-    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
 from runtime.kernels.activations import PAIRS_256
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.q2_k import pair_0, pair_1, pair_2, pair_3
+from runtime.kernels.q6_k import twice
 
 
 @jit
@@ -64,34 +60,36 @@ def unpack_scales(p):
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 20
+    sums = dx + n_blocks * 64
     mask = splat_i8x64(int8(3))
     bit = splat_i8x64(int8(4))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
-        below = zero_f32x8()
+        other = zero_f32x16()
+        below = zero_f32x16()
         for b in range(n_blocks):
-            scales = unpack_scales(p + 96)
-            s = cvt_i32x16(scales)
+            d = splat_f32x16(ld_f16(p + 108)) * twice(ld_f32x8(dx + b * 32))
+            s = cvt_f32x16(cvt_i32x16(unpack_scales(p + 96))) * d
+            below = fma(s, ld_f32x16(sums + b * 64), below)
             x = xq + b * 256
             words = bits_i16x32(ld_i8x64(p + 32))
             top = ld_i8x32(p)
             high = bits_i16x32(concat(top, bits_i8x32(bits_i16x16(top) >> 4)))
             q = (bits_i8x64(words) & mask) | (bits_i8x64(high << 2) & bit)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x)) * pair_0(s)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            total = fma(cvt_f32x16(t), pair_0(s), total)
             q = (bits_i8x64(words >> 2) & mask) | (bits_i8x64(high << 1) & bit)
-            t = t + dpbusd(zero_i32x16(), q, ld_i8x64(x + 64)) * pair_1(s)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            other = fma(cvt_f32x16(t), pair_1(s), other)
             q = (bits_i8x64(words >> 4) & mask) | (bits_i8x64(high) & bit)
-            u = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128)) * pair_2(s)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
+            total = fma(cvt_f32x16(t), pair_2(s), total)
             q = (bits_i8x64(words >> 6) & mask) | (bits_i8x64(high >> 1) & bit)
-            u = u + dpbusd(zero_i32x16(), q, ld_i8x64(x + 192)) * pair_3(s)
-            d = ld_f16(p + 108) * ld_f32(dx + b * 4)
-            total = fma(cvt_f32x16(t + u), splat_f32x16(d), total)
-            m = pmaddwd(cvt_i16x16(scales), ld_i16x16(sums + b * 32))
-            below = fma(cvt_f32x8(m), splat_f32x8(d), below)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
+            other = fma(cvt_f32x16(t), pair_3(s), other)
             p += 110
-        st_f32(y + r * 4, hsum(total) - float32(4.0) * hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - float32(4.0) * hsum(below))
 
 
 @kernel("iiiii")
@@ -111,4 +109,4 @@ def rows(p, q, scales, offsets, k):
         p += 110
 
 
-KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=256, bias=4, has_offset=False)
+KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=32, bias=4, has_offset=False)

@@ -11,31 +11,26 @@ from gguf_tools.simd import (
     bits_i8x64,
     bits_i16x16,
     bits_i16x32,
-    cvt_f32x4,
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
+    f16_splat8,
     fma,
     hsum,
     ld_f16,
-    ld_f32,
+    ld_f32x8,
     ld_i8x32,
     ld_i8x64,
-    ld_i16x8,
     ld_u32,
     ld_u64,
     make_shuffle,
-    pmaddwd,
-    splat_f32x4,
     splat_f32x8,
-    splat_f32x16,
     splat_i8x32,
     splat_i8x64,
     st,
     st_f32,
-    ucvt_i16x8,
     ucvt_i32x8,
-    zero_f32x4,
+    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
@@ -43,10 +38,10 @@ from runtime.kernels.activations import NIBBLES_256
 from runtime.kernels.formats import FormatKernels
 
 # NIBBLES_256 puts groups 0 2, 1 3, 4 6, 5 7 side by side: their scales in 8 lanes each.
-pair_0_2 = make_shuffle("pair_0_2", [0] * 8 + [2] * 8, VECTORS["i32x8"])
-pair_1_3 = make_shuffle("pair_1_3", [1] * 8 + [3] * 8, VECTORS["i32x8"])
-pair_4_6 = make_shuffle("pair_4_6", [4] * 8 + [6] * 8, VECTORS["i32x8"])
-pair_5_7 = make_shuffle("pair_5_7", [5] * 8 + [7] * 8, VECTORS["i32x8"])
+pair_0_2 = make_shuffle("pair_0_2", [0] * 8 + [2] * 8, VECTORS["f32x8"])
+pair_1_3 = make_shuffle("pair_1_3", [1] * 8 + [3] * 8, VECTORS["f32x8"])
+pair_4_6 = make_shuffle("pair_4_6", [4] * 8 + [6] * 8, VECTORS["f32x8"])
+pair_5_7 = make_shuffle("pair_5_7", [5] * 8 + [7] * 8, VECTORS["f32x8"])
 
 
 @jit
@@ -72,30 +67,34 @@ def unpack_scales(p):
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 4
+    sums = dx + n_blocks * 32
     mask = splat_i8x64(int8(15))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
-        below = zero_f32x4()
+        other = zero_f32x16()
+        below = zero_f32x8()
         for b in range(n_blocks):
-            d = ld_f32(dx + b * 4)
+            d = ld_f32x8(dx + b * 32)
             packed, minima = unpack_scales(p + 4)
-            s = ucvt_i32x8(bits_i8x8(packed))
+            s = cvt_f32x8(ucvt_i32x8(bits_i8x8(packed))) * (f16_splat8(p) * d)
+            m = cvt_f32x8(ucvt_i32x8(bits_i8x8(minima))) * (f16_splat8(p + 2) * d)
+            below = fma(m, ld_f32x8(sums + b * 32), below)
             x = xq + b * 256
             n0 = ld_i8x64(p + 16)
             n1 = ld_i8x64(p + 80)
             h0 = bits_i8x64(bits_i16x32(n0) >> 4) & mask
             h1 = bits_i8x64(bits_i16x32(n1) >> 4) & mask
-            t = dpbusd(zero_i32x16(), n0 & mask, ld_i8x64(x)) * pair_0_2(s)
-            t = t + dpbusd(zero_i32x16(), h0, ld_i8x64(x + 64)) * pair_1_3(s)
-            u = dpbusd(zero_i32x16(), n1 & mask, ld_i8x64(x + 128)) * pair_4_6(s)
-            u = u + dpbusd(zero_i32x16(), h1, ld_i8x64(x + 192)) * pair_5_7(s)
-            total = fma(cvt_f32x16(t + u), splat_f32x16(ld_f16(p) * d), total)
-            m = pmaddwd(ucvt_i16x8(bits_i8x8(minima)), ld_i16x8(sums + b * 16))
-            below = fma(cvt_f32x4(m), splat_f32x4(ld_f16(p + 2) * d), below)
+            t = dpbusd(zero_i32x16(), n0 & mask, ld_i8x64(x))
+            total = fma(cvt_f32x16(t), pair_0_2(s), total)
+            t = dpbusd(zero_i32x16(), h0, ld_i8x64(x + 64))
+            other = fma(cvt_f32x16(t), pair_1_3(s), other)
+            t = dpbusd(zero_i32x16(), n1 & mask, ld_i8x64(x + 128))
+            total = fma(cvt_f32x16(t), pair_4_6(s), total)
+            t = dpbusd(zero_i32x16(), h1, ld_i8x64(x + 192))
+            other = fma(cvt_f32x16(t), pair_5_7(s), other)
             p += 144
-        st_f32(y + r * 4, hsum(total) - hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - hsum(below))
 
 
 @jit
@@ -118,4 +117,4 @@ def rows(p, q, scales, offsets, k):
         p += 144
 
 
-KERNELS = FormatKernels(matvec, NIBBLES_256, rows, group=32, span=256, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, NIBBLES_256, rows, group=32, span=32, bias=0, has_offset=True)

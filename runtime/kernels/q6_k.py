@@ -11,27 +11,22 @@ from gguf_tools.simd import (
     bits_i16x16,
     bits_i16x32,
     concat,
-    cvt_f32x8,
     cvt_f32x16,
-    cvt_i16x16,
     cvt_i32x16,
     dpbusd,
     fma,
     hsum,
     ld_f16,
-    ld_f32,
+    ld_f32x8,
+    ld_f32x16,
     ld_i8x16,
     ld_i8x32,
     ld_i8x64,
-    ld_i16x16,
     make_shuffle,
-    pmaddwd,
-    splat_f32x8,
     splat_f32x16,
     splat_i8x64,
     st,
     st_f32,
-    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
@@ -39,47 +34,52 @@ from runtime.kernels.activations import BYTES_256
 from runtime.kernels.formats import FormatKernels
 
 # The scales of the i-th 64 weights: 4 groups of 16, each in 4 lanes.
-_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], VECTORS["i32x16"])
-_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["i32x16"])
-_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["i32x16"])
-_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["i32x16"])
+_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], VECTORS["f32x16"])
+_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["f32x16"])
+_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["f32x16"])
+_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["f32x16"])
+
+# The scale of each 32 activations for the two groups of 16 weights that meet it.
+twice = make_shuffle("twice", [i // 2 for i in range(16)], VECTORS["f32x8"])
 
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 20
+    sums = dx + n_blocks * 64
     mask = splat_i8x64(int8(15))
     bits = splat_i8x64(int8(0x30))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
-        below = zero_f32x8()
+        other = zero_f32x16()
+        below = zero_f32x16()
         for b in range(n_blocks):
-            scales = ld_i8x16(p + 192)
-            s = cvt_i32x16(scales)
+            d = splat_f32x16(ld_f16(p + 208)) * twice(ld_f32x8(dx + b * 32))
+            s = cvt_f32x16(cvt_i32x16(ld_i8x16(p + 192))) * d
+            below = fma(s, ld_f32x16(sums + b * 64), below)
             x = xq + b * 256
             low = ld_i8x64(p)
             top = ld_i8x32(p + 128)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
             q0 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
             q1 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            t = dpbusd(zero_i32x16(), q0, ld_i8x64(x)) * _scales_0(s)
-            t = t + dpbusd(zero_i32x16(), q1, ld_i8x64(x + 64)) * _scales_1(s)
+            t = dpbusd(zero_i32x16(), q0, ld_i8x64(x))
+            total = fma(cvt_f32x16(t), _scales_0(s), total)
+            t = dpbusd(zero_i32x16(), q1, ld_i8x64(x + 64))
+            other = fma(cvt_f32x16(t), _scales_1(s), other)
             low = ld_i8x64(p + 64)
             top = ld_i8x32(p + 160)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
             q2 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
             q3 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            u = dpbusd(zero_i32x16(), q2, ld_i8x64(x + 128)) * _scales_2(s)
-            u = u + dpbusd(zero_i32x16(), q3, ld_i8x64(x + 192)) * _scales_3(s)
-            d = ld_f16(p + 208) * ld_f32(dx + b * 4)
-            total = fma(cvt_f32x16(t + u), splat_f32x16(d), total)
-            m = pmaddwd(cvt_i16x16(scales), ld_i16x16(sums + b * 32))
-            below = fma(cvt_f32x8(m), splat_f32x8(d), below)
+            t = dpbusd(zero_i32x16(), q2, ld_i8x64(x + 128))
+            total = fma(cvt_f32x16(t), _scales_2(s), total)
+            t = dpbusd(zero_i32x16(), q3, ld_i8x64(x + 192))
+            other = fma(cvt_f32x16(t), _scales_3(s), other)
             p += 210
-        st_f32(y + r * 4, hsum(total) - float32(32.0) * hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - float32(32.0) * hsum(below))
 
 
 @kernel("iiiii")
@@ -99,4 +99,4 @@ def rows(p, q, scales, offsets, k):
         p += 210
 
 
-KERNELS = FormatKernels(matvec, BYTES_256, rows, group=16, span=256, bias=32, has_offset=False)
+KERNELS = FormatKernels(matvec, BYTES_256, rows, group=16, span=32, bias=32, has_offset=False)
