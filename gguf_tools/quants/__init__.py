@@ -8,9 +8,13 @@ from gguf_tools.errors import UnsupportedQuantError, printable
 from gguf_tools.quants.bf16 import BF16
 from gguf_tools.quants.f16 import F16
 from gguf_tools.quants.f32 import F32
+from gguf_tools.quants.iq4_nl import IQ4_NL
+from gguf_tools.quants.iq4_xs import IQ4_XS
 from gguf_tools.quants.plain_numbers import F64, I8, I16, I32, I64
 from gguf_tools.quants.q1_0 import Q1_0
 from gguf_tools.quants.q2_0 import Q2_0
+from gguf_tools.quants.q2_k import Q2_K
+from gguf_tools.quants.q3_k import Q3_K
 from gguf_tools.quants.q4_0 import Q4_0
 from gguf_tools.quants.q4_1 import Q4_1
 from gguf_tools.quants.q4_k import Q4_K
@@ -28,7 +32,7 @@ __all__ = ["QUANTS", "QuantType", "by_id", "by_name"]
 
 QUANTS: tuple[QuantType, ...] = (
     *(F32, F16, BF16),
-    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K),
+    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS),
     *(Q1_0, Q2_0, Q8_1, Q8_K),
     *READ_ONLY,
     *(I8, I16, I32, I64, F64),

@@ -36,16 +36,12 @@ def read_only(name: str, type_id: int, block_size: int, block_bytes: int) -> Qua
 
 
 READ_ONLY = (
-    read_only("Q2_K", 10, 256, 84),
-    read_only("Q3_K", 11, 256, 110),
     read_only("IQ2_XXS", 16, 256, 66),
     read_only("IQ2_XS", 17, 256, 74),
     read_only("IQ3_XXS", 18, 256, 98),
     read_only("IQ1_S", 19, 256, 50),
-    read_only("IQ4_NL", 20, 32, 18),
     read_only("IQ3_S", 21, 256, 110),
     read_only("IQ2_S", 22, 256, 82),
-    read_only("IQ4_XS", 23, 256, 136),
     read_only("IQ1_M", 29, 256, 56),
     read_only("TQ1_0", 34, 256, 54),
     read_only("TQ2_0", 35, 256, 66),

@@ -118,3 +118,38 @@ def fit_scale(x: Floats, *, top: int) -> Fit:
     # ggml leaves the stored level of a group of zeros at 0, which stands for -top.
     best_levels = np.where(zeros[:, None], -top, best_levels)
     return Fit(scale, np.zeros_like(scale), best_levels)
+
+
+def fit_scale_by_turns(x: Floats, *, top: int) -> Fit:
+    """Levels -top to top - 1, weighted by the squares of x (ggml: make_q3_quants).
+
+    The weight of largest magnitude starts at level -top; then the weights change their levels in
+    turn wherever that makes the fit better, five times over.
+    """
+    largest = first_largest(x)
+    weights = x * x
+    inverse_scale = np.float32(-top) / largest
+    levels = nearest_int(inverse_scale[:, None] * x).clip(-top, top - 1).astype(np.float32)
+    sum_xl = ordered_sum(weights * x * levels)
+    sum_l2 = ordered_sum(weights * levels * levels)
+    for _ in range(5):  # ggml stops after a round without change: so does the result
+        for i in range(x.shape[1]):
+            w, v, level = weights[:, i], x[:, i], levels[:, i]
+            new_xl = sum_xl - w * v * level
+            new_l2 = sum_l2 - w * level * level
+            quotient: Floats = np.divide(v * new_l2, new_xl)
+            new = nearest_int(quotient).clip(-top, top - 1).astype(np.float32)
+            change = (new_xl > 0) & (new != level)
+            new_xl = new_xl + w * v * new
+            new_l2 = new_l2 + w * new * new
+            better = new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
+            change &= (new_l2 > 0) & better
+            levels[:, i] = np.where(change, new, level)
+            sum_xl = np.where(change, new_xl, sum_xl)
+            sum_l2 = np.where(change, new_l2, sum_l2)
+
+    zeros = np.abs(largest) < TINY
+    scale = np.where((sum_l2 > 0) & ~zeros, sum_xl / sum_l2, np.float32(0))
+    # ggml leaves the stored level of a group of zeros at 0, which stands for -top.
+    whole = np.where(zeros[:, None], -top, levels).astype(np.int32)
+    return Fit(scale, np.zeros_like(scale), whole)

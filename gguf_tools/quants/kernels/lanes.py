@@ -1,15 +1,17 @@
 """What the quantisers share: 16 blocks or groups in the 16 lanes of a vector."""
 
-from numba import float32, int32, int64
+from numba import float32, int8, int32, int64
 
 from gguf_tools.jit import jit
 from gguf_tools.simd import (
     bits_f32x16,
     bits_i32x16,
     cvt_f16x16,
+    ld_i8x32,
     ld_u16,
     sel_lt,
     splat_f32x16,
+    splat_i8x32,
     splat_i32x16,
     st,
     st_i16,
@@ -65,8 +67,7 @@ def only_small(x):
 @jit
 def inverse(x):
     """1 / x, and 0 for 0."""
-    zero = zero_f32x16()
-    return sel_lt(zero, vfabs(x), splat_f32x16(float32(1.0)) / x, zero)
+    return sel_lt(zero_f32x16(), vfabs(x), splat_f32x16(float32(1.0)) / x, x)
 
 
 @jit
@@ -82,3 +83,15 @@ def store_halves(values, address, stride, scratch):
     st(scratch, cvt_f16x16(values))
     for i in range(16):
         st_i16(address + i * stride, int64(ld_u16(scratch + i * 2)))
+
+
+@jit
+def pack_two_bits(levels, y):
+    """The low two bits of 256 bytes into 64, as Q2_K and Q3_K lay them out."""
+    mask = splat_i8x32(int8(3))
+    for h in range(2):
+        at = levels + h * 128
+        packed = ld_i8x32(at) & mask
+        for part in range(1, 4):
+            packed |= (ld_i8x32(at + part * 32) & mask) << (2 * part)
+        st(y + h * 32, packed)

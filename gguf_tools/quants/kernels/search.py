@@ -127,3 +127,50 @@ def _sums(turned, inverse, n, top):
         sum_xl += ld_f32x16(turned + (2 * n + i) * 64) * level
         sum_l2 += ld_f32x16(turned + (n + i) * 64) * level * level
     return sum_xl, sum_l2
+
+
+@jit
+def fit_scale_by_turns(turned, levels, result, n, top):
+    """Store the scale at `result` and the levels, -top to top - 1, turned around.
+
+    turned   16 groups of n weights, turned around, and room for twice as many after them
+    """
+    zero = zero_f32x16()
+    least, most = splat_f32x16(float32(-top)), splat_f32x16(float32(top - 1))
+    largest = magnitude = zero
+    for i in range(n):
+        v = ld_f32x16(turned + i * 64)
+        largest = sel_lt(magnitude, vfabs(v), v, largest)
+        magnitude = sel_lt(magnitude, vfabs(v), vfabs(v), magnitude)
+        st(turned + (n + i) * 64, v * v)
+        st(turned + (2 * n + i) * 64, v * v * v)
+    inverse = splat_f32x16(float32(-top)) / largest
+    sum_xl = sum_l2 = zero
+    for i in range(n):
+        level = round_level(inverse * ld_f32x16(turned + i * 64), least, most)
+        st(levels + i * 64, level)
+        sum_xl += ld_f32x16(turned + (2 * n + i) * 64) * level
+        sum_l2 += ld_f32x16(turned + (n + i) * 64) * level * level
+    for _ in range(5):
+        for i in range(n):
+            v, level = ld_f32x16(turned + i * 64), ld_f32x16(levels + i * 64)
+            square, cube = ld_f32x16(turned + (n + i) * 64), ld_f32x16(turned + (2 * n + i) * 64)
+            new_xl = sum_xl - cube * level
+            new_l2 = sum_l2 - square * level * level
+            new = round_level(v * new_l2 / new_xl, least, most)
+            new = sel_lt(zero, new_xl, new, level)
+            new_xl += cube * new
+            new_l2 += square * new * new
+            ours, theirs = new_xl * new_xl * sum_l2, sum_xl * sum_xl * new_l2
+            # Better only where the level changes and the new one has a weight.
+            ours = sel_lt(zero, new_l2, ours, theirs)
+            ours = sel_lt(zero, vfabs(new - level), ours, theirs)
+            st(levels + i * 64, sel_lt(theirs, ours, new, level))
+            sum_xl = sel_lt(theirs, ours, new_xl, sum_xl)
+            sum_l2 = sel_lt(theirs, ours, new_l2, sum_l2)
+    tiny = splat_f32x16(TINY)
+    scale = sel_lt(zero, sum_l2, sum_xl / sum_l2, zero)
+    st(result, sel_lt(magnitude, tiny, zero, scale))
+    for i in range(n):
+        level = ld_f32x16(levels + i * 64)
+        st(levels + i * 64, sel_lt(magnitude, tiny, least, level))

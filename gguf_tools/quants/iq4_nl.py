@@ -1,0 +1,41 @@
+"""IQ4_NL: 32 weights in 18 bytes (4.5 bits each).
+
+d      qs
+|f16 2||32 x 4 bits 16|         byte j: weight j in the low half, weight j + 16 in the high
+
+weight = d * LEVELS[q]                               LEVELS of iq4.py
+"""
+
+import numpy as np
+
+from gguf_tools.quants.arithmetic import inverse, join_nibbles, to_half
+from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
+from gguf_tools.quants.quanttype import Array, Floats
+
+BLOCK = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+assert BLOCK.itemsize == 18
+
+
+def dequantize(blocks: Array) -> Floats:
+    d = blocks["d"].astype(np.float32)[:, None]
+    return d * LEVELS[split_nibbles(blocks["qs"])]
+
+
+def quantize_reference(x: Floats) -> Array:
+    scale = fit_scale(x)
+    q = nearest_level(inverse(scale)[:, None] * x)
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(scale)
+    blocks["qs"] = join_nibbles(q[:, :16], q[:, 16:])
+    return blocks
+
+
+IQ4_NL = block_quant(
+    "IQ4_NL",
+    20,
+    block_size=32,
+    block=BLOCK,
+    dequantize=dequantize,
+    quantize_reference=quantize_reference,
+)

@@ -1,0 +1,76 @@
+"""Q2_K: a block is 16 groups of 16, one in each lane."""
+
+from numba import float32, int32, int64
+
+from gguf_tools.jit import jit, kernel
+from gguf_tools.quants.kernels.lanes import pack_two_bits, round_level, round_to_byte, turn
+from gguf_tools.quants.kernels.search import fit_scale_and_minimum
+from gguf_tools.simd import (
+    cvt_f32x16,
+    cvt_i8x16,
+    cvt_i32x16,
+    f32_to_f16,
+    ld_f32,
+    ld_f32x16,
+    ld_i32x16,
+    splat_f32x16,
+    splat_i32x16,
+    st,
+    vfabs,
+    zero_f32x16,
+)
+
+GROUP = 1
+RESULT = 3 * 1024  # after the weights, their magnitudes and the levels tried
+LEVELS = RESULT + 8 * 64
+SCRATCH = LEVELS + 256
+
+
+@kernel("iiii")
+def quantize(x, data, n_blocks, scratch):
+    weights, work, result = scratch + 1024, scratch + 2048, scratch + RESULT
+    nibble = splat_i32x16(int32(15))
+    for b in range(n_blocks):
+        block, y = x + b * 1024, data + b * 84
+        turn(block, 64, 16, scratch)
+        for i in range(16):
+            st(weights + i * 64, vfabs(ld_f32x16(scratch + i * 64)))
+        fit_scale_and_minimum(scratch, weights, work, result, 16, 3, -0.5, 16, True)
+        d = _store_scales(result, result + 256, y + 80)
+        dmin = _store_scales(result + 64, result + 320, y + 82)
+        packed = ld_i32x16(result + 256) | (ld_i32x16(result + 320) << 4)
+        st(y, cvt_i8x16(packed))
+        st(result + 256, splat_f32x16(d) * cvt_f32x16(packed & nibble))
+        st(result + 320, splat_f32x16(dmin) * cvt_f32x16((packed >> 4) & nibble))
+        _make_levels(block, result, scratch + LEVELS)
+        pack_two_bits(scratch + LEVELS, y + 16)
+
+
+@jit
+def _store_scales(found, steps, y):
+    """Round 16 scales to 4 bits of a half, which is stored at y and returned."""
+    largest = float32(0.0)
+    for g in range(16):
+        scale = ld_f32(found + g * 4)
+        if scale > largest:
+            largest = scale
+    inverse = float32(0.0)
+    if largest > float32(0.0):
+        inverse = float32(15.0) / largest
+    st(steps, round_to_byte(splat_f32x16(inverse) * ld_f32x16(found)))
+    return f32_to_f16(y, largest / float32(15.0))
+
+
+@jit
+def _make_levels(block, result, levels):
+    """256 levels of 0 to 3, bytes."""
+    zero, most = zero_f32x16(), splat_f32x16(float32(3.0))
+    for g in range(16):
+        at = int64(result + g * 4)
+        v = ld_f32x16(block + g * 64)
+        scale = ld_f32(at + 256)
+        if scale != float32(0.0):
+            level = (v + splat_f32x16(ld_f32(at + 320))) / splat_f32x16(scale)
+        else:  # the levels of the search
+            level = splat_f32x16(ld_f32(at + 128)) * (v - splat_f32x16(ld_f32(at + 192)))
+        st(levels + g * 16, cvt_i8x16(cvt_i32x16(round_level(level, zero, most))))
