@@ -1,6 +1,6 @@
 """Formats that are read through the gguf package and not made here.
 
-The package is imported when the first such tensor is decoded: it is slow, and rarely needed.
+The package is imported when the first such tensor is decoded; most files have none.
 """
 
 import numpy as np
