@@ -14,7 +14,8 @@ from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants import QUANTS, QuantType, by_id, by_name
 from tests.quants.samples import hard_matrix, hard_rows, plain_rows
 
-ANSWERS = Path(__file__).parent.parent / "data" / "quants" / "ggml.npz"
+ROOT = Path(__file__).resolve().parent.parent.parent
+ANSWERS = ROOT / "tests" / "data" / "quants" / "ggml.npz"
 MADE = [quant for quant in QUANTS if quant.quantize is not None]
 RECORDED = [quant for quant in MADE if quant.name != "F32"]
 SIZE_OF_OLD = {"Q8_1": 36}
@@ -84,7 +85,8 @@ def test_unknown_name() -> None:
 
 def test_importing_is_cheap() -> None:
     code = "import gguf_tools.quants, sys; print({'numba', 'gguf', 'llvmlite'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 
 
