@@ -153,7 +153,7 @@ def _added_tokens(
     """Added tokens from every file, one per text; tokenizer_config.json has the last word."""
     tokens = read_slow_added_tokens(read_json(folder, ADDED_NAME), ADDED_NAME)
     if source is not None:
-        tokens += source.added
+        tokens += source.added if pieces.from_json else _agreeing(source, pieces)
     tokens += read_added_tokens((config or {}).get("added_tokens_decoder"), CONFIG_NAME)
     merged: dict[str, AddedToken] = {}
     for token in tokens:
@@ -162,6 +162,19 @@ def _added_tokens(
             token = AddedToken(before.id, token.text, token.special, before.source)
         merged[token.text] = token
     return sorted(merged.values(), key=lambda token: token.id)
+
+
+def _agreeing(source: TokenizerJson, pieces: Pieces) -> list[AddedToken]:
+    """The added tokens of tokenizer.json that don't contradict the tokenizer.model beside it."""
+    texts = pieces.table.texts
+    agreeing = [token for token in source.added if texts.get(token.id, token.text) == token.text]
+    n_others = len(source.added) - len(agreeing)
+    if n_others:
+        pieces.warnings.append(
+            f"{JSON_NAME} and {MODEL_NAME} give {n_others:,} ids to different tokens; "
+            f"{MODEL_NAME} is used"
+        )
+    return agreeing
 
 
 def _switches(

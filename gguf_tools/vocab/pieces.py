@@ -44,6 +44,7 @@ class Pieces:
     add_space_prefix: bool | None = None
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""
+    from_json: bool = True
     warnings: list[str] = field(default_factory=list)
 
 
@@ -67,6 +68,7 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
         add_space_prefix=model.add_dummy_prefix,
         remove_extra_whitespaces=model.remove_extra_whitespaces,
         charsmap=model.charsmap,
+        from_json=False,
     )
     _check_fits(pieces, len(model.pieces) - 1, n_vocab, name)
     if len(pieces.names) != len(table.texts):
