@@ -693,6 +693,28 @@ def atomic_load(typingctx, address):
 
 
 @intrinsic
+def atomic_load64(typingctx, address):
+    """int64 load (acquire)."""
+
+    def emit(context, b, sig, args):
+        return b.load_atomic(pointer(b, args[0]), "acquire", 8, typ=I64)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def compare_exchange64(typingctx, address, expected, desired):
+    """int64: store `desired` if `expected` is there (acquire and release); gives what was there."""
+
+    def emit(context, b, sig, args):
+        place = b.inttoptr(args[0], I64.as_pointer())
+        pair = b.cmpxchg(place, args[1], args[2], "acq_rel", "acquire")
+        return b.extract_value(pair, 0)
+
+    return types.int64(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
 def atomic_store(typingctx, address, x):
     """int32 store (release)."""
 

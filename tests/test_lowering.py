@@ -1,4 +1,4 @@
-"""What the lowering decides: barriers, what is quantised again, and what threads own."""
+"""What the lowering decides: groups, waits, and what threads own; and how parts are claimed."""
 
 from pathlib import Path
 
@@ -6,42 +6,59 @@ import numpy as np
 
 from gguf_tools.reader import GGUFFile
 from runtime.backends.cpu import CPUBackend
-from runtime.backends.lowering import Table, columns, items, reads, writes
+from runtime.backends.crew import Crew, ReadyTable, run
+from runtime.backends.memory import Arena
+from runtime.backends.table import Access, Table, Units, columns, items, reads, writes
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.kernels import attention, elementwise, matmul
-from runtime.kernels.interpreter import ROWS, run_table
+from runtime.kernels.interpreter import (
+    EPOCH,
+    GROUP,
+    N_THREADS,
+    N_TOKENS,
+    PROGRESS_BYTES,
+    ROWS,
+    STATE_FIELDS,
+    WAIT_SINCE,
+)
 from tests.tiny import llama_file
 
 
-def barriers(*operations) -> list[int]:
+def waits(*operations: tuple[str, list[Access]]) -> list[tuple[int, int]]:
+    """(wait since, operations in the group) of each operation."""
     table = Table()
-    for accesses in operations:
-        table.add(elementwise.add, (), accesses)
-    return [row[1] for row in table.rows]
+    for sharing, accesses in operations:
+        table.add(elementwise.add, (), accesses, Units(2, parts=2), sharing)
+    return [(row[WAIT_SINCE], row[GROUP]) for row in table.rows]
 
 
-def test_barriers_only_where_threads_meet() -> None:
+def test_waits_only_where_threads_meet() -> None:
     own, other = columns(64), items(1)
-    # written and read in the same parts: none; in other parts: one
-    assert barriers([writes("a", own)], [reads("a", own)]) == [0, 0]
-    assert barriers([writes("a", own)], [reads("a", other)]) == [0, 1]
-    assert barriers([writes("a", own)], [reads("a")]) == [0, 1]
+    make, use = [writes("a", own)], [reads("a", own)]
+    # what follows on the same columns is claimed together; on other parts it waits
+    assert waits((own, make), (own, use)) == [(-1, 2), (-1, 0)]
+    assert waits((own, make), (other, [reads("a", other)])) == [(-1, 1), (0, 1)]
+    assert waits((own, make), ("", [reads("a")])) == [(-1, 1), (0, 1)]
+    assert waits((own, make), (own, [reads("a")])) == [(-1, 1), (0, 1)]
+    # the same columns, but not claimed together: another thread may have made them
+    between = (other, [writes("b", other)])
+    assert waits((own, make), between, (own, use)) == [(-1, 1), (-1, 1), (0, 1)]
     # reading twice is free; overwriting what another thread may still read is not
-    assert barriers([reads("a")], [reads("a", own)]) == [0, 0]
-    assert barriers([reads("a")], [writes("a", own)]) == [0, 1]
-    # another buffer never matters, and one barrier clears what came before it
-    assert barriers([writes("a", own)], [writes("b", other)], [reads("b", other)]) == [0, 0, 0]
-    assert barriers([writes("a", own)], [reads("a")], [reads("a", other)]) == [0, 1, 0]
-    assert barriers([writes("a", own)], [writes("b", own)], [reads("b")], [reads("a")]) == [
-        0,
-        0,
-        1,
-        0,
+    assert waits(("", [reads("a")]), (own, use)) == [(-1, 1), (-1, 1)]
+    assert waits(("", [reads("a")]), (own, make)) == [(-1, 1), (0, 1)]
+    # one wait covers all that came before it
+    steps = [
+        (own, make),
+        (own, [writes("b", own)]),
+        ("", [reads("b")]),
+        (other, [reads("a", other)]),
     ]
+    assert waits(*steps) == [(-1, 2), (-1, 0), (0, 1), (-1, 1)]
 
 
-def decode_kernels(path: Path, threads: int = 2) -> list[tuple[str, int]]:
+def decode_steps(path: Path, threads: int = 2) -> list[tuple[str, int, int]]:
+    """(kernel, wait since, operations in the group) of each operation of a decode step."""
     names = {
         kernel.address: name
         for module in (attention, elementwise, matmul)
@@ -53,54 +70,82 @@ def decode_kernels(path: Path, threads: int = 2) -> list[tuple[str, int]]:
         backend = CPUBackend(program, n_ctx=64, n_threads=threads, n_batch=32)
         (table,) = backend._decode
         backend.close()
-        return [(names[int(row[0])], int(row[1])) for row in table]
+        rows = table.operations
+        return [(names[int(row[0])], int(row[WAIT_SINCE]), int(row[GROUP])) for row in rows]
 
 
 def test_a_decode_layer(tmp_path: Path) -> None:
-    """Norms and quantising are every thread's own; six barriers a layer."""
+    """Norms and quantising are every thread's own; seven waits a layer."""
     path = llama_file(tmp_path / "m.gguf", quant="Q8_0", n_layers=1)
-    steps = decode_kernels(path)
-    assert [name for name, _ in steps] == [
+    steps = decode_steps(path)
+    assert [name for name, _, _ in steps] == [
         *("rms_norm", "quantise", "matvec", "matvec", "matvec"),
         *("rope", "rope", "store_kv", "attend_chunks", "combine"),
         *("quantise", "matvec", "add", "rms_norm", "quantise", "matvec", "matvec"),
         *("gate_silu", "quantise", "matvec", "add"),
         *("rms_norm", "quantise", "matvec"),
     ]
-    waits = [i for i, (_, barrier) in enumerate(steps) if barrier]
-    assert [steps[i][0] for i in waits] == [
-        *("rope", "attend_chunks", "combine"),  # q, k, v done; cache written; chunks done
-        *("rms_norm", "quantise", "rms_norm"),  # x done; gate done; x done
+    groups = [
+        [name for name, _, _ in steps[i : i + size]]
+        for i, (_, _, size) in enumerate(steps)
+        if size > 1
+    ]
+    assert groups == [
+        ["matvec", "matvec"],  # k and v, of the same width
+        ["rope", "store_kv"],
+        ["matvec", "add"],
+        ["matvec", "matvec", "gate_silu"],
+        ["matvec", "add"],
+    ]
+    assert [name for name, since, _ in steps if since >= 0] == [
+        *("rope", "attend_chunks", "combine"),  # q, k, v made; cache written; chunks done
+        *("rms_norm", "quantise", "rms_norm"),  # x made; gate made; x made
     ]
 
 
 def test_float_weights_need_no_quantising(tmp_path: Path) -> None:
-    steps = decode_kernels(llama_file(tmp_path / "m.gguf", quant="F16", n_layers=1))
-    assert "quantise" not in [name for name, _ in steps]
+    steps = decode_steps(llama_file(tmp_path / "m.gguf", quant="F16", n_layers=1))
+    assert "quantise" not in [name for name, _, _ in steps]
 
 
-def test_shares_cover_every_column_once() -> None:
-    """Threads' columns, as the compiled `share` computes them, through a real operation."""
-    for width, threads in ((1, 3), (31, 2), (64, 3), (172, 4), (576, 5)):
+def test_parts_cover_every_column_once() -> None:
+    """A sum over odd widths and parts, claimed by real threads at once, in many steps."""
+    for width, parts in ((1, 3), (31, 2), (64, 3), (172, 4), (576, 5), (2000, 64)):
         padded = (width + ROWS - 1) // ROWS * ROWS + 32
-        x = np.ones((1, padded), np.float32)
-        y = np.zeros((1, padded), np.float32)
+        x, y = np.ones((2, 1, padded), np.float32)
+        y[:] = 0
         table = Table()
-        place = lambda a: (a.ctypes.data, 0, a.strides[0])  # noqa: E731
-        table.add(elementwise.add, (*place(x), *place(y), width), [])
-        rows = table.array()
-        barrier = np.zeros(32, np.int32)
-        for thread in range(threads):
-            # One thread after another: a count of 1 at the barrier never waits.
-            state = np.array([1, 0, threads, barrier.ctypes.data, 0, 0], np.int64)
-            _run_alone(rows, state, thread)
-        assert (y[0, :width] == 1).all()
+        place = [a for array in (x, y) for a in (array.ctypes.data, 0, array.strides[0])]
+        units = Units((width + ROWS - 1) // ROWS, parts=parts)
+        table.add(elementwise.add, (*place, width), [], units, columns(width))
+        arena = Arena()
+        ready = ReadyTable(table.array(), arena.zeros(PROGRESS_BYTES))
+        crew = Crew(3)
+        for epoch in range(1, 201):
+            state = np.zeros(STATE_FIELDS, np.int64)
+            state[[N_TOKENS, N_THREADS, EPOCH]] = 1, 3, epoch
+            crew.run(ready, state)
+            assert (y[0, :width] == epoch).all()
+        crew.close()
 
 
-def _run_alone(rows: np.ndarray, state: np.ndarray, thread: int) -> None:
-    """Run a table of one operation without the meeting at its end."""
-    import ctypes
+def test_a_thread_that_comes_late_changes_nothing() -> None:
+    """It finds the step's work done, or a newer step begun, and leaves."""
+    x = np.ones((1, 64), np.float32)
+    y = np.zeros((1, 64), np.float32)
+    table = Table()
+    place = [a for array in (x, y) for a in (array.ctypes.data, 0, array.strides[0])]
+    table.add(elementwise.add, (*place, 64), [], Units(2, parts=2), columns(64))
+    arena = Arena()
+    ready = ReadyTable(table.array(), arena.zeros(PROGRESS_BYTES))
 
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    kind(int(rows[0, 0]))(rows.ctypes.data, state.ctypes.data, thread)
-    assert run_table.letters == "iiii"
+    def state(epoch: int) -> np.ndarray:
+        block = np.zeros(STATE_FIELDS, np.int64)
+        block[[N_TOKENS, N_THREADS, EPOCH]] = 1, 2, epoch
+        return block
+
+    run(ready, state(1), 0)
+    run(ready, state(1), 1)  # late in its own step
+    run(ready, state(2), 0)
+    run(ready, state(1), 1)  # a step late
+    assert (y == 2).all()

@@ -1,38 +1,33 @@
 """The CPU backend: the lowered program run by threads that never hold the GIL.
 
 Weights stay where they are, in the mapped file. One call runs one batch: n_threads - 1 parked
-Python threads are woken, all run the same table (runtime/kernels/interpreter.py) and meet at
-barriers made of atomics.
+Python threads are woken, and all run the same table (runtime/kernels/interpreter.py). The calling
+thread never waits for one that has not woken: it does all the work that nobody else has claimed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.lowering import (
-    Arena,
-    Cache,
-    HostMatMul,
-    Lowering,
-    Memory,
-    Place,
-    Table,
-)
+from runtime.backends.crew import Crew, ReadyTable
+from runtime.backends.lowering import HostMatMul, Lowering
+from runtime.backends.memory import Arena, Cache, Memory, Place
 from runtime.backends.reference import matmul as reference_matmul
+from runtime.backends.table import Table
 from runtime.kernels import attention, matmul
 from runtime.kernels.interpreter import (
-    BARRIER,
+    EPOCH,
+    N_CHUNKS,
     N_THREADS,
     N_TOKENS,
     POSITION,
+    PROGRESS_BYTES,
     SCRATCH,
     SCRATCH_BYTES,
     STATE_FIELDS,
-    run_table,
 )
 from runtime.program import Floats, MatMul, Program
 
@@ -65,10 +60,10 @@ class CPUBackend:
         memory = Memory(arena, shared, caches, n_positions, n_threads, room)
         one, many = (Lowering(program, memory, one_token=flag) for flag in (True, False))
         body = [step for layer in program.layers for step in layer]
-        self._decode = _arrays(one.lower([*body, *program.head]))
-        self._prompt = _arrays(many.lower(body))
-        self._head_one = _arrays(one.lower(program.head))
-        self._head_many = _arrays(many.lower(program.head))
+        self._decode = _ready(arena, one.lower([*body, *program.head]))
+        self._prompt = _ready(arena, many.lower(body))
+        self._head_one = _ready(arena, one.lower(program.head))
+        self._head_many = _ready(arena, many.lower(program.head))
         self._one_places, self._many_places = one.places, many.places
         slow = sorted(one.host_types)
         self.notes: tuple[str, ...] = ()
@@ -80,10 +75,9 @@ class CPUBackend:
         self._arena = arena
         self._state = np.zeros(STATE_FIELDS, np.int64)
         self._state[N_THREADS] = n_threads
-        self._state[BARRIER] = arena.zeros(128)
         self._state[SCRATCH_BYTES] = _scratch_bytes(program, n_positions)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
-        self._crew = _Crew(n_threads)
+        self._crew = Crew(n_threads)
 
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
@@ -114,16 +108,25 @@ class CPUBackend:
     def close(self) -> None:
         self._crew.close()
 
-    def _execute(
-        self, parts: list[npt.NDArray[np.int64] | HostMatMul], n_tokens: int, start: int
-    ) -> None:
-        self._state[N_TOKENS] = n_tokens
-        self._state[POSITION] = start
+    def _execute(self, parts: list[ReadyTable | HostMatMul], n_tokens: int, start: int) -> None:
         for part in parts:
             if isinstance(part, HostMatMul):
                 self._multiply(part.step, n_tokens)
-            else:
-                self._crew.run(part.ctypes.data, len(part), self._state.ctypes.data)
+                continue
+            # A new block each time: a late thread may still read that of the step before.
+            self._state[EPOCH] += 1
+            state = self._state.copy()
+            state[N_TOKENS] = n_tokens
+            state[POSITION] = start
+            state[N_CHUNKS] = self._chunks(n_tokens, start)
+            self._crew.run(part, state)
+
+    def _chunks(self, n_tokens: int, start: int) -> int:
+        """Attention's pieces of a KV head's work, at most, over all layers."""
+        if n_tokens == 1:
+            return attention.chunk_count(start + 1)
+        sizes = {attention.query_tokens(s.n_heads // s.n_kv_heads) for s in self.program.caches}
+        return -(-n_tokens // min(sizes))
 
     def _multiply(self, step: MatMul, n_tokens: int) -> None:
         """A product of a format without kernels, in NumPy."""
@@ -141,8 +144,13 @@ def _view(place: Place, n_tokens: int, width: int) -> Floats:
     return rows[:, :width]
 
 
-def _arrays(parts: list[Table | HostMatMul]) -> list[npt.NDArray[np.int64] | HostMatMul]:
-    return [part.array() if isinstance(part, Table) else part for part in parts]
+def _ready(arena: Arena, parts: list[Table | HostMatMul]) -> list[ReadyTable | HostMatMul]:
+    return [
+        ReadyTable(part.array(), arena.zeros(len(part.rows) * PROGRESS_BYTES))
+        if isinstance(part, Table)
+        else part
+        for part in parts
+    ]
 
 
 def _scratch_bytes(program: Program, n_positions: int) -> int:
@@ -155,41 +163,3 @@ def _scratch_bytes(program: Program, n_positions: int) -> int:
         for shape in program.caches
     ]
     return (max(needs) + 4095) // 4096 * 4096
-
-
-class _Crew:
-    """Parked threads that run a table together with the caller."""
-
-    def __init__(self, n_threads: int) -> None:
-        self._task = (0, 0, 0)
-        self._go = [threading.Semaphore(0) for _ in range(n_threads - 1)]
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, args=(i + 1, go), daemon=True, name=f"cpu-{i + 1}")
-            for i, go in enumerate(self._go)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, table: int, count: int, state: int) -> None:
-        """Run a table; the barrier at its end holds the caller until every thread is done."""
-        self._task = (table, count, state)
-        for go in self._go:
-            go.release()
-        run_table(table, count, state, 0)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            for go in self._go:
-                go.release()
-            for thread in self._threads:
-                thread.join()
-
-    def _work(self, thread: int, go: threading.Semaphore) -> None:
-        while True:
-            go.acquire()
-            if self._closed:
-                return
-            table, count, state = self._task
-            run_table(table, count, state, thread)

@@ -7,11 +7,8 @@ A program is lowered twice: for one token (decode) and for many (prompt). What d
   matvec kernels that read the blocks as they lie.
 - Many tokens: those steps share the tokens out; products decode 32 rows at a time for a tile.
 
-In both, matrix rows and columns of buffers are shared out in the same groups of 32, so that a
-sum or gate after a product stays within its thread. A barrier is put in front of an operation
-only where it touches what another thread may still be using: each operation says which buffers
-it reads and writes and how it is shared out, and `Table.add` compares that with what has happened
-since the last barrier.
+In both, matrix rows and columns of buffers are shared out in the same groups of 32, so that a sum
+or gate after a product can be claimed with it (runtime/backends/table.py).
 
 Formats without kernels of their own become `HostMatMul`s between tables: NumPy multiplies with
 rows that the format's definition decodes.
@@ -20,16 +17,17 @@ rows that the format's definition decodes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
+from runtime.backends.memory import Memory, Place
+from runtime.backends.table import WHOLE, Access, Table, Units, columns, items, reads, writes
 from runtime.kernels import attention, elementwise, matmul
 from runtime.kernels.activations import Activation
 from runtime.kernels.formats import FormatKernels
-from runtime.kernels.interpreter import ARGUMENTS
+from runtime.kernels.interpreter import ROWS
 from runtime.kernels.table import FORMATS
 from runtime.program import (
     Add,
@@ -38,82 +36,17 @@ from runtime.program import (
     Floats,
     Gate,
     Instruction,
-    KVShape,
     MatMul,
     Matrix,
     Program,
     RMSNorm,
     Rope,
-    RopeTable,
     StoreKV,
 )
 
-
-class Arena:
-    """Zeroed memory that kernels address; lives as long as the arena."""
-
-    def __init__(self) -> None:
-        self._blocks: list[npt.NDArray[np.generic]] = []
-
-    def zeros(self, n_bytes: int) -> int:
-        """The address of n_bytes zero bytes, 64-byte aligned; costs memory only when touched."""
-        block = np.zeros(n_bytes + 64, np.uint8)
-        self._blocks.append(block)
-        return (block.ctypes.data + 63) // 64 * 64
-
-    def hold(self, array: npt.NDArray[np.generic]) -> int:
-        """The address of an array that is kept alive from now on."""
-        if not array.flags.c_contiguous:
-            raise ValueError("kernels address contiguous arrays only")
-        self._blocks.append(array)
-        return array.ctypes.data
-
-    def padded(self, values: Floats) -> int:
-        """A copy of a vector with room for whole groups of 32."""
-        copy = np.zeros((len(values) + 63) // 32 * 32, np.float32)
-        copy[: len(values)] = values
-        return self.hold(copy)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a buffer lies: base + thread * thread_stride + token * token_stride, in bytes."""
-
-    base: int
-    thread_stride: int
-    token_stride: int
-
-    @property
-    def arguments(self) -> tuple[int, int, int]:
-        return self.base, self.thread_stride, self.token_stride
-
-
-# How an operation's work on a buffer is shared out. Two operations that share a buffer out in the
-# same way touch the same part of it in each thread. WHOLE: any thread may touch any part.
-WHOLE = "whole"
-
-
-@dataclass(frozen=True)
-class Access:
-    buffer: str
-    sharing: str
-    writes: bool
-
-
-def reads(buffer: str, sharing: str = WHOLE) -> Access:
-    return Access(buffer, sharing, writes=False)
-
-
-def writes(buffer: str, sharing: str) -> Access:
-    return Access(buffer, sharing, writes=True)
-
-
-def columns(width: int) -> str:
-    return f"columns of {width}"
-
-
-def items(per_token: int) -> str:
-    return f"{per_token} items a token"
+PART_BYTES = 32768  # of weights, at least, in a part: claiming one costs about 0.1 us
+PARTS_PER_THREAD = 4  # at most
+EACH = 1 << 30  # parts: claim unit by unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,63 +54,6 @@ class HostMatMul:
     """A product that NumPy does between two tables."""
 
     step: MatMul
-
-
-@dataclass
-class Table:
-    """Operations for `run_table`, with barriers where they are needed."""
-
-    rows: list[list[int]] = field(default_factory=list)
-    _pending: list[Access] = field(default_factory=list)
-
-    def add(
-        self, kernel: Kernel, arguments: Iterable[int | float], accesses: Iterable[Access]
-    ) -> None:
-        accesses = list(accesses)
-        barrier = any(_clash(old, new) for old in self._pending for new in accesses)
-        if barrier:
-            self._pending.clear()
-        self._pending.extend(accesses)
-        row = [kernel.address, int(barrier), *(_word(a) for a in arguments)]
-        self.rows.append(row + [0] * (2 + ARGUMENTS - len(row)))
-
-    def array(self) -> npt.NDArray[np.int64]:
-        return np.array(self.rows, np.int64).reshape(-1, 2 + ARGUMENTS)
-
-
-def _clash(old: Access, new: Access) -> bool:
-    """Whether two accesses since the last barrier may meet in different threads."""
-    if old.buffer != new.buffer or not (old.writes or new.writes):
-        return False
-    return old.sharing != new.sharing or old.sharing == WHOLE
-
-
-def _word(argument: int | float) -> int:
-    """An argument as the interpreter finds it: int64, or float32 bits in the low half."""
-    if isinstance(argument, float):
-        return int(np.float32(argument).view(np.uint32))
-    return int(argument)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The KV cache of one layer: addresses of [kv head][position][padded dim] f16."""
-
-    shape: KVShape
-    keys: int
-    values: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What both lowerings of a program share."""
-
-    arena: Arena
-    shared: dict[str, Place]  # every buffer, with room for all tokens of a batch
-    caches: tuple[Cache, ...]
-    n_positions: int  # positions the caches have room for
-    n_threads: int
-    n_batch: int  # tokens there is room for, a multiple of matmul.COLUMNS
 
 
 class Lowering:
@@ -227,12 +103,8 @@ class Lowering:
                     self._matmul(table, step, kernels)
                 self._written(step.target)
             case AddBias():
-                width = len(step.bias)
                 bias = self._vector(step.bias)
-                arguments = (*self.places[step.target].arguments, bias, width)
-                changed = self._access(step.target, columns(width), written=True)
-                table.add(elementwise.add_bias, arguments, changed)
-                self._written(step.target)
+                self._on_columns(table, elementwise.add_bias, (), step.target, bias)
             case Rope():
                 self._rope(table, step)
             case StoreKV():
@@ -244,25 +116,10 @@ class Lowering:
                     self._attend_many(table, step)
                 self._written(step.target)
             case Gate():
-                width = self.program.buffers[step.target]
-                names = (step.gate, step.up, step.target)
-                places = [a for name in names for a in self.places[name].arguments]
-                accesses = [
-                    *self._access(step.gate, columns(width)),
-                    *self._access(step.up, columns(width)),
-                    *self._access(step.target, columns(width), written=True),
-                ]
-                table.add(elementwise.gate_silu, (*places, width), accesses)
-                self._written(step.target)
+                sources = (step.gate, step.up)
+                self._on_columns(table, elementwise.gate_silu, sources, step.target)
             case Add():
-                width = self.program.buffers[step.target]
-                source, target = self.places[step.source], self.places[step.target]
-                accesses = [
-                    *self._access(step.source, columns(width)),
-                    *self._access(step.target, columns(width), written=True),
-                ]
-                table.add(elementwise.add, (*source.arguments, *target.arguments, width), accesses)
-                self._written(step.target)
+                self._on_columns(table, elementwise.add, (step.source,), step.target)
 
     def _norm(self, table: Table, step: RMSNorm) -> None:
         width = len(step.weight)
@@ -275,13 +132,12 @@ class Lowering:
             width,
             groups,
             float(step.epsilon),
-            0 if owned else 1,
         )
         accesses = [
             *self._access(step.source, WHOLE if owned else items(groups)),
             *self._access(step.target, items(groups), written=True),
         ]
-        table.add(elementwise.rms_norm, arguments, accesses)
+        self._add_items(table, elementwise.rms_norm, arguments, accesses, groups, owned=owned)
         self._written(step.target)
 
     def _matvec(self, table: Table, step: MatMul, kernels: FormatKernels) -> None:
@@ -298,7 +154,7 @@ class Lowering:
             *place,
             self.places[step.target].base,
         )
-        table.add(matmul.matvec, arguments, accesses)
+        self._add_product(table, matmul.matvec, arguments, accesses, matrix)
 
     def _quantised(self, table: Table, source: str, form: Activation, k: int) -> tuple[int, ...]:
         """Each thread's own bytes of the (one) token in `source`, made unless still valid."""
@@ -309,7 +165,7 @@ class Lowering:
         place = self._forms[form.name]
         if (source, form.name) not in self._fresh:
             arguments = (*self.places[source].arguments, *place, form.quantise.address, k)
-            table.add(matmul.quantise, arguments, self._access(source, WHOLE))
+            table.add(matmul.quantise, arguments, self._access(source, WHOLE), Units(fixed=1))
             self._refreshed(source, form.name)
         return place
 
@@ -328,7 +184,7 @@ class Lowering:
                 target.token_stride,
             )
             accesses += self._access(step.source, WHOLE)
-            table.add(matmul.matmul_floats, floats, accesses)
+            self._add_product(table, matmul.matmul_floats, floats, accesses, matrix)
             return
         form = f"{kernels.group}/{kernels.span}/{kernels.bias}"
         place = self._quantised_columns(table, step.source, form, kernels, matrix.n_columns)
@@ -342,7 +198,8 @@ class Lowering:
             kernels.group,
             int(kernels.has_offset),
         )
-        table.add(matmul.matmul_bytes, arguments, [*accesses, reads(f"columns {form}")])
+        accesses.append(reads(f"columns {form}"))
+        self._add_product(table, matmul.matmul_bytes, arguments, accesses, matrix)
 
     def _quantised_columns(
         self, table: Table, source: str, form: str, kernels: FormatKernels, k: int
@@ -361,7 +218,7 @@ class Lowering:
             arguments = (*self.places[source].arguments, *place, *shape)
             accesses = self._access(source, items(1))
             accesses.append(writes(f"columns {form}", items(1)))
-            table.add(matmul.quantise_columns, arguments, accesses)
+            self._add_items(table, matmul.quantise_columns, arguments, accesses, 1)
             self._refreshed(source, form)
         return place
 
@@ -382,7 +239,7 @@ class Lowering:
             *self._ropes[key],
         )
         accesses = self._access(step.target, items(step.n_heads), written=True)
-        table.add(elementwise.rope, arguments, accesses)
+        self._add_items(table, elementwise.rope, arguments, accesses, step.n_heads)
         self._written(step.target)
 
     def _store(self, table: Table, step: StoreKV) -> None:
@@ -405,7 +262,7 @@ class Lowering:
             *self._access(step.values, items(shape.n_kv_heads)),
             writes(f"cache {step.layer}", items(shape.n_kv_heads)),
         ]
-        table.add(elementwise.store_kv, arguments, accesses)
+        self._add_items(table, elementwise.store_kv, arguments, accesses, shape.n_kv_heads)
 
     def _attention(self, step: Attend) -> tuple[int | float, ...]:
         cache = self.memory.caches[step.layer]
@@ -438,6 +295,7 @@ class Lowering:
                 reads(f"cache {step.layer}"),
                 writes("partials", "chunks"),
             ],
+            Units(per_chunk=shape.n_kv_heads, parts=self._most_parts()),
         )
         target = self.places[step.target]
         owned = self._is_owned(step.target)
@@ -449,13 +307,10 @@ class Lowering:
             attention.padded(shape.value_dim),
             step.window,
             self._partials,
-            0 if owned else 1,
         )
-        accesses = [
-            reads("partials"),
-            *self._access(step.target, "heads in turn", written=True),
-        ]
-        table.add(attention.combine, arguments, accesses)
+        accesses = [reads("partials"), *self._access(step.target, "heads", written=True)]
+        parts = 0 if owned else self._most_parts()
+        table.add(attention.combine, arguments, accesses, Units(shape.n_heads, parts=parts))
 
     def _attend_many(self, table: Table, step: Attend) -> None:
         target = self.places[step.target]
@@ -465,9 +320,54 @@ class Lowering:
             *self._access(step.target, "blocks of queries", written=True),
         ]
         arguments = (*self._attention(step), target.base, target.token_stride)
-        table.add(attention.attend_tiles, arguments, accesses)
+        n_kv_heads = self.memory.caches[step.layer].shape.n_kv_heads
+        units = Units(per_chunk=n_kv_heads, parts=EACH)
+        table.add(attention.attend_tiles, arguments, accesses, units)
 
     # --- helpers -------------------------------------------------------------------------
+
+    def _on_columns(
+        self, table: Table, kernel: Kernel, sources: tuple[str, ...], target: str, *constants: int
+    ) -> None:
+        """An operation on columns, claimed with the product that made them where it can be."""
+        width = self.program.buffers[target]
+        places = [a for name in (*sources, target) for a in self.places[name].arguments]
+        accesses = [a for name in sources for a in self._access(name, columns(width))]
+        accesses += self._access(target, columns(width), written=True)
+        units = Units((width + ROWS - 1) // ROWS, parts=self.memory.n_threads)
+        table.add(kernel, (*places, *constants, width), accesses, units, columns(width))
+        self._written(target)
+
+    def _add_items(
+        self,
+        table: Table,
+        kernel: Kernel,
+        arguments: Iterable[int | float],
+        accesses: Iterable[Access],
+        per_token: int,
+        *,
+        owned: bool = False,
+    ) -> None:
+        """An operation on items of tokens; for one token they are too little to share out."""
+        parts = 0 if owned else 1 if self.one_token else self._most_parts()
+        sharing = "" if owned else items(per_token)
+        table.add(kernel, arguments, accesses, Units(per_token=per_token, parts=parts), sharing)
+
+    def _add_product(
+        self,
+        table: Table,
+        kernel: Kernel,
+        arguments: Iterable[int | float],
+        accesses: Iterable[Access],
+        matrix: Matrix,
+    ) -> None:
+        """A product, in parts that are worth claiming."""
+        parts = min(self._most_parts(), max(1, matrix.data.size // PART_BYTES))
+        units = Units((matrix.n_rows + ROWS - 1) // ROWS, parts=parts)
+        table.add(kernel, arguments, accesses, units, columns(matrix.n_rows))
+
+    def _most_parts(self) -> int:
+        return self.memory.n_threads * PARTS_PER_THREAD
 
     def _access(self, buffer: str, sharing: str, *, written: bool = False) -> list[Access]:
         """What barriers must know of a buffer; nothing for a thread's own."""

@@ -31,7 +31,7 @@ from gguf_tools.simd import (
 )
 from gguf_tools.tiles import dots16, f32_tile
 from runtime.kernels.elementwise import exp1, exp16
-from runtime.kernels.interpreter import arg, float_arg, n_threads, n_tokens, position, scratch
+from runtime.kernels.interpreter import arg, float_arg, n_tokens, position, scratch
 
 MAX_CHUNKS = 16
 CHUNK_STEP = 64  # chunks are multiples of this many positions
@@ -43,6 +43,18 @@ HIDDEN = -1e30  # score of a position that may not be seen
 def padded(dim: int) -> int:
     """Elements of one key or value in the cache."""
     return (dim + 15) // 16 * 16
+
+
+def chunk_count(n_positions: int) -> int:
+    """Chunks that decode cuts n_positions visible positions into; as `_chunk` does."""
+    per = (n_positions + MAX_CHUNKS - 1) // MAX_CHUNKS
+    size = max(CHUNK_STEP, (per + CHUNK_STEP - 1) // CHUNK_STEP * CHUNK_STEP)
+    return (n_positions + size - 1) // size
+
+
+def query_tokens(group: int) -> int:
+    """Tokens in one block of queries of a prompt."""
+    return max(1, QUERY_ROWS // group)
 
 
 def partial_bytes(n_heads: int, value_dim: int) -> int:
@@ -117,28 +129,30 @@ def _weighted_sum(weights, values, stride, count, out, dim):
         i += 16
 
 
-@kernel("iii")
-def attend_chunks(op, state, thread):
+@kernel("iiiii")
+def attend_chunks(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
-    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, partials 14"""
+    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, partials 14;
+    unit: a chunk of a kv head, all first chunks first"""
     query_heads = arg(op, 5) // arg(op, 6)
     key_stride = arg(op, 9) * 2
     value_stride = arg(op, 10) * 2
-    last = position(state)
-    begin = _visible(last, arg(op, 12))
-    count = last + 1 - begin
+    here = position(state)
+    begin = _visible(here, arg(op, 12))
+    count = here + 1 - begin
     chunk = _chunk(count)
-    n_chunks = (count + chunk - 1) // chunk
     queries = scratch(state, thread)
     scores = queries + query_heads * arg(op, 9) * 4
     partial_stride = (16 + arg(op, 10)) * 4
-    for item in range(thread, arg(op, 6) * n_chunks, n_threads(state)):
-        kv_head = item // n_chunks
-        c = item - kv_head * n_chunks
-        first = begin + c * chunk
-        n = min(chunk, last + 1 - first)
-        keys = arg(op, 3) + (kv_head * arg(op, 11) + first) * key_stride
-        values = arg(op, 4) + (kv_head * arg(op, 11) + first) * value_stride
+    for unit in range(first, last):
+        kv_head = unit % arg(op, 6)
+        c = unit // arg(op, 6)
+        start = begin + c * chunk
+        n = min(chunk, here + 1 - start)
+        if n <= 0:
+            continue  # fewer chunks are visible in a window
+        keys = arg(op, 3) + (kv_head * arg(op, 11) + start) * key_stride
+        values = arg(op, 4) + (kv_head * arg(op, 11) + start) * value_stride
         for g in range(query_heads):
             head = kv_head * query_heads + g
             query = queries + g * arg(op, 9) * 4
@@ -163,22 +177,18 @@ def attend_chunks(op, state, thread):
             _weighted_sum(scores, values, value_stride, n, partial + 64, arg(op, 10))
 
 
-@kernel("iii")
-def combine(op, state, thread):
-    """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6, shared out 7"""
-    last = position(state)
-    count = last + 1 - _visible(last, arg(op, 5))
+@kernel("iiiii")
+def combine(op, state, thread, first, last):
+    """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6; unit: a head"""
+    here = position(state)
+    count = here + 1 - _visible(here, arg(op, 5))
     chunk = _chunk(count)
     n_chunks = (count + chunk - 1) // chunk
     stride = (16 + arg(op, 4)) * 4
-    first = 0
-    step = 1
-    if arg(op, 7):
-        first, step = thread, n_threads(state)
     target = arg(op, 0) + thread * arg(op, 1)
     weights = scratch(state, thread)
     sums = weights + MAX_CHUNKS * 4
-    for head in range(first, arg(op, 2), step):
+    for head in range(first, last):
         partials = arg(op, 6) + head * MAX_CHUNKS * stride
         most = ld_f32(partials)
         for c in range(1, n_chunks):
@@ -220,14 +230,15 @@ def _pack_values(values, stride, first, end, packed, dim, width):
             st(packed + (p * width + i) * 4, v)
 
 
-@kernel("iii")
-def attend_tiles(op, state, thread):
+@kernel("iiiii")
+def attend_tiles(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
-    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, target 14-15"""
+    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, target 14-15;
+    unit: a block of queries of a kv head"""
     group = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
     width = (arg(op, 8) + 31) & ~31
-    tokens = max(1, QUERY_ROWS // group)  # per item
+    tokens = max(1, QUERY_ROWS // group)  # as query_tokens
     max_rows = (tokens * group + 5) // 6 * 6
     queries = (scratch(state, thread) + 63) & ~63
     outputs = queries + max_rows * dim * 4
@@ -237,10 +248,12 @@ def attend_tiles(op, state, thread):
     corner = scores + 6 * KEYS * 4
     tops = corner + 1024
     totals = tops + max_rows * 4
-    n_blocks = (n_tokens(state) + tokens - 1) // tokens
-    for item in range(thread, arg(op, 6) * n_blocks, n_threads(state)):
-        kv_head = item // n_blocks
-        t0 = (item - kv_head * n_blocks) * tokens
+    for unit in range(first, last):
+        kv_head = unit % arg(op, 6)
+        # The last tokens see most and are the most work: they come first.
+        t0 = ((n_tokens(state) + tokens - 1) // tokens - 1 - unit // arg(op, 6)) * tokens
+        if t0 < 0:
+            break  # layers with smaller groups have more blocks
         t1 = min(n_tokens(state), t0 + tokens)
         n_rows = (t1 - t0) * group
         rows = (n_rows + 5) // 6 * 6
@@ -258,9 +271,9 @@ def attend_tiles(op, state, thread):
         end = position(state) + t1
         key_base = arg(op, 3) + kv_head * arg(op, 11) * dim * 2
         value_base = arg(op, 4) + kv_head * arg(op, 11) * arg(op, 10) * 2
-        for first in range(begin // KEYS * KEYS, end, KEYS):
-            _pack_keys(key_base, dim * 2, first, end, keys, dim, corner)
-            _pack_values(value_base, arg(op, 10) * 2, first, end, values, arg(op, 10), width)
+        for block in range(begin // KEYS * KEYS, end, KEYS):
+            _pack_keys(key_base, dim * 2, block, end, keys, dim, corner)
+            _pack_values(value_base, arg(op, 10) * 2, block, end, values, arg(op, 10), width)
             for r in range(0, rows, 6):
                 for i in range(0, 6 * KEYS, 16):
                     st(scores + i * 4, zero_f32x16())
@@ -269,8 +282,8 @@ def attend_tiles(op, state, thread):
                 f32_tile(6, query, dim * 4, keys + 128, KEYS * 4, scores + 128, KEYS * 4, dim)
                 for c in range(6):
                     here = position(state) + t0 + min(r + c, n_rows - 1) // group
-                    low = max(_visible(here, arg(op, 12)) - first, 0)
-                    high = min(here + 1 - first, KEYS)
+                    low = max(_visible(here, arg(op, 12)) - block, 0)
+                    high = min(here + 1 - block, KEYS)
                     out = outputs + (r + c) * width * 4
                     _online_softmax(
                         scores + c * KEYS * 4, low, high, tops, totals, r + c, out, width

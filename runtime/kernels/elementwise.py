@@ -27,7 +27,7 @@ from gguf_tools.simd import (
     vrint,
     zero_f32x16,
 )
-from runtime.kernels.interpreter import arg, column_share, float_arg, n_tokens, position, share
+from runtime.kernels.interpreter import ROWS, arg, float_arg, n_tokens, position
 
 
 @jit
@@ -71,17 +71,13 @@ def _norm(x, weight, out, n, epsilon):
         st_f32(out + i * 4, ld_f32(x + i * 4) * s1 * ld_f32(weight + i * 4))
 
 
-@kernel("iii")
-def rms_norm(op, state, thread):
-    """source 0-2, target 3-5, weight 6, width 7, groups per token 8, epsilon 9, shared out 10"""
+@kernel("iiiii")
+def rms_norm(op, state, thread, first, last):
+    """source 0-2, target 3-5, weight 6, width 7, groups per token 8, epsilon 9; unit: a group"""
     source = arg(op, 0) + thread * arg(op, 1)
     target = arg(op, 3) + thread * arg(op, 4)
     width = arg(op, 7)
     groups = arg(op, 8)
-    count = n_tokens(state) * groups
-    first, last = 0, count
-    if arg(op, 10):
-        first, last = share(state, thread, count)
     for item in range(first, last):
         t = item // groups
         along = (item - t * groups) * width * 4
@@ -90,48 +86,47 @@ def rms_norm(op, state, thread):
         _norm(x, arg(op, 6), y, width, float_arg(op, 9))
 
 
-@kernel("iii")
-def add(op, state, thread):
-    """target 3-5 += source 0-2; width 6"""
-    first, last = column_share(state, thread, arg(op, 6))
+@kernel("iiiii")
+def add(op, state, thread, first, last):
+    """target 3-5 += source 0-2; width 6; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 6))
     for t in range(n_tokens(state)):
         x = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
         y = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
-        for i in range(first, last, 16):
+        for i in range(first * ROWS, end, 16):
             st(y + i * 4, ld_f32x16(y + i * 4) + ld_f32x16(x + i * 4))
 
 
-@kernel("iii")
-def add_bias(op, state, thread):
-    """target 0-2 += bias 3 (padded to 32); width 4"""
-    first, last = column_share(state, thread, arg(op, 4))
+@kernel("iiiii")
+def add_bias(op, state, thread, first, last):
+    """target 0-2 += bias 3 (padded to 32); width 4; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 4))
     for t in range(n_tokens(state)):
         y = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
-        for i in range(first, last, 16):
+        for i in range(first * ROWS, end, 16):
             st(y + i * 4, ld_f32x16(y + i * 4) + ld_f32x16(arg(op, 3) + i * 4))
 
 
-@kernel("iii")
-def gate_silu(op, state, thread):
-    """target 6-8 = silu(gate 0-2) * up 3-5; width 9"""
-    first, last = column_share(state, thread, arg(op, 9))
+@kernel("iiiii")
+def gate_silu(op, state, thread, first, last):
+    """target 6-8 = silu(gate 0-2) * up 3-5; width 9; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 9))
     one = splat_f32x16(float32(1.0))
     for t in range(n_tokens(state)):
         g = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
         u = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
         y = arg(op, 6) + thread * arg(op, 7) + t * arg(op, 8)
-        for i in range(first, last, 16):
+        for i in range(first * ROWS, end, 16):
             v = ld_f32x16(g + i * 4)
             silu = v / (one + exp16(zero_f32x16() - v))
             st(y + i * 4, silu * ld_f32x16(u + i * 4))
 
 
-@kernel("iii")
-def rope(op, state, thread):
-    """target 0-2, heads 3, head_dim 4, n_dims 5, interleaved 6, cosines 7, sines 8"""
+@kernel("iiiii")
+def rope(op, state, thread, first, last):
+    """target 0-2, heads 3, head_dim 4, n_dims 5, interleaved 6, cosines 7, sines 8; unit: a head"""
     heads = arg(op, 3)
     half = arg(op, 5) // 2
-    first, last = share(state, thread, n_tokens(state) * heads)
     for item in range(first, last):
         t = item // heads
         x = arg(op, 0) + t * arg(op, 2) + (item - t * heads) * arg(op, 4) * 4
@@ -158,12 +153,12 @@ def _store_half(source, target, n):
         f32_to_f16(target + i * 2, ld_f32(source + i * 4))
 
 
-@kernel("iii")
-def store_kv(op, state, thread):
+@kernel("iiiii")
+def store_kv(op, state, thread, first, last):
     """keys 0-2, values 3-5, key cache 6, value cache 7, kv heads 8, key_dim 9, value_dim 10,
-    bytes per key 11, per value 12, positions 13: caches are [kv head][position][padded dim] f16"""
+    bytes per key 11, per value 12, positions 13: caches are [kv head][position][padded dim] f16;
+    unit: a kv head"""
     heads = arg(op, 8)
-    first, last = share(state, thread, n_tokens(state) * heads)
     for item in range(first, last):
         t = item // heads
         h = item - t * heads

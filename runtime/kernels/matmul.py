@@ -29,7 +29,7 @@ from gguf_tools.simd import (
 )
 from gguf_tools.tiles import f32_tile, int8_tile
 from runtime.kernels.activations import inverse_of
-from runtime.kernels.interpreter import arg, column_share, n_tokens, scratch, share
+from runtime.kernels.interpreter import ROWS, arg, n_tokens, scratch
 
 COLUMNS = 6  # tokens per tile; buffers have room for a whole last tile
 FLOAT_CHUNK = 512  # columns of float32 weights decoded at a time: 64 kB
@@ -45,19 +45,20 @@ def scratch_bytes(k: int) -> int:
     return max(tile + TILE_SLACK + row_store, floats) + 4096
 
 
-@kernel("iii")
-def quantise(op, state, thread):
-    """One token for matvec: source 0-2, target 3-4, quantiser 5, k 6"""
+@kernel("iiiii")
+def quantise(op, state, thread, first, last):
+    """One token for matvec: source 0-2, target 3-4, quantiser 5, k 6; one unit"""
     source = arg(op, 0) + thread * arg(op, 1)
     call3(arg(op, 5), source, arg(op, 3) + thread * arg(op, 4), arg(op, 6))
 
 
-@kernel("iii")
-def matvec(op, state, thread):
-    """w 0, bytes per row 1, rows 2, k 3, kernel 4, activation 5-6, target 7"""
-    first, last = column_share(state, thread, arg(op, 2))
+@kernel("iiiii")
+def matvec(op, state, thread, first, last):
+    """w 0, bytes per row 1, rows 2, k 3, kernel 4, activation 5-6, target 7; unit: 32 rows"""
+    begin = first * ROWS
+    end = min(last * ROWS, arg(op, 2))
     activation = arg(op, 5) + thread * arg(op, 6)
-    call7(arg(op, 4), arg(op, 0), arg(op, 1), first, last, activation, arg(op, 7), arg(op, 3))
+    call7(arg(op, 4), arg(op, 0), arg(op, 1), begin, end, activation, arg(op, 7), arg(op, 3))
 
 
 @jit
@@ -87,11 +88,10 @@ def quantise_column(x, q, scales, corrections, sums, k, group, span, bias):
             st_f32(sums + g, d * float32(total))
 
 
-@kernel("iii")
-def quantise_columns(op, state, thread):
+@kernel("iiiii")
+def quantise_columns(op, state, thread, first, last):
     """source 0-2, q 3, scales 4, corrections 5, sums 6, bytes per token of q 7 and of the others
-    8, k 9, group 10, span 11, bias 12"""
-    first, last = share(state, thread, n_tokens(state))
+    8, k 9, group 10, span 11, bias 12; unit: a token"""
     for t in range(first, last):
         quantise_column(
             arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2),
@@ -134,11 +134,11 @@ TILES = {
 }
 
 
-@kernel("iii")
-def matmul_bytes(op, state, thread):
+@kernel("iiiii")
+def matmul_bytes(op, state, thread, first, last):
     """w 0, bytes per row 1, rows 2, k 3, row decoder 4, tile 5, q 6, scales 7, corrections 8,
     sums 9, bytes per token of q 10 and of the others 11, target 12, bytes per token 13, group 14,
-    has offset 15"""
+    has offset 15; unit: 32 rows"""
     n_rows = arg(op, 2)
     k = arg(op, 3)
     n_groups = k // arg(op, 14)
@@ -151,9 +151,8 @@ def matmul_bytes(op, state, thread):
     stride = n_groups * 4 + 64  # transposes read whole vectors
     row_scales = row_q + 16 * k
     row_offsets = row_scales + 16 * stride
-    first, last = column_share(state, thread, n_rows)
     tiles = (n_tokens(state) + COLUMNS - 1) // COLUMNS
-    for r in range(first, last, 32):
+    for r in range(first * ROWS, last * ROWS, ROWS):
         for half in range(2):
             for i in range(16):
                 row = min(r + half * 16 + i, n_rows - 1)
@@ -192,19 +191,18 @@ def tile_floats(x, xs, w, ws, y, ys, n):
     f32_tile(6, x, xs, w, ws, y, ys, n)
 
 
-@kernel("iii")
-def matmul_floats(op, state, thread):
+@kernel("iiiii")
+def matmul_floats(op, state, thread, first, last):
     """w 0, bytes per row 1, rows 2, k 3, row decoder 4, tile 5, bytes per weight 6, source 7-9,
-    target 10, bytes per token 11"""
+    target 10, bytes per token 11; unit: 32 rows"""
     n_rows = arg(op, 2)
     k = arg(op, 3)
     tile = (scratch(state, thread) + 63) & ~63
     rows = tile + FLOAT_CHUNK * 128
     stride = FLOAT_CHUNK * 4 + 64
-    first, last = column_share(state, thread, n_rows)
     tiles = (n_tokens(state) + COLUMNS - 1) // COLUMNS
     source = arg(op, 7) + thread * arg(op, 8)
-    for r in range(first, last, 32):
+    for r in range(first * ROWS, last * ROWS, ROWS):
         for c in range(tiles * COLUMNS):
             st(arg(op, 10) + c * arg(op, 11) + r * 4, zero_f32x16())
             st(arg(op, 10) + c * arg(op, 11) + r * 4 + 64, zero_f32x16())
