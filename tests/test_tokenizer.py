@@ -90,6 +90,19 @@ def test_byte_fallback_like_the_source(tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == text
 
 
+def test_prefix_before_a_text_or_after_every_token(tmp_path: Path) -> None:
+    data = byte_fallback()
+    add_token(data, "[INST]", special=True)
+    for scheme in ("always", "first", "never"):
+        step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+        changed = {**data, "normalizer": None, "pre_tokenizer": {**step, "split": False}}
+        tokenizer = tokenizer_of(changed, tmp_path / scheme)
+        source = SourceTokenizer.from_str(json.dumps(changed))
+        for text in ("a time", "[INST]a time[INST] a[INST]", " a[INST]  time"):
+            ids = tokenizer.encode(text, add_special=False, parse_special=True)
+            assert ids == source.encode(text).ids, (scheme, text)
+
+
 @pytest.mark.parametrize(
     "options",
     [
