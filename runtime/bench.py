@@ -154,7 +154,7 @@ def measure(
             for index, case in enumerate(ordered):
                 done = len(thread_counts) + turn * len(cases) + index
                 yield Step(f"round {turn + 1} of {repeat}: {case}", done, total)
-                seconds[case].append(_time(models[case.threads], case, ids))
+                seconds[case].append(time_case(models[case.threads], case, ids))
     for case in cases:
         yield _summarise(case, seconds[case], bytes_read(program, case))
 
@@ -234,7 +234,7 @@ def _warm_up(model: Model, ids: list[int]) -> None:
     model.forward(ids[-1:])
 
 
-def _time(model: Model, case: Case, ids: list[int]) -> float:
+def time_case(model: Model, case: Case, ids: list[int]) -> float:
     """Seconds that a case takes, without filling the cache to its depth."""
     held = len(model.tokens)
     if held < case.depth:

@@ -18,7 +18,7 @@ def draw_progress(events: Iterable[Step | Note | Measurement]) -> list[Measureme
     hidden = not is_terminal(sys.stderr)
     # No refreshing in the background: that would be measured, too.
     with Progress(console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=1)
         for event in events:
             if isinstance(event, Measurement):
                 results.append(event)

@@ -1,4 +1,4 @@
-"""The chat: a conversation typed by a person, and the commands between the messages."""
+"""Answers to a person: one and done, or a chat with commands between the messages."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,14 @@ from gguf_tools.errors import GGUFError, printable
 from runtime.conversation import AnswerStats, Conversation, Event
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.session import Session, count
-from runtime.terminal import Interruptible, draw_answer, make_line_reader, remark, visible
+from runtime.terminal import (
+    Interruptible,
+    draw_answer,
+    make_line_reader,
+    remark,
+    use_utf8,
+    visible,
+)
 
 BASE_TURN = 256  # tokens that a model without template writes before it is the user's turn again
 
@@ -33,6 +40,22 @@ COMMANDS = (
     Command("set", "[NAME VALUE]", "show or set how tokens are drawn: /set temp 0.5"),
     Command("stats", "[on | off]", "figures of the last answer; or show them after each"),
 )
+
+
+def answer_once(
+    session: Session, conversation: Conversation, text: str, *, show_stats: bool
+) -> None:
+    """Answer `text`: the answer alone on standard output, ended by a newline."""
+    for note in session.notes:
+        remark(f"note: {note}")
+    use_utf8(sys.stdout)
+    if not draw_answer(conversation.say(text), sys.stdout, lambda: False):
+        print(flush=True)
+        remark("note: the model ended its answer at once")
+    if note := end_note(conversation.stats):
+        remark(note)
+    if show_stats:
+        remark(f"[{stats_line(conversation.stats, session)}]")
 
 
 class Chat:

@@ -14,11 +14,7 @@ import typer
 from gguf_tools.command import run_command
 
 if TYPE_CHECKING:
-    from runtime.conversation import Conversation
     from runtime.sampling import SamplingOptions
-    from runtime.session import Session
-
-WAIT_FOR_PIPE = 2.0  # seconds that `-p` waits for a pipe to give its first byte
 
 
 def sampling(help: str) -> Any:
@@ -147,18 +143,20 @@ def run(
     }
     _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [])
     _check_gpu_layers(gpu_layers)
-    for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
-        _check_text(name, value)
-    text = _read_prompt(prompt)
 
     from contextlib import ExitStack
 
+    from runtime.chat import BASE_TURN, Chat, answer_once
     from runtime.conversation import Conversation
     from runtime.embedded import embedded_model
     from runtime.sampling import Sampler, SamplingOptions
     from runtime.session import open_session
+    from runtime.standard_input import check_text, read_prompt
     from runtime.terminal import remark
 
+    for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
+        check_text(name, value)
+    text = read_prompt(prompt)
     with ExitStack() as stack:
         path = model if model is not None else stack.enter_context(embedded_model())
         session = stack.enter_context(
@@ -188,9 +186,11 @@ def run(
             policy=context_policy or ("stop" if text is not None else "drop-oldest"),
         )
         if text is not None:
-            _answer_once(session, conversation, text, show_stats=stats)
-        else:
-            _chat(session, conversation, limited=max_tokens is not None, show_stats=stats)
+            answer_once(session, conversation, text, show_stats=stats)
+            return
+        if session.template is None and max_tokens is None:
+            conversation.max_tokens = BASE_TURN
+        Chat(session, conversation, show_stats=stats).run()
 
 
 def bench(
@@ -316,35 +316,6 @@ def _parse_counts(name: str, text: str | None) -> tuple[int, ...] | None:
         raise typer.BadParameter(f"{name}: {error}") from None
 
 
-def _answer_once(
-    session: "Session", conversation: "Conversation", text: str, *, show_stats: bool
-) -> None:
-    from runtime.chat import end_note, stats_line
-    from runtime.terminal import draw_answer, remark
-
-    for note in session.notes:
-        remark(f"note: {note}")
-    _use_utf8(sys.stdout)
-    drawn = draw_answer(conversation.say(text), sys.stdout, lambda: False)
-    if not drawn:
-        print(flush=True)
-        remark("note: the model ended its answer at once")
-    if note := end_note(conversation.stats):
-        remark(note)
-    if show_stats:
-        remark(f"[{stats_line(conversation.stats, session)}]")
-
-
-def _chat(
-    session: "Session", conversation: "Conversation", *, limited: bool, show_stats: bool
-) -> None:
-    from runtime.chat import BASE_TURN, Chat
-
-    if session.template is None and not limited:
-        conversation.max_tokens = BASE_TURN
-    Chat(session, conversation, show_stats=show_stats).run()
-
-
 def _check_usage(
     overrides: Mapping[str, Any], *, seed: int | None, max_tokens: int | None, stop: list[str]
 ) -> None:
@@ -385,15 +356,6 @@ def _check_gpu_layers(value: str) -> None:
     )
 
 
-def _check_text(name: str, value: str | None) -> None:
-    from gguf_tools.errors import GGUFError
-
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError:
-        raise GGUFError(f"{name}: the text is not valid UTF-8") from None
-
-
 def _override(
     options: "SamplingOptions", overrides: Mapping[str, Any], seed: int | None
 ) -> "SamplingOptions":
@@ -401,38 +363,3 @@ def _override(
 
     given = {name: value for name, value in overrides.items() if value is not None}
     return replace(options, **given, seed=None if seed == -1 else seed)
-
-
-def _read_prompt(prompt: str | None) -> str | None:
-    """The prompt from -p and from standard input; None when a person is to be asked."""
-    from gguf_tools.errors import GGUFError
-    from runtime.standard_input import read_piped_text
-
-    piped: str | None = ""
-    if sys.stdin is None or not sys.stdin.isatty():
-        piped = read_piped_text(wait=None if prompt is None else WAIT_FOR_PIPE)
-        if piped is None:
-            print(
-                f"note: nothing came through standard input in {WAIT_FOR_PIPE:g} s; "
-                "going on without it",
-                file=sys.stderr,
-            )
-    elif prompt is None:
-        if not sys.stdout.isatty():
-            raise GGUFError("a chat needs a terminal to write to; give a prompt with -p")
-        return None
-    text = "\n".join(part for part in (prompt, piped) if part)
-    if not text:
-        raise GGUFError(
-            "the prompt is empty: give some text with -p or in a pipe, "
-            "or start `run` at a terminal to chat"
-        )
-    return text
-
-
-def _use_utf8(stream: Any) -> None:
-    """Text into a pipe is UTF-8 whatever the locale; a terminal shows what it can."""
-    if stream.isatty():
-        stream.reconfigure(errors="replace")
-    else:
-        stream.reconfigure(encoding="utf-8", errors="replace")

@@ -35,9 +35,9 @@ def is_added(vocabulary: Vocabulary, token_id: int) -> bool:
 
 
 class Encoder(Protocol):
-    """Encodes a text, or a stretch of it between added tokens; each begins like a new text."""
+    """Encodes a text, or a stretch of it between added tokens; `first` when no token is before."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, first: bool) -> list[int]: ...
 
 
 def make_encoder(vocabulary: Vocabulary) -> Encoder:
@@ -103,7 +103,7 @@ class MergeEncoder:
                 self._tokenizer.normalizer = normalizers.NFC()
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, first: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -133,7 +133,7 @@ class PieceEncoder:
     """SentencePiece: BPE or unigram, by scores."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        from sentencepiece import SentencePieceProcessor, set_min_log_level
+        from sentencepiece import set_min_log_level
 
         tokens, types = vocabulary.tokens, vocabulary.types.tolist()
         self._byte_ids: list[int | None] = [None] * 256
@@ -143,25 +143,42 @@ class PieceEncoder:
         self._unknown = vocabulary.ids.get("unknown")
         self._own_unknown = len(tokens)
         self._all_bytes = None not in self._byte_ids
-        self._processor: Any = SentencePieceProcessor()
-        message = _model_message(vocabulary, byte_fallback=self._all_bytes)
         set_min_log_level(_ERRORS)
+        self._prefixing: Any = self._load(vocabulary, prefix=vocabulary.add_space_prefix)
+        self._plain = self._prefixing
+        self._first_only = vocabulary.prefix_first_only
+        self._unless_space = vocabulary.prefix_unless_space
+        if vocabulary.add_space_prefix and (self._first_only or self._unless_space):
+            self._plain = self._load(vocabulary, prefix=False)
+
+    def _load(self, vocabulary: Vocabulary, *, prefix: bool) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        message = _model_message(vocabulary, byte_fallback=self._all_bytes, prefix=prefix)
+        processor: Any = SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(message)
+            processor.LoadFromSerializedProto(message)
         except RuntimeError as error:
             raise FormatError(
                 f"the file's tokenizer makes no SentencePiece model ({printable(error)})"
             ) from error
+        return processor
 
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.EncodeAsIds(text)
-        return self._without_unknown(ids, text) if self._own_unknown in ids else ids
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        spared = (self._first_only and not first) or (
+            self._unless_space and text.startswith((" ", SPACE))
+        )
+        processor = self._plain if spared else self._prefixing
+        ids: list[int] = processor.EncodeAsIds(text)
+        if self._own_unknown not in ids:
+            return ids
+        return self._without_unknown(ids, processor.EncodeAsPieces(text))
 
-    def _without_unknown(self, ids: list[int], text: str) -> list[int]:
+    def _without_unknown(self, ids: list[int], pieces: list[str]) -> list[int]:
         """Characters that are in no piece: their bytes, or else the unknown token."""
         result: list[int] = []
         # The piece of an unknown stretch is its text.
-        for token_id, piece in zip(ids, self._processor.EncodeAsPieces(text), strict=True):
+        for token_id, piece in zip(ids, pieces, strict=True):
             if token_id != self._own_unknown:
                 result.append(token_id)
                 continue
@@ -174,7 +191,7 @@ class PieceEncoder:
         return result
 
 
-def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
+def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool, prefix: bool) -> bytes:
     """A serialized SentencePiece ModelProto with the vocabulary's tokens at their ids.
 
     Tokens that text must not become (control, unused, unknown) are control pieces there, and so are
@@ -206,10 +223,10 @@ def _model_message(vocabulary: Vocabulary, *, byte_fallback: bool) -> bytes:
     model_type = 2 if vocabulary.model == "llama" else 1  # BPE or unigram
     trainer = _number(3, model_type) + _number(35, int(byte_fallback)) + _number(40, len(parts) - 1)
     trainer += b"".join(_number(field, (1 << 64) - 1) for field in (41, 42, 43))  # no bos, eos, pad
-    prefix, spaces = int(vocabulary.add_space_prefix), int(vocabulary.remove_extra_whitespaces)
+    spaces = int(vocabulary.remove_extra_whitespaces)
     charsmap = vocabulary.charsmap
     normalizer = b"\x12" + _varint(len(charsmap)) + charsmap
-    normalizer += _number(3, prefix) + _number(4, spaces) + _number(5, 1)
+    normalizer += _number(3, int(prefix)) + _number(4, spaces) + _number(5, 1)
     for key, message in ((b"\x12", trainer), (b"\x1a", normalizer)):
         parts.append(key + _varint(len(message)) + message)
     return b"".join(parts)

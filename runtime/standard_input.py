@@ -1,9 +1,44 @@
-"""Text that comes through a pipe or from a file."""
+"""The prompt: from the command line, through a pipe, or from a file."""
 
 import os
+import sys
 import threading
 
 from gguf_tools.errors import GGUFError
+from runtime.terminal import remark
+
+WAIT_FOR_PIPE = 2.0  # seconds that `-p` waits for a pipe to give its first byte
+
+
+def read_prompt(prompt: str | None) -> str | None:
+    """`prompt`, then what is piped in; None when a person is to be asked."""
+    piped: str | None = ""
+    if sys.stdin is None or not sys.stdin.isatty():
+        piped = read_piped_text(wait=None if prompt is None else WAIT_FOR_PIPE)
+        if piped is None:
+            remark(
+                f"note: nothing came through standard input in {WAIT_FOR_PIPE:g} s; "
+                "going on without it"
+            )
+    elif prompt is None:
+        if not sys.stdout.isatty():
+            raise GGUFError("a chat needs a terminal to write to; give a prompt with -p")
+        return None
+    text = "\n".join(part for part in (prompt, piped) if part)
+    if not text:
+        raise GGUFError(
+            "the prompt is empty: give some text with -p or in a pipe, "
+            "or start `run` at a terminal to chat"
+        )
+    return text
+
+
+def check_text(name: str, value: str | None) -> None:
+    """GGUFError when the value of option `name` is not text: a shell passes any bytes."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise GGUFError(f"{name}: the text is not valid UTF-8") from None
 
 
 def read_piped_text(*, wait: float | None) -> str | None:

@@ -64,9 +64,9 @@ def draw_answer(events: Iterator[Event], out: TextIO, interrupted: Callable[[], 
                 remark(f"note: {event.text}")
             elif text := visible(event.text):
                 progress.erase()
+                last = text[-1]  # first: Ctrl-C may come at any time
                 out.write(text)
                 out.flush()
-                last = text[-1]
             if interrupted():
                 break
     finally:
@@ -112,6 +112,14 @@ def remark(text: str) -> None:
         text = f"\x1b[2m{text}\x1b[0m"
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def use_utf8(stream: Any) -> None:
+    """Text into a pipe is UTF-8 whatever the locale; a terminal shows what it can."""
+    if stream.isatty():
+        stream.reconfigure(errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -58,8 +58,10 @@ class Tokenizer:
         for part in matcher.split(_well_formed(text)):
             if isinstance(part, int):
                 ids.append(part)
-            else:
-                ids += self._encoder.encode(part.replace(GUARD, "") if parse_special else part)
+                continue
+            if parse_special:
+                part = part.replace(GUARD, "")
+            ids += self._encoder.encode(part, first=not ids)
         if add_special:
             if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
                 ids.insert(0, self.bos_id)

@@ -62,6 +62,8 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    prefix_first_only: bool  # not after added tokens
+    prefix_unless_space: bool  # not before a text that begins with a space
     remove_extra_whitespaces: bool
     charsmap: bytes  # SentencePiece's table of replacements, or nothing
     chat_template: str | None
@@ -112,6 +114,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         add_eos=_flag(metadata, "add_eos_token", model == "t5") and "eos" in ids,
         add_space_prefix=model in PIECE_MODELS
         and _flag(metadata, "add_space_prefix", model == "llama"),
+        prefix_first_only=_flag(metadata, "space_prefix_first_only", False),
+        prefix_unless_space=_flag(metadata, "space_prefix_unless_space", False),
         charsmap=_charsmap(metadata),
         remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
         chat_template=template if isinstance(template, str) else None,

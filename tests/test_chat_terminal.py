@@ -71,7 +71,11 @@ class Terminal:
         os.close(self.master)
 
     def type(self, text):
-        os.write(self.master, text.encode())
+        data = text.encode()
+        while data:  # in small pieces: the program must be able to write meanwhile
+            data = data[os.write(self.master, data[:512]) :]
+            while self._read(0):
+                pass
 
     def expect(self, wanted):
         """What came from the last place looked at up to the end of `wanted`, as it was sent."""
@@ -185,6 +189,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start):
     assert "/exit leaves" in terminal.say("\x03")
     terminal.type("/exit\r")
     assert terminal.wait() == 0
+
+
+def test_ctrl_c_stops_reading(start):
+    terminal, _ = start("--temp", "0", "-n", "20", "--ctx", "8192")
+    terminal.type(f"\x1b[200~{'once upon a time ' * 1000}\x1b[201~\r")
+    terminal.expect("reading 256 of")
+    terminal.type("\x03")
+    assert "(stopped; the message is taken back)" in terminal.answer()
+    assert "0 turns" in terminal.say("/stats")
+    assert "wrote 20" in terminal.say("Once upon a time")
+
+
+def test_what_is_typed_ahead_is_not_lost(start):
+    terminal, _ = start(*GREEDY)
+    terminal.type("Once upon a time\rThe dog\r/stats\r")
+    assert "wrote 20" in terminal.answer()
+    assert "wrote 20" in terminal.answer()
+    assert "2 turns" in terminal.answer()
 
 
 def test_a_paste_of_several_lines_is_one_message(start):

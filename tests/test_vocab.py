@@ -106,6 +106,19 @@ def test_old_spelling_of_merges(tmp_path: Path) -> None:
     assert value(new, "merges") == value(same, "merges")
 
 
+def test_slow_files(tmp_path: Path) -> None:
+    data = byte_level()
+    merges = "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in data["model"]["merges"])
+    files = {"vocab__json": data["model"]["vocab"], "merges__txt": merges.encode()}
+    write_folder(tmp_path, **files, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
+    vocab = read_vocab(tmp_path, {"eos_token_id": 0}, n_vocab=420)
+    assert value(vocab, "pre") == "gpt-2" and vocab.warnings == ()
+    assert value(vocab, "merges") == [" ".join(pair) for pair in data["model"]["merges"]]
+    write_folder(tmp_path, tokenizer_config__json={"tokenizer_class": "OddTokenizer"})
+    with pytest.raises(UnsupportedModelError, match="OddTokenizer"):
+        read_vocab(tmp_path, {}, n_vocab=420)
+
+
 def test_model_file_comes_first(tmp_path: Path, stories260k: Path) -> None:
     model = (stories260k / "tokenizer.model").read_bytes()
     folder = write_folder(tmp_path, tokenizer__model=model, tokenizer__json=byte_level())

@@ -20,12 +20,14 @@ from gguf_tools.vocab.pieces import (
     byte_fallback_pieces,
     byte_level_pieces,
     mark_control,
+    note_metaspace,
     read_slow_added_tokens,
     sentencepiece_pieces,
 )
 from gguf_tools.vocab.presplit import find_pre
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
+from gguf_tools.vocab.slow_files import read_slow_files
 from gguf_tools.vocab.special import KEYS, find_special, special_texts
 from gguf_tools.vocab.table import (
     CONTROL,
@@ -63,7 +65,7 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
     special_map = read_json(folder, MAP_NAME)
     generation = read_json(folder, GENERATION_NAME)
     data = read_json(folder, JSON_NAME)
-    source, pieces, pre = _main_file(folder, data, n_vocab)
+    source, pieces, pre = _main_file(folder, data, tokenizer_config, n_vocab)
     warnings = pieces.warnings
 
     add_tokens(pieces, _added_tokens(folder, source, tokenizer_config, pieces), n_vocab)
@@ -110,14 +112,16 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
 
 
 def _main_file(
-    folder: Path, data: dict[str, Any] | None, n_vocab: int
+    folder: Path, data: dict[str, Any] | None, config: Mapping[str, Any] | None, n_vocab: int
 ) -> tuple[TokenizerJson | None, Pieces, str]:
     """The file that holds the vocabulary, its tokens, and the value of `pre`."""
     model = read_bytes(folder, MODEL_NAME)
     if model is not None and not (data is not None and _is_tiktoken(model)):
         pieces = sentencepiece_pieces(parse_model(model, MODEL_NAME), n_vocab, MODEL_NAME)
-        source = _parse_beside(data, pieces)
-        return source, pieces, "default"
+        return _parse_beside(data, pieces), pieces, "default"
+    path: Path | None = folder / JSON_NAME
+    if data is None:
+        path, data = None, read_slow_files(folder, config)
     if data is None:
         found = ", ".join(sorted(p.name for p in folder.glob("*token*"))[:8]) or "none"
         raise CheckpointError(
@@ -127,7 +131,7 @@ def _main_file(
     source = parse_tokenizer(data)
     if source.byte_level:
         pieces = byte_level_pieces(source, n_vocab)
-        pre, warnings = find_pre(source, folder / JSON_NAME)
+        pre, warnings = find_pre(source, path)
         pieces.warnings += warnings
         return source, pieces, pre
     return source, byte_fallback_pieces(source, n_vocab), "default"
@@ -141,7 +145,9 @@ def _parse_beside(data: dict[str, Any] | None, pieces: Pieces) -> TokenizerJson 
     if data is None:
         return None
     try:
-        return parse_tokenizer(data)
+        source = parse_tokenizer(data)
+        note_metaspace(source, pieces)
+        return source
     except (CheckpointError, UnsupportedModelError) as error:
         pieces.warnings.append(f"{JSON_NAME} was not used beside {MODEL_NAME}: {error}")
         return None
@@ -191,6 +197,11 @@ def _switches(
         prefix = configured
     if prefix is not None:
         switches[PREFIX + "add_space_prefix"] = Value("bool", prefix)
+    # Two rules of our own, which llama.cpp passes over.
+    if prefix and pieces.prefix_first_only:
+        switches[PREFIX + "space_prefix_first_only"] = Value("bool", True)
+    if prefix and pieces.prefix_unless_space:
+        switches[PREFIX + "space_prefix_unless_space"] = Value("bool", True)
     if pieces.remove_extra_whitespaces:
         switches[PREFIX + "remove_extra_whitespaces"] = Value("bool", True)
     if pieces.charsmap:

@@ -42,6 +42,8 @@ class Pieces:
     names: dict[str, int]  # the tokens' texts in the source -> id
     merges: list[str] = field(default_factory=list)
     add_space_prefix: bool | None = None
+    prefix_first_only: bool = False  # that prefix stands before a text, not after its tokens
+    prefix_unless_space: bool = False  # and not before a text that begins with a space
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""
     from_json: bool = True
@@ -179,6 +181,14 @@ def mark_control(pieces: Pieces, texts: set[str]) -> None:
             pieces.table.texts[token_id] = text
 
 
+def note_metaspace(source: TokenizerJson, pieces: Pieces) -> None:
+    """`Metaspace` is sparing with the space before a text, in ways SentencePiece is not."""
+    for step in source.pre_tokenizer:
+        if step["type"] == "Metaspace":
+            pieces.prefix_first_only = step.get("prepend_scheme") == "first"
+            pieces.prefix_unless_space = True
+
+
 def read_slow_added_tokens(data: Mapping[str, Any] | None, name: str) -> list[AddedToken]:
     """`added_tokens.json` of the older tokenizers: text -> id."""
     tokens = []
@@ -230,6 +240,7 @@ def _space_rules(source: TokenizerJson, pieces: Pieces) -> None:
             raise UnsupportedModelError(
                 f"{NAME}: BPE with the pre-tokenizer '{printable(kind, 40)}'; known are {KINDS}"
             )
+    note_metaspace(source, pieces)
     if not visible:
         raise UnsupportedModelError(
             f"{NAME}: BPE that neither is byte-level nor writes spaces as U+2581; known are {KINDS}"

@@ -27,19 +27,18 @@ OTHER_SPELLINGS: dict[tuple[str, ...], str] = {
 }
 
 
-def find_pre(source: TokenizerJson, path: Path) -> tuple[str, list[str]]:
-    """The name to write, and warnings. `path` is the tokenizer.json."""
+def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
+    """The name to write, and warnings. `path` is the tokenizer.json, where there is one."""
     split = known_split(source.pre_tokenizer)
     fitting = [p for p in _byte_level() if p.split == split or split is None]
-    trial = run_trial(path, sorted({_key(p) for p in fitting}))
+    trial = run_trial(path, sorted({_key(p) for p in fitting})) if path is not None else None
     if split is None:
         return _nearest(source, trial)
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
     if trial is None:
         chosen = (exact or fitting)[0]
-        return chosen.name, [
-            f"{NAME}: trying it out took too long; its pre-tokenizer looks like '{chosen.name}'"
-        ]
+        late = f"{NAME}: trying it out took too long; its pre-tokenizer looks like '{chosen.name}'"
+        return chosen.name, [late] if path is not None else []
     by_hash = PRETOKENIZERS.get(NAMES.get(trial.fingerprint, ""))
     warnings = []
     if by_hash in (exact or fitting):

@@ -53,7 +53,7 @@ def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
         return None
     except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
         raise CheckpointError(
-            f"{path.name}: the tokenizers library cannot load it or fails to run it; download it again"
+            f"{path.name}: the tokenizers library cannot load it or fails to run it"
         ) from error
 
 

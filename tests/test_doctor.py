@@ -1,0 +1,165 @@
+"""`doctor`: the facts about this machine, and how they are told."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gguf_tools.simd import DOT
+from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
+from runtime.doctor import (
+    CUDA,
+    DOT_MEANINGS,
+    Facts,
+    KernelCache,
+    VectorUnit,
+    describe,
+    dot_meaning,
+    examine,
+    processor_name,
+    to_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return examine()
+
+
+def run_doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    code = "from runtime.umbrella import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        timeout=120,
+        check=False,
+    )
+
+
+def lines(facts: Facts) -> dict[str, str]:
+    """The texts by label, those of several lines together."""
+    texts: dict[str, str] = {}
+    last = ""
+    for label, text in describe(facts):
+        last = label or last
+        texts[last] = f"{texts.get(last, '')}\n{text}".strip()
+    return texts
+
+
+def test_facts_hold_together(facts: Facts) -> None:
+    processor = facts.processor
+    assert processor.name and processor.architecture
+    assert 1 <= processor.threads <= processor.allowed_cores <= processor.logical_cores
+    assert 0 < facts.memory_available <= facts.memory_total == psutil.virtual_memory().total
+    assert facts.vector_unit.dot == DOT
+    assert [each.threads for each in facts.read_bandwidth] == sorted({1, processor.threads})
+    assert all(each.bytes_per_second > 1e6 for each in facts.read_bandwidth)
+    assert facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"numba", "llvmlite", "numpy"} < set(facts.versions)
+    assert not facts.cuda.backend
+
+
+def test_the_memory_that_is_read_is_larger_than_the_caches() -> None:
+    assert last_level_cache() > 0
+    assert buffer_size() >= min(2 * last_level_cache(), 256 << 20)
+    assert measure_bandwidth(3) > 0
+
+
+def test_this_machine_s_choice_has_words() -> None:
+    assert DOT in DOT_MEANINGS
+    assert dot_meaning("some other") != ""
+
+
+def test_a_processor_has_a_name() -> None:
+    assert processor_name().strip()
+
+
+def test_what_is_told(facts: Facts) -> None:
+    told = lines(facts)
+    assert list(told) == [
+        "processor",
+        "cores",
+        "byte products",
+        "memory",
+        "read bandwidth",
+        "kernel cache",
+        "versions",
+        "CUDA",
+    ]
+    assert facts.processor.name in told["processor"]
+    assert told["byte products"].startswith(f"{DOT}")
+    assert "GB/s with 1 thread" in told["read bandwidth"]
+
+
+def test_a_slow_machine_is_told_so(facts: Facts) -> None:
+    unit = VectorUnit("portable", dot_meaning("portable"), True)
+    assert "slow" in lines(replace(facts, vector_unit=unit))["byte products"]
+
+
+def test_a_missing_cache_is_told(facts: Facts) -> None:
+    cache = KernelCache(None, False, "/x cannot be written (Read-only file system)", 0, 0)
+    told = lines(replace(facts, kernel_cache=cache))["kernel cache"]
+    assert told.startswith("none: /x cannot be written") and "compiles" in told
+
+
+@pytest.mark.parametrize(
+    ("cuda", "says"),
+    [
+        (CUDA(False, None, ()), "no NVIDIA driver is visible"),
+        (CUDA(False, "12.4", ()), "driver for CUDA 12.4 is visible with no device"),
+        (CUDA(False, "12.4", ("A\x1b[2J", "B")), r"visible with A\x1b[2J, B"),
+    ],
+)
+def test_cuda_is_told_honestly(facts: Facts, cuda: CUDA, says: str) -> None:
+    told = lines(replace(facts, cuda=cuda))["CUDA"]
+    assert "no GPU backend" in told and told.endswith(says)
+
+
+def test_json_object(facts: Facts) -> None:
+    shown = json.loads(json.dumps(to_json(facts)))
+    assert list(shown) == [
+        "processor",
+        "vector_unit",
+        "memory_total",
+        "memory_available",
+        "read_bandwidth",
+        "kernel_cache",
+        "versions",
+        "cuda",
+    ]
+    assert shown["vector_unit"]["dot"] == DOT
+
+
+def test_command() -> None:
+    ended = run_doctor("--json")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout)["kernel_cache"]["usable"] in (True, False)
+    ended = run_doctor(GGUF_TOOLS_CACHE="off")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "none: switched off by GGUF_TOOLS_CACHE" in ended.stdout
+
+
+def test_command_without_a_usable_cache_folder(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    ended = run_doctor("--json", GGUF_TOOLS_CACHE=str(blocked))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    cache = json.loads(ended.stdout)["kernel_cache"]
+    assert not cache["usable"] and cache["folder"] is None and str(blocked) in cache["reason"]
+
+
+def test_command_on_a_machine_without_a_known_vector_unit(tmp_path: Path) -> None:
+    ended = run_doctor(GGUF_TOOLS_DOT="portable", GGUF_TOOLS_CACHE=str(tmp_path))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "portable (set by GGUF_TOOLS_DOT): no vector unit" in ended.stdout
+    assert "slow" in ended.stdout

@@ -1,0 +1,308 @@
+import json
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gguf_tools.errors import TemplateError
+from runtime.templates import ChatTemplate
+
+TEMPLATES = "GGUF_TOOLS_TEST_TEMPLATES"
+"""Names a folder of .jinja files, such as models/templates of a llama.cpp source tree."""
+
+DIALOGUE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "Who are you?"},
+]
+
+CHATML = """\
+{% for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+{{ '<|im_start|>system\\nDefault.<|im_end|>\\n' }}
+    {%- endif %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+
+INSTRUCT = """\
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set system = messages[0]['content'] | trim + '\\n\\n' -%}
+    {%- set messages = messages[1:] -%}
+{%- else -%}
+    {%- set system = '' -%}
+{%- endif -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{- raise_exception('roles must alternate') -}}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '[INST] ' + (system if loop.first else '') + message['content'] | trim + ' [/INST]' -}}
+    {%- else -%}
+        {%- generation -%}{{- ' ' + message['content'] | trim + eos_token -}}{%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}"""
+
+TURNS = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' ~ role ~ '\\n' ~ (message.content | trim) ~ '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+THINKING = """\
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set text = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in text %}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|' ~ message.role ~ '|>' ~ text }}
+    {%- if not loop.last and loop.index0 > ns.last %}{% break %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+{%- if enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\\n\\n</think>' }}
+{%- endif %}"""
+
+
+def test_chatml() -> None:
+    template = ChatTemplate(CHATML)
+    assert template.render(DIALOGUE) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert template.render(DIALOGUE[1:2], add_generation_prompt=False) == (
+        "<|im_start|>system\nDefault.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+    )
+
+
+def test_instruct() -> None:
+    template = ChatTemplate(INSTRUCT, bos_token="<s>", eos_token="</s>")
+    assert template.render(DIALOGUE) == (
+        "<s>[INST] Be brief.\n\nHello [/INST] Hi!</s>[INST] Who are you? [/INST]"
+    )
+    with pytest.raises(TemplateError, match="refuses this conversation: roles must alternate"):
+        template.render([DIALOGUE[1], DIALOGUE[1]])
+    assert template.render(DIALOGUE[1:2]) == "<s>[INST] Hello [/INST]"  # it goes on afterwards
+
+
+def test_turns() -> None:
+    template = ChatTemplate(TURNS, bos_token="<bos>")
+    assert template.render(DIALOGUE[1:3]) == (
+        "<bos><start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\nHi!<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+    with pytest.raises(TemplateError, match="System role not supported"):
+        template.render(DIALOGUE)
+
+
+def test_thinking_and_variables() -> None:
+    template = ChatTemplate(THINKING)
+    messages = [
+        DIALOGUE[1],
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHi!"},
+        DIALOGUE[3],
+    ]
+    expected = "<|user|>Hello<|assistant|>Hi!<|user|>Who are you?<|assistant|>"
+    assert template.render(messages) == expected
+    assert template.render(messages, variables={"enable_thinking": False}) == (
+        expected + "<think>\n\n</think>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ {'b': 'é<', 'a': [1]} | tojson }}", '{"b": "é<", "a": [1]}'),
+        ("{{ [1, 2] | tojson(indent=1) }}", "[\n 1,\n 2\n]"),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}", '{"a":2,"b":1}'),
+        ("{{ 'é' | tojson(ensure_ascii=true) }}", '"\\u00e9"'),
+        ("{{ ('[1, 2]' | from_json)[1] }} {{ from_json('{\"a\": 3}').a }}", "2 3"),
+        ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
+        ("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}"
+         "{% if i == 4 %}{% break %}{% endif %}{% endfor %}", "0134"),
+        ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
+        ("{{ '<b>' }}{{ missing }}{{ messages | length }}", "<b>4"),
+        ("{% if tools %}a{% elif tools is none %}b{% endif %}", "b"),
+        ("{% for t in tools %}{{ t }}{% endfor %}none", "none"),
+        ("{{ messages[1].content.upper().startswith('HE') }}", "True"),
+        ("{% macro m(x) %}[{{ x }}]{% endmacro %}{{ m(1) }}{{ caller is defined }}", "[1]False"),
+    ],
+)  # fmt: skip
+def test_what_templates_find(source: str, expected: str) -> None:
+    year = datetime.now().year
+    rendered = ChatTemplate(source).render(DIALOGUE)
+    assert rendered == expected or str(year) not in expected
+
+
+def test_any_text_passes_unchanged() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    for text in ("\0\x1b[31m\n\r\n\u2028", "\U0001f680\ud800", "{{ 1 + 1 }}", "x" * 3_000_000, ""):
+        assert template.render([{"role": "user", "content": text}]) == text
+
+
+# What a template must not do.
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ lipsum.__globals__['os'].system('id') }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__['sys'].exit() }}",
+    "{{ strftime_now.__globals__['sys'].exit() }}",
+    "{{ messages.append(1) }}",
+    "{% set x = messages.clear() %}",
+    "{{ (messages | attr('append'))(1) }}",
+    "{{ '{0.__class__.__mro__}'.format(1) | length + undefined_name.x }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{% extends 'x' %}",
+]
+
+BOMBS = {
+    "repeat": "{{ 'x' * 10 ** 10 }}",
+    "repeat a list": "{{ ([0] * 10 ** 10) | length }}",
+    "power": "{{ 7 ** (9 ** 9) }}",
+    "ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "long range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "center": "{{ 'x' | center(10 ** 10) }}",
+    "ljust": "{{ 'x'.ljust(10 ** 10) }}",
+    "percent width": "{{ '%09999999999d' % 3 }}",
+    "format width": "{{ '{:>9999999999}'.format(1) }}",
+    "doubling": "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "doubling lists": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}",
+    "replace": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}"
+    "{% set n.x = n.x.replace('a', 'aaaa') %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "two to the sixty": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+    "{% endmacro %}{{ f(60) }}",
+    "output": "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxx{% endfor %}"
+    "{% endfor %}",
+    "join": "{{ range(99999) | join('x' * 1000000) }}",
+    "slices": "{{ [1] | slice(10 ** 9) | list | length }}",
+    "batch": "{{ [1] | batch(10 ** 9, 0) | list | length }}",
+    "indent": "{{ [1] | tojson(indent=10 ** 10) }}",
+    "lipsum": "{{ lipsum(n=99999) | length }}",
+    "nested blocks": "{% if true %}" * 20_000 + "{% endif %}" * 20_000,
+    "parentheses": "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+    "lists": "{{ " + "[" * 100_000 + "]" * 100_000 + " }}",
+    "sum": "{{ " + "1+" * 200_000 + "1 }}",
+}
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_escapes(source: str) -> None:
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate(source).render(DIALOGUE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(name: str) -> None:
+    before = psutil.Process().memory_info().rss
+    start = time.monotonic()
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate(BOMBS[name]).render(DIALOGUE)
+    assert time.monotonic() - start < 10  # two seconds on a quiet machine
+    assert psutil.Process().memory_info().rss - before < 100 << 20
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% if %}", "{{ 1 / 0 }}", "{{ x.y.z }}", "{% endfor %}", "{{ messages['a']['b'] }}",
+     "{% for %}", "{{ 'a' + 1 }}", "{{ undefined_function() }}", "{{ messages[0].content.x.y }}"],
+)  # fmt: skip
+def test_broken_templates(source: str) -> None:
+    with pytest.raises(TemplateError, match="does not work"):
+        ChatTemplate(source).render(DIALOGUE)
+
+
+def test_messages_are_escaped() -> None:
+    with pytest.raises(TemplateError) as caught:
+        ChatTemplate("{{ raise_exception('\x1b[31mred\\nline\x07') }}").render(DIALOGUE)
+    assert str(caught.value).endswith(r"\x1b[31mred\nline\x07")
+
+
+def test_rendering_goes_on_after_a_bomb() -> None:
+    template = ChatTemplate("{{ 7 ** messages[0].content | int }}")
+    with pytest.raises(TemplateError, match="runs for too long"):
+        template.render([{"role": "user", "content": "400000000"}])
+    assert template.render([{"role": "user", "content": "2"}]) == "49"
+
+
+def test_a_template_that_is_too_long() -> None:
+    with pytest.raises(TemplateError, match="more than"):
+        ChatTemplate("x" * (5 << 20))
+
+
+def test_processes_end_with_their_templates() -> None:
+    def children() -> set[int]:
+        return {child.pid for child in psutil.Process().children()}
+
+    before = children()
+    template = ChatTemplate("{{ 1 }}")
+    assert template.render([]) == "1"
+    (pid,) = children() - before
+    del template
+    assert not psutil.pid_exists(pid)
+
+
+def test_modules_in_the_working_directory_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("jinja2", "json", "runtime", "datetime"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert ChatTemplate("{{ strftime_now('x') }}").render([]) == "x"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_rendering_is_quick() -> None:
+    template = ChatTemplate(CHATML)
+    messages = DIALOGUE[:1] + DIALOGUE[1:3] * 500
+    start = time.monotonic()
+    for _ in range(10):
+        template.render(messages)
+    assert time.monotonic() - start < 5  # 0.1 s on a quiet machine
+
+
+@pytest.mark.skipif(TEMPLATES not in os.environ, reason=f"{TEMPLATES} names no folder")
+def test_templates_of_real_models() -> None:
+    """All render the dialogue, or refuse it by themselves."""
+    refused = {}
+    paths = sorted(Path(os.environ[TEMPLATES]).glob("*.jinja"))
+    for path in paths:
+        template = ChatTemplate(path.read_text(), bos_token="<s>", eos_token="</s>")
+        try:
+            text = template.render(DIALOGUE)
+        except TemplateError as error:
+            refused[path.name] = str(error)
+            continue
+        assert all(message["content"] in text for message in DIALOGUE), path.name
+    assert len(paths) >= 60 and len(refused) <= 2, refused
+
+
+def test_templates_of_checkpoints_at_hand(smollm2_checkpoint: Path) -> None:
+    config: dict[str, Any] = json.loads((smollm2_checkpoint / "tokenizer_config.json").read_text())
+    text = ChatTemplate(config["chat_template"]).render(DIALOGUE)
+    assert text == ChatTemplate(CHATML).render(DIALOGUE)
