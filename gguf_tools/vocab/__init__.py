@@ -193,8 +193,8 @@ def _switches(
         switches[f"{PREFIX}add_{role}_token"] = Value("bool", value)
     prefix = pieces.add_space_prefix
     configured = (config or {}).get("add_prefix_space")
-    if isinstance(configured, bool):
-        prefix = configured
+    if isinstance(configured, bool) and (prefix is None or not pieces.from_json):
+        prefix = configured  # tokenizer.json says itself what it does
     if prefix is not None:
         switches[PREFIX + "add_space_prefix"] = Value("bool", prefix)
     # Two rules of our own, which llama.cpp passes over.
