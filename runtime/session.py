@@ -140,11 +140,13 @@ def _choose_template(
         source, origin = tokenizer.chat_template, "of the file"
     else:
         return None, "none in the file: plain text is continued"
-    template = ChatTemplate(
-        source,
-        bos_token=_token_text(tokenizer, tokenizer.bos_id),
-        eos_token=_token_text(tokenizer, tokenizer.eos_id),
-    )
+    bos, eos = (_token_text(tokenizer, i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    try:
+        template = ChatTemplate(source, bos_token=bos, eos_token=eos)
+    except TemplateError as error:
+        raise TemplateError(
+            f"{error}; --chat-template FILE gives another one, --raw continues plain text"
+        ) from error
     return template, f"{template_family(source)}, {origin}"
 
 
