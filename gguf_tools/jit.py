@@ -16,12 +16,14 @@ edit of a helper elsewhere would leave stale code behind; the hash closes that g
 
 import ctypes
 import hashlib
+import importlib
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +146,31 @@ class Kernel:
     def _build(self, *, cache: bool) -> Any:
         signature = types.void(*(_NUMBA_TYPES[letter] for letter in self.letters))
         try:
-            return numba.cfunc(signature, nopython=True, cache=cache, **OPTIONS)(self.function)
-        except (OSError, EOFError):
-            # The folder vanished, filled up, or holds a damaged entry: compile in memory.
+            compiled = numba.cfunc(signature, nopython=True, cache=cache, **OPTIONS)(self.function)
+            if cache:
+                self._marker.touch()
+        except Exception:
+            # The folder vanished or filled up, or holds a damaged entry (which raises whatever
+            # unpickling meets): compile in memory. A fault of the kernel's own comes again.
             if not cache:
                 raise
             return self._build(cache=False)
+        return compiled
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__}:{self.function.__name__}"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is compiled, in memory or on disk."""
+        return self._compiled is not None or (CACHE_FOLDER is not None and self._marker.exists())
+
+    @property
+    def _marker(self) -> Path:
+        """A file beside numba's that says: this kernel is on disk."""
+        assert CACHE_FOLDER is not None
+        return CACHE_FOLDER / f"{self.name.replace(':', '.')}.ready"
 
 
 def kernel(letters: str) -> Callable[[Callable[..., None]], Kernel]:
@@ -158,3 +179,45 @@ def kernel(letters: str) -> Callable[[Callable[..., None]], Kernel]:
     if unknown:
         raise ValueError(f"kernel arguments are {sorted(_NUMBA_TYPES)}, not {sorted(unknown)}")
     return lambda function: Kernel(function, letters)
+
+
+def compile_kernels(kernels: Iterable[Kernel]) -> Iterator[tuple[int, int]]:
+    """Compile what is not compiled yet, yielding (kernels done, kernels in all).
+
+    numba compiles one function at a time in a process, so a second process takes every other
+    kernel, where there is a second core and a cache folder to hand them over. Yields nothing when
+    nothing is to do.
+    """
+    missing = [kernel for kernel in dict.fromkeys(kernels) if not kernel.is_ready]
+    total = len(missing)
+    if not missing:
+        return
+    yield 0, total
+    theirs = missing[1::2] if CACHE_FOLDER is not None and (os.cpu_count() or 1) > 1 else []
+    helper = _start_helper(theirs) if theirs else None
+    # Ours first; then, from their end, those that the helper has not reached.
+    for kernel in [k for k in missing if k not in theirs] + theirs[::-1]:
+        if not kernel.is_ready:
+            kernel.address  # noqa: B018 - compiles
+            yield sum(k.is_ready for k in missing), total
+    if helper is not None:
+        helper.kill()
+        helper.wait()
+    yield total, total
+
+
+def _start_helper(kernels: list[Kernel]) -> subprocess.Popen[bytes] | None:
+    """A process that compiles kernels to the cache folder; without it all is compiled here."""
+    environment = {**os.environ, "PYTHONPATH": str(_PACKAGES), CACHE_VARIABLE: str(cache_root())}
+    command = [sys.executable, "-m", "gguf_tools.jit", *(kernel.name for kernel in kernels)]
+    quiet = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        module, _, function = name.partition(":")
+        getattr(importlib.import_module(module), function).address  # noqa: B018 - compiles

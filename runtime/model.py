@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -40,11 +40,14 @@ class Model:
         threads: int | None = None,
         backend: str = "cpu",
         n_batch: int = 512,
+        on_compile: Callable[[int, int], None] | None = None,
     ) -> Model:
         """Make the model in `file` ready to run; the file must stay open.
 
         `n_ctx` tokens of context (default: the trained length, at most DEFAULT_CONTEXT);
         `threads` default to the physical cores; prompts are read `n_batch` tokens at a time.
+        Kernels that are not in the cache yet are compiled now; `on_compile(done, total)` is called
+        meanwhile.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
@@ -57,7 +60,14 @@ class Model:
         size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
-        runner = _make_backend(backend, program, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
+        runner = _make_backend(
+            backend,
+            program,
+            n_ctx=size,
+            n_threads=n_threads,
+            n_batch=n_batch,
+            on_compile=on_compile,
+        )
         return cls(config, runner, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
 
     @property
@@ -125,12 +135,22 @@ def default_threads() -> int:
 
 
 def _make_backend(
-    name: str, program: Program, *, n_ctx: int, n_threads: int, n_batch: int
+    name: str,
+    program: Program,
+    *,
+    n_ctx: int,
+    n_threads: int,
+    n_batch: int,
+    on_compile: Callable[[int, int], None] | None,
 ) -> Backend:
     if name == "reference":
         from runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(program, n_ctx=n_ctx)
+    from gguf_tools.jit import compile_kernels
     from runtime.backends.cpu import CPUBackend
 
+    for done, total in compile_kernels(CPUBackend.kernels(program)):
+        if on_compile is not None:
+            on_compile(done, total)
     return CPUBackend(program, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch)

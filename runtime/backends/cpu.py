@@ -12,12 +12,13 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.jit import Kernel
 from runtime.backends.crew import Crew, ReadyTable
 from runtime.backends.lowering import HostMatMul, Lowering
 from runtime.backends.memory import Arena, Cache, Memory, Place
 from runtime.backends.reference import matmul as reference_matmul
 from runtime.backends.table import Table
-from runtime.kernels import attention, matmul
+from runtime.kernels import attention, elementwise, matmul
 from runtime.kernels.interpreter import (
     EPOCH,
     N_CHUNKS,
@@ -28,8 +29,10 @@ from runtime.kernels.interpreter import (
     SCRATCH,
     SCRATCH_BYTES,
     STATE_FIELDS,
+    run_table,
 )
-from runtime.program import Floats, MatMul, Program
+from runtime.kernels.table import FORMATS
+from runtime.program import Floats, MatMul, Program, matrices
 
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
@@ -78,6 +81,25 @@ class CPUBackend:
         self._state[SCRATCH_BYTES] = _scratch_bytes(program, n_positions)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
+
+    @staticmethod
+    def kernels(program: Program) -> list[Kernel]:
+        """The kernels that `program` needs, those of decode first."""
+        quants = {m.quant.name for m in matrices(program)} & FORMATS.keys()
+        formats = [FORMATS[name] for name in sorted(quants)]
+        quantisers = [f.activation.quantise for f in formats]
+        tiles = [matmul.TILES[f.group, f.has_offset] for f in formats if f.group]
+        floats = [matmul.tile_floats] if any(f.group == 0 for f in formats) else []
+        return [
+            run_table,
+            *(f.matvec for f in formats),
+            *(q for q in quantisers if q is not None),
+            *(kernel for kernel in _step_kernels() if kernel not in _PROMPT_STEPS),
+            *_PROMPT_STEPS,
+            *(f.rows for f in formats),
+            *tiles,
+            *floats,
+        ]
 
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
@@ -134,6 +156,21 @@ class CPUBackend:
         source = _view(places[step.source], n_tokens, step.matrix.n_columns)
         target = _view(places[step.target], n_tokens, step.matrix.n_rows)
         target[:] = reference_matmul(source, step)
+
+
+_PROMPT_STEPS = (
+    matmul.matmul_bytes,
+    matmul.matmul_floats,
+    matmul.quantise_columns,
+    attention.attend_tiles,
+)
+
+
+def _step_kernels() -> list[Kernel]:
+    """The kernels that carry out instructions: those with a unit's first and last as arguments."""
+    steps = (elementwise, matmul, attention)
+    found = [value for module in steps for value in vars(module).values()]
+    return [k for k in found if isinstance(k, Kernel) and k.letters == "iiiii"]
 
 
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
