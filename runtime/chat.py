@@ -18,6 +18,7 @@ from runtime.terminal import (
     visible,
 )
 
+ANSWER_LIMIT = 1024  # tokens, unless told otherwise: small models may repeat themselves for ever
 BASE_TURN = 256  # tokens that a model without template writes before it is the user's turn again
 
 
@@ -52,7 +53,7 @@ def answer_once(
     if not draw_answer(conversation.say(text), sys.stdout, lambda: False):
         print(flush=True)
         remark("note: the model ended its answer at once")
-    if note := end_note(conversation.stats):
+    if note := end_note(conversation):
         remark(note)
     if show_stats:
         remark(f"[{stats_line(conversation.stats, session)}]")
@@ -132,7 +133,7 @@ class Chat:
             remark("(stopped)" if kept else "(stopped; the message is taken back)")
         elif not drawn:
             remark("(the model ended its answer at once)")
-        if note := end_note(stats):
+        if note := end_note(self.conversation):
             remark(note)
         if self.show_stats:
             remark(f"[{stats_line(stats, self.session)}]")
@@ -254,12 +255,18 @@ def speed(n_tokens: int, seconds: float) -> str:
     return f" at {n_tokens / seconds:.4g}/s" if n_tokens and seconds > 0 else ""
 
 
-def end_note(stats: AnswerStats) -> str:
+def end_note(conversation: Conversation) -> str:
     """What to say about the way an answer ended, if anything."""
-    if stats.reason == "context full":
+    reason = conversation.stats.reason
+    if reason == "context full":
         return (
-            f"note: the context of {stats.n_ctx} tokens is full, and the answer stops here; "
-            "a larger --ctx gives more room"
+            f"note: the context of {conversation.stats.n_ctx} tokens is full, and the answer stops "
+            "here; a larger --ctx gives more room"
+        )
+    if reason == "token limit" and conversation.max_tokens == ANSWER_LIMIT:
+        return (
+            f"note: the answer is cut at {ANSWER_LIMIT} tokens; -n sets another limit (in a chat, "
+            "/set max-tokens), and -1 is none"
         )
     return ""
 

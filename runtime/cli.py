@@ -55,7 +55,11 @@ def run(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-tokens", "-n", help="Most tokens of an answer; -1: no limit.", show_default=False
+            "--max-tokens",
+            "-n",
+            help="Most tokens of an answer; -1: no limit. (default: 1024; in a chat without "
+            "template 256)",
+            show_default=False,
         ),
     ] = None,
     raw: Annotated[
@@ -146,7 +150,7 @@ def run(
 
     from contextlib import ExitStack
 
-    from runtime.chat import BASE_TURN, Chat, answer_once
+    from runtime.chat import ANSWER_LIMIT, BASE_TURN, Chat, answer_once
     from runtime.conversation import Conversation
     from runtime.embedded import embedded_model
     from runtime.sampling import Sampler, SamplingOptions
@@ -182,7 +186,7 @@ def run(
             template=session.template,
             system=system,
             stop=stop or [],
-            max_tokens=None if max_tokens == -1 else max_tokens,
+            max_tokens=None if max_tokens == -1 else max_tokens or ANSWER_LIMIT,
             policy=context_policy or ("stop" if text is not None else "drop-oldest"),
         )
         if text is not None:

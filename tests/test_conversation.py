@@ -6,6 +6,7 @@ import pytest
 
 from gguf_tools.errors import ContextFullError, GGUFError, TemplateError
 from gguf_tools.reader import GGUFFile
+from runtime.chat import ANSWER_LIMIT, end_note
 from runtime.conversation import Conversation, Notice, Piece, Progress
 from runtime.model import Model
 from runtime.sampling import Sampler, SamplingOptions
@@ -207,6 +208,18 @@ def test_the_limit_of_tokens(tokenizer):
     heard(conversation.say("Count"))
     assert conversation.stats.reason == "token limit"
     assert conversation.stats.n_written == len(conversation.turns[0].answer_ids) == 3
+
+
+def test_what_is_said_about_the_end_of_an_answer(tokenizer):
+    long = "There was a dog." * 300
+    for options, said in (
+        ({"max_tokens": ANSWER_LIMIT}, "cut at 1024 tokens"),
+        ({"max_tokens": None}, "the context of 1500 tokens is full"),
+        ({"max_tokens": 9}, ""),  # what the user has asked for needs no remark
+    ):
+        conversation = make(Reciting(tokenizer, long, n_ctx=1500), tokenizer, **options)
+        heard(conversation.say("Tell"))
+        assert said in end_note(conversation) and bool(said) == bool(end_note(conversation))
 
 
 def interrupt(events, after):
