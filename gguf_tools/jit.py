@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
+
+from gguf_tools.child import python_command
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
 CACHE_VARIABLE = "GGUF_TOOLS_CACHE"
@@ -208,8 +210,8 @@ def compile_kernels(kernels: Iterable[Kernel]) -> Iterator[tuple[int, int]]:
 
 def _start_helper(kernels: list[Kernel]) -> subprocess.Popen[bytes] | None:
     """A process that compiles kernels to the cache folder; without it all is compiled here."""
-    environment = {**os.environ, "PYTHONPATH": str(_PACKAGES), CACHE_VARIABLE: str(cache_root())}
-    command = [sys.executable, "-m", "gguf_tools.jit", *(kernel.name for kernel in kernels)]
+    environment = {**os.environ, CACHE_VARIABLE: str(cache_root())}
+    command = python_command("gguf_tools.jit", [kernel.name for kernel in kernels])
     quiet = subprocess.DEVNULL
     try:
         return subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
@@ -217,7 +219,8 @@ def _start_helper(kernels: list[Kernel]) -> subprocess.Popen[bytes] | None:
         return None
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
+def main(names: Sequence[str]) -> None:
+    """The helper process: compile kernels named `module:function` to the cache folder."""
+    for name in names:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function).address  # noqa: B018 - compiles

@@ -156,7 +156,7 @@ def run(
     from runtime.sampling import Sampler, SamplingOptions
     from runtime.session import open_session
     from runtime.standard_input import check_text, read_prompt
-    from runtime.terminal import remark
+    from runtime.terminal import compiling, remark
 
     for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
         check_text(name, value)
@@ -171,6 +171,7 @@ def run(
                 backend=backend,
                 template_file=chat_template,
                 raw=raw,
+                on_compile=compiling,
             )
         )
         options, notes = SamplingOptions().with_metadata(session.file.metadata)

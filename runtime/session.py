@@ -1,7 +1,7 @@
 """From a path to everything a conversation needs: file, model, tokenizer, template."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +66,19 @@ def open_session(
     backend: str = "cpu",
     template_file: Path | None = None,
     raw: bool = False,
+    on_compile: Callable[[int, int], None] | None = None,
 ) -> Iterator[Session]:
-    """Open the model at `path` for a conversation, and close it afterwards."""
+    """Open the model at `path` for a conversation, and close it afterwards.
+
+    `on_compile(done, total)` hears of kernels being compiled, on a first run.
+    """
     refuse_checkpoint(path)
     with GGUFFile(path) as file:
         tokenizer = Tokenizer(file.metadata)
         template, template_name = _choose_template(tokenizer, template_file, raw=raw)
-        with Model.load(file, n_ctx=n_ctx, threads=threads, backend=backend) as model:
+        with Model.load(
+            file, n_ctx=n_ctx, threads=threads, backend=backend, on_compile=on_compile
+        ) as model:
             config = model.config
             if tokenizer.n_tokens > config.n_vocab:
                 raise FormatError(

@@ -114,6 +114,17 @@ def remark(text: str) -> None:
     sys.stderr.flush()
 
 
+def compiling(done: int, total: int) -> None:
+    """Say that kernels are being compiled: in words once, on a terminal with what is done."""
+    text = "compiling kernels, first run only"
+    if not is_terminal(sys.stderr):
+        if done == 0:
+            remark(text)
+        return
+    sys.stderr.write("\r\x1b[K" if done == total else f"\r{text}: {done} of {total}")
+    sys.stderr.flush()
+
+
 def use_utf8(stream: Any) -> None:
     """Text into a pipe is UTF-8 whatever the locale; a terminal shows what it can."""
     if stream.isatty():

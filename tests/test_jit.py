@@ -22,9 +22,9 @@ print(jit.CACHE_FOLDER, jit.NO_CACHE_REASON, sep="|")
 """
 
 
-def start(cache: str) -> subprocess.Popen[str]:
+def start(cache: str, program: str = PROGRAM) -> subprocess.Popen[str]:
     environment = {**os.environ, "GGUF_TOOLS_CACHE": cache}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", program]
     return subprocess.Popen(
         command,
         env=environment,
@@ -65,6 +65,25 @@ def test_damaged_cache_entry(tmp_path: Path) -> None:
     for path in [*tmp_path.rglob("*.nbc"), *tmp_path.rglob("*.nbi")]:
         path.write_bytes(b"")
     finish(start(str(tmp_path)))
+
+
+def test_kernels_compiled_by_two_processes(tmp_path: Path) -> None:
+    """The progress counts up to all; each kernel is on disk afterwards, and works."""
+    program = PROGRAM.replace(
+        "x = np.arange",
+        """
+from gguf_tools.jit import compile_kernels
+from runtime.kernels.floats import F16, F32
+wanted = [F32.matvec, F32.rows, F16.matvec, F16.rows]
+seen = list(compile_kernels(wanted))
+assert seen[0] == (0, 4) and seen[-1] == (4, 4) and seen == sorted(seen), seen
+assert all(kernel.is_ready for kernel in wanted)
+assert list(compile_kernels(wanted)) == []
+x = np.arange""",
+    )
+    assert finish(start(str(tmp_path), program))
+    assert len(list(tmp_path.rglob("*.ready"))) == 4
+    finish(start("off", program))
 
 
 def test_wrong_letters() -> None:

@@ -34,6 +34,18 @@ from runtime.kernels.interpreter import (
 from runtime.kernels.table import FORMATS
 from runtime.program import Floats, MatMul, Program, matrices
 
+STEPS = (  # what every program needs
+    attention.attend_tiles,
+    attention.attend_chunks,
+    run_table,
+    elementwise.rms_norm,
+    elementwise.store_kv,
+    attention.combine,
+    elementwise.gate_silu,
+    elementwise.rope,
+    elementwise.add,
+    matmul.matvec,
+)
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
@@ -84,22 +96,19 @@ class CPUBackend:
 
     @staticmethod
     def kernels(program: Program) -> list[Kernel]:
-        """The kernels that `program` needs, those of decode first."""
+        """The kernels that `program` needs, the slowest to compile first."""
         quants = {m.quant.name for m in matrices(program)} & FORMATS.keys()
         formats = [FORMATS[name] for name in sorted(quants)]
-        quantisers = [f.activation.quantise for f in formats]
-        tiles = [matmul.TILES[f.group, f.has_offset] for f in formats if f.group]
-        floats = [matmul.tile_floats] if any(f.group == 0 for f in formats) else []
-        return [
-            run_table,
-            *(f.matvec for f in formats),
-            *(q for q in quantisers if q is not None),
-            *(kernel for kernel in _step_kernels() if kernel not in _PROMPT_STEPS),
-            *_PROMPT_STEPS,
-            *(f.rows for f in formats),
-            *tiles,
-            *floats,
-        ]
+        grouped = [f for f in formats if f.group]
+        quantisers = [f.activation.quantise for f in grouped]
+        kernels = [*STEPS, *(k for f in formats for k in (f.matvec, f.rows))]
+        kernels += [k for k in quantisers if k is not None]
+        if grouped:
+            tiles = [matmul.TILES[f.group, f.has_offset] for f in grouped]
+            kernels += [matmul.matmul_bytes, matmul.quantise, matmul.quantise_columns, *tiles]
+        if len(grouped) < len(formats):
+            kernels += [matmul.matmul_floats, matmul.tile_floats]
+        return kernels
 
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
@@ -156,21 +165,6 @@ class CPUBackend:
         source = _view(places[step.source], n_tokens, step.matrix.n_columns)
         target = _view(places[step.target], n_tokens, step.matrix.n_rows)
         target[:] = reference_matmul(source, step)
-
-
-_PROMPT_STEPS = (
-    matmul.matmul_bytes,
-    matmul.matmul_floats,
-    matmul.quantise_columns,
-    attention.attend_tiles,
-)
-
-
-def _step_kernels() -> list[Kernel]:
-    """The kernels that carry out instructions: those with a unit's first and last as arguments."""
-    steps = (elementwise, matmul, attention)
-    found = [value for module in steps for value in vars(module).values()]
-    return [k for k in found if isinstance(k, Kernel) and k.letters == "iiiii"]
 
 
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
