@@ -162,7 +162,9 @@ class Conversation:
             text = yield from self._render(turns, user)
             ids = self._encode_whole(text)
         if not ids:
-            raise GGUFError("the text is no token to this model: write something else")
+            raise GGUFError(
+                "the text has no token in this model's vocabulary: write something else"
+            )
         if len(ids) > self.model.n_ctx:
             raise ContextFullError(self._too_long(len(ids)))
         if n_dropped:
@@ -292,13 +294,14 @@ class Conversation:
         try:
             while True:
                 logits = yield from self._read(turn.prompt_ids + turn.answer_ids)
-                stats.reason = yield from self._write(turn, logits, decoder, stops)
-                if stats.reason != "context full" or not (yield from self._make_room()):
+                reason = yield from self._write(turn, logits, decoder, stops)
+                if reason != "context full" or not (yield from self._make_room()):
                     break
             if stops.found is None:
                 text = stops.feed(decoder.finish()) + stops.finish()
                 yield self._piece(turn, text)
                 turn.covered = turn.answer
+            stats.reason = reason
         finally:
             if stats.reason == "interrupted" or stops.found is not None:
                 cut_back(turn, self.tokenizer)
