@@ -252,7 +252,7 @@ def stats_line(stats: AnswerStats, session: Session) -> str:
 
 def speed(n_tokens: int, seconds: float) -> str:
     """` at 41.2/s`, or nothing when nothing was done."""
-    return f" at {n_tokens / seconds:.4g}/s" if n_tokens and seconds > 0 else ""
+    return f" at {_speed(n_tokens / seconds)}/s" if n_tokens and seconds > 0 else ""
 
 
 def end_note(conversation: Conversation) -> str:
@@ -306,3 +306,8 @@ def parse_max_tokens(value: str) -> int | None:
 
 def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _speed(rate: float) -> str:
+    """Tokens per second, to about three figures and never in powers of ten."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
