@@ -1,47 +1,50 @@
-"""How fast each format's kernels are: bytes read for one token, operations for a prompt.
+"""How fast each format's kernels are: bytes of weights for one token, operations for a prompt.
 
-    python benchmarks/kernels.py [--formats Q4_K,Q6_K] [--lengths 576,2048] [--rounds 15]
-                                 [--tokens 512] [--megabytes 128] [--markdown]
+    python benchmarks/kernels.py [--formats Q4_K,Q6_K] [--lengths 576,2048] [--tokens 512,16]
+                                 [--rounds 15] [--megabytes 128] [--markdown]
 
-Decode: GB/s of weights that a format's matvec gets through with one thread, for rows of several
-lengths, from memory and from this core's cache, next to plain reading of the same memory. Prompt:
-the product of 1024 rows with many tokens, in GOPS (two operations a weight and token), its tile
-alone, and decoding the rows alone.
+Decode: GB/s of weights that a format's matvec gets through, for rows of several lengths, from
+memory and from this core's cache, next to plain reading of the same memory. Prompt: the product of
+1024 rows with many tokens, in GOPS (two operations a weight and token).
 
-All are measured in turn, round after round; numbers are medians. Time is that of the thread's own
-processor, so that it stands still while a neighbour has the core.
+One thread. All are measured in turn, round after round; numbers are medians. Time is that of the
+thread's own processor, which stands still while a neighbour has the core; memory is shared all
+the same, so compare with the reading in the same table.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
+from rich import box
 from rich.console import Console
-from rich.table import Table as Print
+from rich.table import Table
 
-from gguf_tools.quants import QuantType, by_name
-from runtime.backends.lowering import Arena, Table
+from gguf_tools.jit import Kernel
+from gguf_tools.quants import by_name
+from runtime.backends.memory import Arena
 from runtime.kernels import matmul
 from runtime.kernels.bandwidth import read_memory
 from runtime.kernels.interpreter import (
-    BARRIER,
-    N_THREADS,
+    HEADER,
     N_TOKENS,
+    ROWS,
     SCRATCH,
     SCRATCH_BYTES,
     STATE_FIELDS,
-    run_table,
 )
 from runtime.kernels.table import FORMATS
 
 LENGTHS = (576, 1536, 2048, 4096, 11008)
 CACHED = 384 << 10  # bytes that stay in a core's cache between two passes
 PROMPT_ROWS = 1024
-READING = "(reading)"
+SHORTEST = 500_000  # ns that a measurement lasts at least
 
 Work = Callable[[], None]
+Speeds = dict[tuple[str, str, int], float]
 
 
 class Bench:
@@ -50,8 +53,11 @@ class Bench:
     def __init__(self, n_bytes: int) -> None:
         self.arena = Arena()
         rng = np.random.default_rng(0)
-        self.weights = np.resize(rng.integers(32, 60, 1 << 20, dtype=np.uint8), n_bytes)
-        self.x = rng.normal(size=1 << 20).astype(np.float32)
+        some = rng.integers(32, 60, 1 << 20, dtype=np.uint8)
+        values = np.resize(some, max(n_bytes, 64 << 20) + 4096)
+        base = self.arena.hold(values)
+        self.weights = (base + 63) // 64 * 64 + 32  # tensors lie at multiples of 32 in a file
+        self.x = self.arena.hold(rng.normal(size=1 << 20).astype(np.float32))
 
     def reading(self, n_bytes: int) -> tuple[Work, float]:
         """Plain reading, and the bytes that it reads."""
@@ -59,7 +65,7 @@ class Bench:
         n_bytes = n_bytes // 256 * 256
 
         def work() -> None:
-            read_memory(self.weights.ctypes.data, n_bytes, result)
+            read_memory(self.weights, n_bytes, result)
 
         return work, n_bytes
 
@@ -69,137 +75,124 @@ class Bench:
         row_bytes = by_name(name).row_bytes(k)
         n_rows = n_bytes // row_bytes
         target = self.arena.zeros(n_rows * 4)
-        source = self.x.ctypes.data
+        source = self.x
         if kernels.activation.quantise is not None:
             source = self.arena.zeros(kernels.activation.size(k))
-            kernels.activation.quantise(self.x.ctypes.data, source, k)
+            kernels.activation.quantise(self.x, source, k)
 
         def work() -> None:
-            kernels.matvec(self.weights.ctypes.data, row_bytes, 0, n_rows, source, target, k)
+            kernels.matvec(self.weights, row_bytes, 0, n_rows, source, target, k)
 
         return work, n_rows * row_bytes
 
-    def rows(self, name: str, k: int) -> tuple[Work, float]:
-        """The row decoder on all rows of the prompt's matrix, and the weights it decodes."""
-        kernels, row_bytes = FORMATS[name], by_name(name).row_bytes(k)
-        address = self.weights.ctypes.data
-        q, scales, offsets = (self.arena.zeros(k * 4 + 256) for _ in range(3))
-
-        def work() -> None:
-            for row in range(PROMPT_ROWS):
-                kernels.rows(address + row * row_bytes, q, scales, offsets, k)
-
-        return work, PROMPT_ROWS * k
-
     def prompt(self, name: str, k: int, n_tokens: int) -> tuple[Work, float]:
-        """The whole product of a prompt, and its operations."""
-        kernels, row_bytes = FORMATS[name], by_name(name).row_bytes(k)
-        room = (n_tokens + matmul.COLUMNS - 1) // matmul.COLUMNS * matmul.COLUMNS
+        """The product of a prompt, quantising of activations included, and its operations."""
+        kernels, quant = FORMATS[name], by_name(name)
+        room = -(-n_tokens // matmul.COLUMNS) * matmul.COLUMNS
         x_stride, y_stride = k * 4 + 192, PROMPT_ROWS * 4 + 192
         source, target = self.arena.zeros(room * x_stride), self.arena.zeros(room * y_stride)
-        matrix = (self.weights.ctypes.data, row_bytes, PROMPT_ROWS, k)
-        table = Table()
-        if kernels.group:
-            q_stride, meta_stride = k + 64, k // kernels.group * 4 + 64
-            form = [self.arena.zeros(room * q_stride)]
-            form += [self.arena.zeros(room * meta_stride) for _ in range(3)]
-            form += [q_stride, meta_stride]
-            shape = (k, kernels.group, kernels.span, kernels.bias)
-            table.add(matmul.quantise_columns, (source, 0, x_stride, *form, *shape), [])
-            tile = matmul.TILES[kernels.group, kernels.has_offset].address
-            place = (target, y_stride, kernels.group, int(kernels.has_offset))
-            arguments = (*matrix, kernels.rows.address, tile, *form, *place)
-            table.add(matmul.matmul_bytes, arguments, [])
-        else:
-            block_bytes = by_name(name).block_bytes
-            tile = matmul.tile_floats.address
-            place = (source, 0, x_stride, target, y_stride)
-            arguments = (*matrix, kernels.rows.address, tile, block_bytes, *place)
-            table.add(matmul.matmul_floats, arguments, [])
+        matrix = (self.weights, quant.row_bytes(k), PROMPT_ROWS, k, kernels.rows.address)
         state = np.zeros(STATE_FIELDS, np.int64)
-        state[N_TOKENS], state[N_THREADS] = n_tokens, 1
-        state[BARRIER] = self.arena.zeros(128)
+        state[N_TOKENS] = n_tokens
         state[SCRATCH_BYTES] = matmul.scratch_bytes(k)
         state[SCRATCH] = self.arena.zeros(int(state[SCRATCH_BYTES]))
-        steps = table.array()
+        steps: list[tuple[Kernel, npt.NDArray[np.int64], int]] = []
+        if kernels.group:
+            strides = (k + 64, k // kernels.group * 4 + 64)
+            metas = [self.arena.zeros(room * strides[1]) for _ in range(3)]
+            form = (self.arena.zeros(room * strides[0]), *metas, *strides)
+            shape = (k, kernels.group, kernels.span, kernels.bias)
+            quantising = _operation(source, 0, x_stride, *form, *shape)
+            steps.append((matmul.quantise_columns, quantising, n_tokens))
+            tile = matmul.TILES[kernels.group, kernels.has_offset].address
+            place = (target, y_stride, kernels.group, int(kernels.has_offset))
+            product = _operation(*matrix, tile, *form, *place)
+            steps.append((matmul.matmul_bytes, product, PROMPT_ROWS // ROWS))
+        else:
+            tile = matmul.tile_floats.address
+            floats = (quant.block_bytes, source, 0, x_stride, target, y_stride)
+            product = _operation(*matrix, tile, *floats)
+            steps.append((matmul.matmul_floats, product, PROMPT_ROWS // ROWS))
 
         def work() -> None:
-            run_table(steps.ctypes.data, len(steps), state.ctypes.data, 0)
+            for step, operation, units in steps:
+                step(operation.ctypes.data, state.ctypes.data, 0, 0, units)
 
         return work, 2.0 * PROMPT_ROWS * k * n_tokens
 
 
-def measure(
-    works: dict[tuple[str, ...], tuple[Work, float]], rounds: int
-) -> dict[tuple[str, ...], float]:
+def _operation(*arguments: int) -> npt.NDArray[np.int64]:
+    return np.array([0] * HEADER + list(arguments), np.int64)
+
+
+def measure(works: dict[tuple[str, str, int], tuple[Work, float]], rounds: int) -> Speeds:
     """Units per nanosecond of each piece of work, done in turn: medians over the rounds."""
     for work, _ in works.values():
         work()  # compiles it
-    times: dict[tuple[str, ...], list[float]] = {key: [] for key in works}
+    repeats = dict.fromkeys(works, 1)
+    speeds: dict[tuple[str, str, int], list[float]] = {key: [] for key in works}
     for _ in range(rounds):
         for key, (work, units) in works.items():
-            repeats = 1
             while True:
                 start = time.thread_time_ns()
-                for _ in range(repeats):
+                for _ in range(repeats[key]):
                     work()
                 spent = time.thread_time_ns() - start
-                if spent > 500_000:
+                if spent >= SHORTEST:
                     break
-                repeats *= 4
-            times[key].append(units * repeats / spent)
-    return {key: statistics.median(speeds) for key, speeds in times.items()}
-
-
-def fits(quant: QuantType, k: int) -> bool:
-    return k % quant.block_size == 0
+                repeats[key] *= 2
+            speeds[key].append(units * repeats[key] / spent)
+    return {key: statistics.median(values) for key, values in speeds.items()}
 
 
 def decode_table(
-    bench: Bench, names: Iterable[str], lengths: tuple[int, ...], n_bytes: int, rounds: int
-) -> Print:
-    works: dict[tuple[str, ...], tuple[Work, float]] = {}
+    bench: Bench, names: Sequence[str], lengths: Sequence[int], n_bytes: int, rounds: int
+) -> Table:
+    works = {}
     for where, size in (("memory", n_bytes), ("cache", CACHED)):
-        works[where, READING] = bench.reading(size)
-        for name in names:
-            for k in lengths:
-                if fits(by_name(name), k):
-                    works[where, name, str(k)] = bench.matvec(name, k, size)
-    speeds = measure(works, rounds)
-    table = Print(title="Decode: GB/s of weights, one thread")
-    table.add_column("format")
-    for where in ("memory", "cache"):
         for k in lengths:
-            table.add_column(f"{where}\n{k}", justify="right")
-    for name in (READING, *names):
-        cells = []
-        for where in ("memory", "cache"):
-            for k in lengths:
-                key = (where, name) if name == READING else (where, name, str(k))
-                cells.append(f"{speeds[key]:.1f}" if key in speeds else "-")
-        table.add_row(name, *cells)
-    return table
+            works[where, "(reading)", k] = bench.reading(size)
+            for name in names:
+                if k % by_name(name).block_size == 0:
+                    works[where, name, k] = bench.matvec(name, k, size)
+    title = "Decode: GB/s of weights, one thread"
+    rows = ["(reading)", *names]
+    return table_of(title, measure(works, rounds), ("memory", "cache"), rows, lengths, "{:.1f}")
 
 
 def prompt_table(
-    bench: Bench, names: Iterable[str], lengths: tuple[int, ...], n_tokens: int, rounds: int
-) -> Print:
-    works: dict[tuple[str, ...], tuple[Work, float]] = {}
-    for name in names:
+    bench: Bench,
+    names: Sequence[str],
+    lengths: Sequence[int],
+    tokens: Sequence[int],
+    rounds: int,
+) -> Table:
+    works = {}
+    for n in tokens:
         for k in lengths:
-            if fits(by_name(name), k):
-                works["prompt", name, str(k)] = bench.prompt(name, k, n_tokens)
-                works["rows", name, str(k)] = bench.rows(name, k)
-    speeds = measure(works, rounds)
-    table = Print(title=f"Prompt of {n_tokens}: GOPS of the product | G weights/s of decoding rows")
-    table.add_column("format")
-    for k in lengths:
-        table.add_column(str(k), justify="right")
-    for name in names:
-        cells = []
+            for name in names:
+                if k % by_name(name).block_size == 0:
+                    works[f"{n} tokens", name, k] = bench.prompt(name, k, n)
+    columns = [f"{n} tokens" for n in tokens]
+    title = "Prompt: GOPS, one thread"
+    return table_of(title, measure(works, rounds), columns, names, lengths, "{:.0f}")
+
+
+def table_of(
+    title: str,
+    speeds: Speeds,
+    groups: Sequence[str],
+    names: Sequence[str],
+    lengths: Sequence[int],
+    style: str,
+) -> Table:
+    table = Table("format", title=title)
+    for group in groups:
         for k in lengths:
-            product, rows = (speeds.get((what, name, str(k))) for what in ("prompt", "rows"))
-            cells.append("-" if product is None else f"{product:.0f} | {rows:.1f}")
+            table.add_column(f"{group} {k}", justify="right", min_width=5)
+    for name in names:
+        keys = [(group, name, k) for group in groups for k in lengths]
+        cells = [style.format(speeds[key]) if key in speeds else "-" for key in keys]
         table.add_row(name, *cells)
     return table
 
@@ -208,20 +201,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default=",".join(FORMATS), help="names, with commas")
     parser.add_argument("--lengths", default=",".join(str(k) for k in LENGTHS))
+    parser.add_argument("--tokens", default="512,16", help="of prompts; '' leaves them out")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=512, help="of the prompt; 0 leaves it out")
-    parser.add_argument("--megabytes", type=int, default=128, help="above the caches' size")
+    parser.add_argument("--megabytes", type=int, default=128, help="several times the caches")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     names = options.formats.split(",")
-    lengths = tuple(int(k) for k in options.lengths.split(","))
-    bench = Bench(options.megabytes << 20)
-    tables = [decode_table(bench, names, lengths, options.megabytes << 20, options.rounds)]
-    if options.tokens:
-        rounds = max(3, options.rounds // 5)
-        tables.append(prompt_table(bench, names, lengths, options.tokens, rounds))
+    lengths = [int(k) for k in options.lengths.split(",")]
+    tokens = [int(n) for n in options.tokens.split(",") if n]
+    n_bytes = options.megabytes << 20
+    bench = Bench(n_bytes)
+    tables = [decode_table(bench, names, lengths, n_bytes, options.rounds)]
+    if tokens:
+        tables.append(prompt_table(bench, names, lengths, tokens, max(3, options.rounds // 5)))
     console = Console(width=150)
     for table in tables:
+        if options.markdown:
+            table.box = box.MARKDOWN
         console.print(table)
 
 

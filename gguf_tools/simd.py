@@ -349,15 +349,15 @@ def f32_to_f16(typingctx, address, x):
 
 
 @intrinsic
-def f16_splat8(typingctx, address):
-    """f32x8 filled with the half at an address (one broadcast, one conversion)."""
-    result = VECTORS["f32x8"]
+def f16_splat16(typingctx, address):
+    """f32x16 filled with the half at an address (one broadcast, one conversion)."""
+    result = VECTORS["f32x16"]
 
     def emit(context, b, sig, args):
         short = b.load(pointer(b, args[0]), typ=ir.IntType(16), align=1)
         halves = b.bitcast(
-            emit_splat(b, ir.VectorType(ir.IntType(16), 8), short),
-            ir.VectorType(ir.HalfType(), 8),
+            emit_splat(b, ir.VectorType(ir.IntType(16), 16), short),
+            ir.VectorType(ir.HalfType(), 16),
         )
         return b.fpext(halves, result.llvm())
 
@@ -473,6 +473,17 @@ def sel_bits(typingctx, bits, x, y):
 
 
 @intrinsic
+def sel_test(typingctx, word, bits, x, y):
+    """Lane i of x where lane i of `word` has one of the bits of lane i of `bits`, else of y."""
+
+    def emit(context, b, sig, args):
+        found = b.and_(args[0], args[1])
+        return b.select(b.icmp_unsigned("!=", found, ir.Constant(found.type, None)), *args[2:])
+
+    return x(word, word, x, x), emit
+
+
+@intrinsic
 def dpbusd(typingctx, total, unsigned, signed):
     """i32 lanes: total + the dot product of 4 unsigned by 4 signed bytes."""
 
@@ -532,6 +543,35 @@ def make_shuffle(name: str, lanes: Sequence[int], source: Vector, *, two: bool =
     function = two_operands if two else one_operand
     function.__name__ = function.__qualname__ = name
     return intrinsic(function)
+
+
+def make_constant(name: str, values: Sequence[int], result: Vector) -> Any:
+    """An operation without operands that gives these lanes (integers, signed)."""
+
+    def constant(typingctx):
+        def emit(context, b, sig, args):
+            return ir.Constant(result.llvm(), list(values))
+
+        return result(), emit
+
+    constant.__name__ = constant.__qualname__ = name
+    return intrinsic(constant)
+
+
+@intrinsic
+def keep(typingctx, x):
+    """x, as a value that stays in a register.
+
+    LLVM sees through constants and would rather load them again at every use, in the loop.
+    """
+
+    def emit(context, b, sig, args):
+        if DOT != "avx512vnni":  # with half the registers that is the better choice
+            return args[0]
+        kind = ir.FunctionType(args[0].type, [args[0].type])
+        return b.asm(kind, "", "=v,0", args, False)
+
+    return x(x), emit
 
 
 @intrinsic

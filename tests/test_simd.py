@@ -28,12 +28,13 @@ from gguf_tools.simd import (
     cvt_i16x16,
     cvt_i32x16,
     dpbusd,
-    f16_splat8,
+    f16_splat16,
     f32_to_f16,
     first_lane,
     fma,
     hmax,
     hsum,
+    keep,
     ld_bf16,
     ld_bf16x16,
     ld_f16,
@@ -56,11 +57,13 @@ from gguf_tools.simd import (
     ld_u32,
     ld_u64,
     lookup16,
+    make_constant,
     make_shuffle,
     pmaddwd,
     prefetch,
     sel_bits,
     sel_lt,
+    sel_test,
     splat_f32x16,
     splat_i8x64,
     st,
@@ -163,6 +166,9 @@ def test_conversions() -> None:
     assert np.array_equal(out[11].view(np.int8)[:16], n)
 
 
+_constant = make_constant("_constant", range(-32, 32), VECTORS["i8x64"])
+
+
 @kernel("iii")
 def integer_operations(a, b, out):
     x = ld_i8x64(a)
@@ -176,11 +182,13 @@ def integer_operations(a, b, out):
     st(out + 384, bits_i8x64(bits_i16x32(x) << 3))
     st(out + 448, sel_bits(ld_u64(b), x, y))
     st(out + 512, concat(ld_i8x32(a), bits_i8x32(bits_i16x16(ld_i8x32(b)) >> 2)))
+    st(out + 576, sel_test(x, y, keep(x), y))
+    st(out + 640, _constant())
 
 
 def test_integer_operations() -> None:
     a, b = RNG.integers(0, 256, (2, 64), dtype=np.uint8)
-    out = np.zeros((9, 64), np.uint8)
+    out = np.zeros((11, 64), np.uint8)
     integer_operations(a.ctypes.data, b.ctypes.data, out.ctypes.data)
     assert np.array_equal(out[:5], np.array([a & b, a | b, a ^ b, a + b, a - b]))
     assert np.array_equal(out[5], (a.view(np.uint16) >> 4).view(np.uint8))
@@ -189,6 +197,8 @@ def test_integer_operations() -> None:
     assert np.array_equal(out[7], np.where(mask, a, b))
     shifted = (b[:32].view(np.uint16) >> 2).view(np.uint8)
     assert np.array_equal(out[8], np.concatenate([a[:32], shifted]))
+    assert np.array_equal(out[9], np.where(a & b, a, b))
+    assert np.array_equal(out[10].view(np.int8), np.arange(-32, 32))
 
 
 @kernel("iii")
@@ -291,9 +301,9 @@ def scalars(source, out):
     st_f32(out + 56, f32_to_f16(out + 60, ld_f32(source + 8)))
     st_u8(out + 62, 511)
     st_i16(out + 64, -3)
-    st(out + 68, f16_splat8(source))
-    st(out + 100, cvt_f32x16(ld_f16x16(source)))
-    st(out + 164, cvt_f32x16(ld_bf16x16(source)))
+    st(out + 68, f16_splat16(source))
+    st(out + 132, cvt_f32x16(ld_f16x16(source)))
+    st(out + 196, cvt_f32x16(ld_bf16x16(source)))
 
 
 def test_scalars() -> None:
@@ -301,7 +311,7 @@ def test_scalars() -> None:
     source[:32:2] = 0x91
     source[1:32:2] = 0xBC  # ordinary halves and bfloats
     source[8:12] = np.array([1.0001], np.float32).view(np.uint8)
-    out = np.zeros(256, np.uint8)
+    out = np.zeros(260, np.uint8)
     scalars(source.ctypes.data, out.ctypes.data)
     whole = out[:48].view(np.int64)
     read = [source[0], source.view(np.int8)[0], source.view(np.uint16)[0]]
@@ -313,9 +323,9 @@ def test_scalars() -> None:
     assert floats[0] == halves[0] and floats[1] == bfloats[0]
     assert floats[2] == np.float16(1.0001) and out[60:62].view(np.float16)[0] == floats[2]
     assert out[62] == 255 and out[64:66].view(np.int16)[0] == -3
-    assert np.array_equal(out[68:100].view(np.float32), np.full(8, halves[0]))
-    assert np.array_equal(out[100:164].view(np.float32), halves)
-    assert np.array_equal(out[164:228].view(np.float32), bfloats)
+    assert np.array_equal(out[68:132].view(np.float32), np.full(16, halves[0]))
+    assert np.array_equal(out[132:196].view(np.float32), halves)
+    assert np.array_equal(out[196:260].view(np.float32), bfloats)
 
 
 @kernel("i")

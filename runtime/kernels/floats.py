@@ -18,6 +18,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 from runtime.kernels.activations import FLOATS
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
 
@@ -28,6 +29,7 @@ def matvec_f32(w, row_bytes, first, last, x, y, k):
         even = zero_f32x16()
         odd = zero_f32x16()
         for i in range(0, k - 31, 32):
+            ask_ahead(p + i * 4, 128)
             even = fma(ld_f32x16(p + i * 4), ld_f32x16(x + i * 4), even)
             odd = fma(ld_f32x16(p + i * 4 + 64), ld_f32x16(x + i * 4 + 64), odd)
         tail = float32(0.0)
@@ -43,6 +45,7 @@ def matvec_f16(w, row_bytes, first, last, x, y, k):
         even = zero_f32x16()
         odd = zero_f32x16()
         for i in range(0, k - 31, 32):
+            ask_ahead(p + i * 2, 64)
             even = fma(cvt_f32x16(ld_f16x16(p + i * 2)), ld_f32x16(x + i * 4), even)
             odd = fma(cvt_f32x16(ld_f16x16(p + i * 2 + 32)), ld_f32x16(x + i * 4 + 64), odd)
         tail = float32(0.0)
@@ -58,6 +61,7 @@ def matvec_bf16(w, row_bytes, first, last, x, y, k):
         even = zero_f32x16()
         odd = zero_f32x16()
         for i in range(0, k - 31, 32):
+            ask_ahead(p + i * 2, 64)
             even = fma(cvt_f32x16(ld_bf16x16(p + i * 2)), ld_f32x16(x + i * 4), even)
             odd = fma(cvt_f32x16(ld_bf16x16(p + i * 2 + 32)), ld_f32x16(x + i * 4 + 64), odd)
         tail = float32(0.0)

@@ -15,12 +15,14 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     cvt_i32x8,
+    cvt_i32x16,
     dpbusd,
-    f16_splat8,
+    f16_splat16,
     fma,
     hsum,
+    keep,
     ld_f16,
-    ld_f32x8,
+    ld_f32x16,
     ld_i8x16,
     ld_i8x64,
     ld_u16,
@@ -33,17 +35,19 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
-    zero_f32x8,
     zero_f32x16,
     zero_i32x16,
 )
-from runtime.kernels.activations import HALVES_256
+from runtime.kernels.activations import HALVES_32
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.iq4_nl import BIAS, unsigned_values
+from runtime.kernels.q4_k import minima
 
-# The scales of 4 groups, each in 4 lanes.
-_first_4 = make_shuffle("_first_4", [i // 4 for i in range(16)], VECTORS["f32x8"])
-_last_4 = make_shuffle("_last_4", [4 + i // 4 for i in range(16)], VECTORS["f32x8"])
+_twice = make_shuffle("_twice", [i // 2 for i in range(16)], VECTORS["i8x8"])
+# Of (scale, scale * sum) of 8 groups, the scales of 4, each in 4 lanes.
+_first_4 = make_shuffle("_first_4", [2 * (i // 4) for i in range(16)], VECTORS["f32x16"])
+_last_4 = make_shuffle("_last_4", [8 + 2 * (i // 4) for i in range(16)], VECTORS["f32x16"])
 
 
 @jit
@@ -63,33 +67,32 @@ def unpack_scales(p):
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
-    n_blocks = k // 256
-    dx = xq + k
-    sums = dx + n_blocks * 32
-    mask = splat_i8x64(int8(15))
+    pairs = xq + k
+    mask = keep(splat_i8x64(int8(15)))
     values = unsigned_values()
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
         other = zero_f32x16()
-        below = zero_f32x8()
-        for b in range(n_blocks):
-            d = f16_splat8(p) * ld_f32x8(dx + b * 32)
-            s = cvt_f32x8(cvt_i32x8(unpack_scales(p))) * d
-            below = fma(s, ld_f32x8(sums + b * 32), below)
+        sums = zero_f32x16()
+        for b in range(k // 256):
             x = xq + b * 256
+            ask_ahead(p, 136)
+            s = cvt_f32x16(cvt_i32x16(_twice(unpack_scales(p))))
+            s = s * (f16_splat16(p) * ld_f32x16(pairs + b * 64))
+            sums = sums + s
             n = ld_i8x64(p + 8)
             t = dpbusd(zero_i32x16(), lookup16(values, n & mask), ld_i8x64(x))
             n = bits_i8x64(bits_i16x32(n) >> 4)
             t = dpbusd(t, lookup16(values, n & mask), ld_i8x64(x + 64))
-            n = ld_i8x64(p + 72)
-            u = dpbusd(zero_i32x16(), lookup16(values, n & mask), ld_i8x64(x + 128))
-            n = bits_i8x64(bits_i16x32(n) >> 4)
-            u = dpbusd(u, lookup16(values, n & mask), ld_i8x64(x + 192))
             total = fma(cvt_f32x16(t), _first_4(s), total)
-            other = fma(cvt_f32x16(u), _last_4(s), other)
+            n = ld_i8x64(p + 72)
+            t = dpbusd(zero_i32x16(), lookup16(values, n & mask), ld_i8x64(x + 128))
+            n = bits_i8x64(bits_i16x32(n) >> 4)
+            t = dpbusd(t, lookup16(values, n & mask), ld_i8x64(x + 192))
+            other = fma(cvt_f32x16(t), _last_4(s), other)
             p += 136
-        st_f32(y + r * 4, hsum(total + other) - float32(BIAS) * hsum(below))
+        st_f32(y + r * 4, hsum(total + other) - float32(BIAS) * hsum(minima(sums)))
 
 
 @kernel("iiiii")
@@ -107,4 +110,4 @@ def rows(p, q, scales, offsets, k):
         p += 136
 
 
-KERNELS = FormatKernels(matvec, HALVES_256, rows, group=32, span=32, bias=BIAS, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=BIAS, has_offset=False)

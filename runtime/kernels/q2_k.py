@@ -15,10 +15,11 @@ from gguf_tools.simd import (
     bits_i16x32,
     cvt_f32x16,
     dpbusd,
+    f16_splat16,
     fma,
     hsum,
+    keep,
     ld_f16,
-    ld_f32x8,
     ld_f32x16,
     ld_i8x16,
     ld_i8x32,
@@ -34,13 +35,13 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from runtime.kernels.activations import PAIRS_256
+from runtime.kernels.activations import PAIRS_16
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
-from runtime.kernels.q6_k import twice
 
 
 def _pair(j: int) -> list[int]:
-    """Lanes of the scales of groups of 32 j and j + 4, which PAIRS_256 puts side by side."""
+    """Lanes of the scales of groups of 32 j and j + 4, which PAIRS_16 puts side by side."""
     return [group for half in (0, 8) for i in (0, 1) for group in [half + 2 * j + i] * 4]
 
 
@@ -52,36 +53,31 @@ pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["f32x16"])
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
-    n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 64
-    mask = splat_i8x64(int8(3))
+    sums = dx + k // 4
+    mask = keep(splat_i8x64(int8(3)))
     mask16 = splat_i8x16(int8(15))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
         other = zero_f32x16()
         below = zero_f32x16()
-        for b in range(n_blocks):
-            packed = ld_i8x16(p)
-            d = twice(ld_f32x8(dx + b * 32))
-            s = cvt_f32x16(ucvt_i32x16(packed & mask16)) * (splat_f32x16(ld_f16(p + 80)) * d)
-            minima = ucvt_i32x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16)
-            m = cvt_f32x16(minima) * (splat_f32x16(ld_f16(p + 82)) * d)
-            below = fma(m, ld_f32x16(sums + b * 64), below)
+        for b in range(k // 256):
             x = xq + b * 256
-            q = ld_i8x64(p + 16)
-            words = bits_i16x32(q)
-            t = dpbusd(zero_i32x16(), q & mask, ld_i8x64(x))
+            ask_ahead(p, 84)
+            packed = ld_i8x16(p)
+            d = ld_f32x16(dx + b * 64)
+            s = cvt_f32x16(ucvt_i32x16(packed & mask16)) * (f16_splat16(p + 80) * d)
+            m = cvt_f32x16(ucvt_i32x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16))
+            below = fma(m * (f16_splat16(p + 82) * d), ld_f32x16(sums + b * 64), below)
+            words = bits_i16x32(ld_i8x64(p + 16))
+            t = dpbusd(zero_i32x16(), bits_i8x64(words) & mask, ld_i8x64(x))
             total = fma(cvt_f32x16(t), pair_0(s), total)
-            q = bits_i8x64(words >> 2) & mask
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 2) & mask, ld_i8x64(x + 64))
             other = fma(cvt_f32x16(t), pair_1(s), other)
-            q = bits_i8x64(words >> 4) & mask
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
+            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 4) & mask, ld_i8x64(x + 128))
             total = fma(cvt_f32x16(t), pair_2(s), total)
-            q = bits_i8x64(words >> 6) & mask
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
+            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 6) & mask, ld_i8x64(x + 192))
             other = fma(cvt_f32x16(t), pair_3(s), other)
             p += 84
         st_f32(y + r * 4, hsum(total + other) - hsum(below))
@@ -103,4 +99,4 @@ def rows(p, q, scales, offsets, k):
         p += 84
 
 
-KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, span=32, bias=0, has_offset=True)

@@ -15,10 +15,11 @@ from gguf_tools.simd import (
     cvt_f32x16,
     cvt_i32x16,
     dpbusd,
+    f16_splat16,
     fma,
     hsum,
+    keep,
     ld_f16,
-    ld_f32x8,
     ld_f32x16,
     ld_i8x32,
     ld_i8x64,
@@ -33,10 +34,10 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from runtime.kernels.activations import PAIRS_256
+from runtime.kernels.activations import PAIRS_16
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.q2_k import pair_0, pair_1, pair_2, pair_3
-from runtime.kernels.q6_k import twice
 
 
 @jit
@@ -58,21 +59,21 @@ def unpack_scales(p):
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
-    n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 64
-    mask = splat_i8x64(int8(3))
-    bit = splat_i8x64(int8(4))
+    sums = dx + k // 4
+    mask = keep(splat_i8x64(int8(3)))
+    bit = keep(splat_i8x64(int8(4)))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
         other = zero_f32x16()
         below = zero_f32x16()
-        for b in range(n_blocks):
-            d = splat_f32x16(ld_f16(p + 108)) * twice(ld_f32x8(dx + b * 32))
-            s = cvt_f32x16(cvt_i32x16(unpack_scales(p + 96))) * d
-            below = fma(s, ld_f32x16(sums + b * 64), below)
+        for b in range(k // 256):
             x = xq + b * 256
+            ask_ahead(p, 110)
+            s = cvt_f32x16(cvt_i32x16(unpack_scales(p + 96)))
+            s = s * (f16_splat16(p + 108) * ld_f32x16(dx + b * 64))
+            below = fma(s, ld_f32x16(sums + b * 64), below)
             words = bits_i16x32(ld_i8x64(p + 32))
             top = ld_i8x32(p)
             high = bits_i16x32(concat(top, bits_i8x32(bits_i16x16(top) >> 4)))
@@ -109,4 +110,4 @@ def rows(p, q, scales, offsets, k):
         p += 110
 
 
-KERNELS = FormatKernels(matvec, PAIRS_256, rows, group=16, span=32, bias=4, has_offset=False)
+KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, span=32, bias=4, has_offset=False)

@@ -2,7 +2,7 @@
 
 from numba import float32, int8
 
-from gguf_tools.jit import kernel
+from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     VECTORS,
     bits_f16x8,
@@ -10,12 +10,12 @@ from gguf_tools.simd import (
     bits_i8x64,
     bits_i16x8,
     bits_i16x32,
-    concat,
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
     fma,
     hsum,
+    keep,
     ld_f16,
     ld_f32,
     ld_f32x8,
@@ -31,51 +31,66 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from runtime.kernels.activations import NIBBLES_32
+from runtime.kernels.activations import HALVES_32
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
-# The halves d of 4 blocks (72 bytes), each twice; the last starts at byte 54.
-scales_of_4 = make_shuffle(
-    "scales_of_4",
-    [18 * b + i for b in range(4) for _ in range(2) for i in range(2)],
-    VECTORS["i8x64"],
-)
+
+def _lanes(start: int, count: int, repeat: int = 1) -> list[int]:
+    """Bytes start to start + count of 4 blocks (72 bytes), `repeat` times for each block, in two
+    loads: of bytes 0-63 and of 8-71."""
+    places = [18 * b + start + i for b in range(4) for _ in range(repeat) for i in range(count)]
+    return [at if at < 64 else 64 + at - 8 for at in places]
+
+
+nibbles_of_4 = make_shuffle("nibbles_of_4", _lanes(2, 16), VECTORS["i8x64"], two=True)
+scales_of_4 = make_shuffle("scales_of_4", _lanes(0, 2, 2), VECTORS["i8x64"], two=True)
 even = make_shuffle("even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
 odd = make_shuffle("odd", [1, 3, 5, 7], VECTORS["f32x8"])
 
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
-    # Four loads of 16 bytes: choosing the nibbles out of two 64-byte loads by a byte shuffle ran
-    # 3 times slower on Zen 5 for rows of more than 16 groups.
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
-    mask = splat_i8x64(int8(15))
-    mask16 = splat_i8x16(int8(15))
+    mask = keep(splat_i8x64(int8(15)))
+    if n_blocks < 4:
+        _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks)
+        return
     for r in range(first, last):
-        p = w + r * row_bytes
+        row = w + r * row_bytes
+        end = row + row_bytes - 72
         total = zero_f32x16()
         sums = zero_f32x8()
-        for b in range(0, n_blocks - 3, 4):
-            low = concat(ld_i8x16(p + 2), ld_i8x16(p + 20))
-            nibbles = concat(low, concat(ld_i8x16(p + 38), ld_i8x16(p + 56)))
+        for g in range((n_blocks + 3) // 4):
+            p = min(row + g * 72, end)
+            x = xq + g * 128
+            ask_ahead(p, 72)
+            head = ld_i8x64(p)
+            tail = ld_i8x64(p + 8)
+            n = nibbles_of_4(head, tail)
             # (d * dx, d * dx * sum) of each block
-            d = cvt_f32x8(bits_f16x8(scales_of_4(ld_i8x64(p)))) * ld_f32x8(pairs + b * 8)
-            t = dpbusd(zero_i32x16(), nibbles & mask, ld_i8x64(xq + b * 32))
-            high = bits_i8x64(bits_i16x32(nibbles) >> 4) & mask
-            t = dpbusd(t, high, ld_i8x64(xq + b * 32 + 64))
+            d = cvt_f32x8(bits_f16x8(scales_of_4(head, tail))) * ld_f32x8(pairs + g * 32)
+            t = dpbusd(zero_i32x16(), n & mask, ld_i8x64(x))
+            t = dpbusd(t, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
             total = fma(cvt_f32x16(t), even(d), total)
             sums = sums + d
-            p += 72
-        result = hsum(total) - float32(8.0) * hsum(odd(sums))
-        for b in range(n_blocks & ~3, n_blocks):
+        st_f32(y + r * 4, hsum(total) - float32(8.0) * hsum(odd(sums)))
+
+
+@jit
+def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
+    """Rows of less than 4 blocks."""
+    mask = splat_i8x16(int8(15))
+    for r in range(first, last):
+        result = float32(0.0)
+        for b in range(n_blocks):
+            p = w + r * row_bytes + b * 18
             n = ld_i8x16(p + 2)
-            place = xq + (b // 4) * 128 + (b % 4) * 16
-            u = dpbusd(zero_i32x4(), n & mask16, ld_i8x16(place))
-            u = dpbusd(u, bits_i8x16(bits_i16x8(n) >> 4) & mask16, ld_i8x16(place + 64))
-            dot = float32(hsum(u)) * ld_f32(pairs + b * 8)
-            result += ld_f16(p) * (dot - float32(8.0) * ld_f32(pairs + b * 8 + 4))
-            p += 18
+            t = dpbusd(zero_i32x4(), n & mask, ld_i8x16(xq + b * 16))
+            t = dpbusd(t, bits_i8x16(bits_i16x8(n) >> 4) & mask, ld_i8x16(xq + b * 16 + 64))
+            less = float32(8.0) * ld_f32(pairs + b * 8 + 4)
+            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)
 
 
@@ -90,4 +105,4 @@ def rows(p, q, scales, offsets, k):
         p += 18
 
 
-KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, span=32, bias=8, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=8, has_offset=False)

@@ -2,7 +2,7 @@
 
 from numba import float32, int8
 
-from gguf_tools.jit import kernel
+from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     VECTORS,
     bits_f16x8,
@@ -15,6 +15,7 @@ from gguf_tools.simd import (
     dpbusd,
     fma,
     hsum,
+    keep,
     ld_f16,
     ld_f32,
     ld_f32x8,
@@ -30,59 +31,65 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from runtime.kernels.activations import NIBBLES_32
+from runtime.kernels.activations import HALVES_32
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
+from runtime.kernels.q4_0 import even, odd
 
 
-def _lane(byte: int) -> int:
-    """Where a byte of 4 blocks (80 bytes) lies in two loads: of bytes 0-63 and of 16-79."""
-    return byte if byte < 64 else 64 + byte - 16
+def _lanes(start: int, count: int) -> list[int]:
+    """Bytes start to start + count of 4 blocks (80 bytes), in two loads: of bytes 0-63 and of
+    16-79."""
+    places = [20 * b + start + i for b in range(4) for i in range(count)]
+    return [at if at < 64 else 64 + at - 16 for at in places]
 
 
-_nibbles = make_shuffle(
-    "_nibbles",
-    [_lane(20 * b + 4 + i) for b in range(4) for i in range(16)],
-    VECTORS["i8x64"],
-    two=True,
-)
-_scales = make_shuffle(
-    "_scales", [_lane(20 * b + i) for b in range(4) for i in range(4)], VECTORS["i8x64"], two=True
-)
-_even = make_shuffle("_even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
-_odd = make_shuffle("_odd", [1, 3, 5, 7], VECTORS["f32x8"])
+_nibbles = make_shuffle("_nibbles", _lanes(4, 16), VECTORS["i8x64"], two=True)
+_scales = make_shuffle("_scales", _lanes(0, 4), VECTORS["i8x64"], two=True)
 
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
-    mask = splat_i8x64(int8(15))
-    mask16 = splat_i8x16(int8(15))
+    mask = keep(splat_i8x64(int8(15)))
+    if n_blocks < 4:
+        _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks)
+        return
     for r in range(first, last):
-        p = w + r * row_bytes
+        row = w + r * row_bytes
+        end = row + row_bytes - 80
         total = zero_f32x16()
         sums = zero_f32x8()
-        for b in range(0, n_blocks - 3, 4):
+        for g in range((n_blocks + 3) // 4):
+            p = min(row + g * 80, end)
+            x = xq + g * 128
+            ask_ahead(p, 80)
             head = ld_i8x64(p)
             tail = ld_i8x64(p + 16)
-            nibbles = _nibbles(head, tail)
+            n = _nibbles(head, tail)
             # (d * dx, m * dx * sum) of each block
-            dm = cvt_f32x8(bits_f16x8(_scales(head, tail))) * ld_f32x8(pairs + b * 8)
-            t = dpbusd(zero_i32x16(), nibbles & mask, ld_i8x64(xq + b * 32))
-            high = bits_i8x64(bits_i16x32(nibbles) >> 4) & mask
-            t = dpbusd(t, high, ld_i8x64(xq + b * 32 + 64))
-            total = fma(cvt_f32x16(t), _even(dm), total)
+            dm = cvt_f32x8(bits_f16x8(_scales(head, tail))) * ld_f32x8(pairs + g * 32)
+            t = dpbusd(zero_i32x16(), n & mask, ld_i8x64(x))
+            t = dpbusd(t, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
+            total = fma(cvt_f32x16(t), even(dm), total)
             sums = sums + dm
-            p += 80
-        result = hsum(total) + hsum(_odd(sums))
-        for b in range(n_blocks & ~3, n_blocks):
+        st_f32(y + r * 4, hsum(total) + hsum(odd(sums)))
+
+
+@jit
+def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
+    """Rows of less than 4 blocks."""
+    mask = splat_i8x16(int8(15))
+    for r in range(first, last):
+        result = float32(0.0)
+        for b in range(n_blocks):
+            p = w + r * row_bytes + b * 20
             n = ld_i8x16(p + 4)
-            place = xq + (b // 4) * 128 + (b % 4) * 16
-            u = dpbusd(zero_i32x4(), n & mask16, ld_i8x16(place))
-            u = dpbusd(u, bits_i8x16(bits_i16x8(n) >> 4) & mask16, ld_i8x16(place + 64))
-            result += float32(hsum(u)) * ld_f16(p) * ld_f32(pairs + b * 8)
+            t = dpbusd(zero_i32x4(), n & mask, ld_i8x16(xq + b * 16))
+            t = dpbusd(t, bits_i8x16(bits_i16x8(n) >> 4) & mask, ld_i8x16(xq + b * 16 + 64))
+            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8))
             result += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
-            p += 20
         st_f32(y + r * 4, result)
 
 
@@ -98,4 +105,4 @@ def rows(p, q, scales, offsets, k):
         p += 20
 
 
-KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=0, has_offset=True)

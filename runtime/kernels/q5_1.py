@@ -1,83 +1,114 @@
 """Q5_1 on the CPU: 24 bytes per 32 weights, f16 d | f16 m | 32 high bits | 16 x 2 nibbles;
 weight = d * q + m."""
 
-from numba import float32, int8, uint64
+from numba import float32, int8
 
-from gguf_tools.jit import kernel
+from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    concat,
+    VECTORS,
+    bits_f16x8,
+    bits_i8x64,
+    bits_i16x32,
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
-    f16_splat8,
     fma,
     hsum,
+    keep,
     ld_f16,
     ld_f32,
-    ld_i8x32,
+    ld_f32x8,
+    ld_i8x16,
     ld_i8x64,
-    ld_u32,
-    sel_bits,
-    splat_f32x8,
-    splat_i8x32,
+    make_shuffle,
+    sel_test,
     splat_i8x64,
     st,
     st_f32,
     zero_f32x8,
     zero_f32x16,
-    zero_i8x32,
-    zero_i8x64,
-    zero_i32x8,
+    zero_i32x4,
     zero_i32x16,
 )
-from runtime.kernels.activations import BYTES_32
+from runtime.kernels.activations import HALVES_32
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
-from runtime.kernels.q5_0 import nibbles_in_order
+from runtime.kernels.q4_0 import even, odd
+from runtime.kernels.q5_0 import each_bit, halves_of_block
+
+
+def _lanes(start: int, count: int, repeat: int = 1) -> list[int]:
+    """Bytes start to start + count of 4 blocks (96 bytes), each `repeat` times, in two loads: of
+    bytes 0-63 and of 32-95."""
+    places = [24 * b + start + i for b in range(4) for i in range(count) for _ in range(repeat)]
+    return [at if at < 64 else 64 + at - 32 for at in places]
+
+
+_nibbles = make_shuffle("_nibbles", _lanes(8, 16), VECTORS["i8x64"], two=True)
+_low_bits = make_shuffle("_low_bits", _lanes(4, 2, 8), VECTORS["i8x64"], two=True)
+_high_bits = make_shuffle("_high_bits", _lanes(6, 2, 8), VECTORS["i8x64"], two=True)
+_scales = make_shuffle("_scales", _lanes(0, 4), VECTORS["i8x64"], two=True)
 
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
-    pairs = xq + ((k + 127) & ~127) + n_blocks * 36
-    bit = splat_i8x64(int8(16))
-    none = zero_i8x64()
+    pairs = xq + ((k + 127) & ~127)
+    mask = keep(splat_i8x64(int8(15)))
+    bit = keep(splat_i8x64(int8(16)))
+    each = keep(each_bit())
+    if n_blocks < 4:
+        _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks)
+        return
     for r in range(first, last):
-        p = w + r * row_bytes
+        row = w + r * row_bytes
+        end = row + row_bytes - 96
         total = zero_f32x16()
-        even = float32(0.0)  # the minima times the sums of the activations
-        odd = float32(0.0)
-        for b in range(0, n_blocks - 1, 2):
-            bits = uint64(ld_u32(p + 4)) | (uint64(ld_u32(p + 28)) << uint64(32))
-            q = concat(nibbles_in_order(p + 8), nibbles_in_order(p + 32))
-            q = q | sel_bits(bits, bit, none)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(xq + b * 32))
-            d0 = f16_splat8(p) * splat_f32x8(ld_f32(pairs + b * 8))
-            d1 = f16_splat8(p + 24) * splat_f32x8(ld_f32(pairs + b * 8 + 8))
-            total = fma(cvt_f32x16(t), concat(d0, d1), total)
-            even += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
-            odd += ld_f16(p + 26) * ld_f32(pairs + b * 8 + 12)
-            p += 48
-        result = hsum(total)
-        if n_blocks & 1:
-            b = n_blocks - 1
-            high = sel_bits(uint64(ld_u32(p + 4)), splat_i8x32(int8(16)), zero_i8x32())
-            last_q = nibbles_in_order(p + 8) | high
-            u = dpbusd(zero_i32x8(), last_q, ld_i8x32(xq + b * 32))
-            d = f16_splat8(p) * splat_f32x8(ld_f32(pairs + b * 8))
-            result += hsum(fma(cvt_f32x8(u), d, zero_f32x8()))
-            even += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
-        st_f32(y + r * 4, result + even + odd)
+        sums = zero_f32x8()
+        for g in range((n_blocks + 3) // 4):
+            p = min(row + g * 96, end)
+            x = xq + g * 128
+            ask_ahead(p, 96)
+            head = ld_i8x64(p)
+            tail = ld_i8x64(p + 32)
+            n = _nibbles(head, tail)
+            # (d * dx, m * dx * sum) of each block
+            dm = cvt_f32x8(bits_f16x8(_scales(head, tail))) * ld_f32x8(pairs + g * 32)
+            q = n & mask
+            q = sel_test(_low_bits(head, tail), each, q + bit, q)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            q = bits_i8x64(bits_i16x32(n) >> 4) & mask
+            q = sel_test(_high_bits(head, tail), each, q + bit, q)
+            t = dpbusd(t, q, ld_i8x64(x + 64))
+            total = fma(cvt_f32x16(t), even(dm), total)
+            sums = sums + dm
+        st_f32(y + r * 4, hsum(total) + hsum(odd(sums)))
+
+
+@jit
+def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
+    """Rows of less than 4 blocks."""
+    for r in range(first, last):
+        result = float32(0.0)
+        for b in range(n_blocks):
+            p = w + r * row_bytes + b * 24
+            low, high = halves_of_block(p + 8, p + 4)
+            t = dpbusd(zero_i32x4(), low, ld_i8x16(xq + b * 16))
+            t = dpbusd(t, high, ld_i8x16(xq + b * 16 + 64))
+            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8))
+            result += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
+        st_f32(y + r * 4, result)
 
 
 @kernel("iiiii")
 def rows(p, q, scales, offsets, k):
-    bit = splat_i8x32(int8(16))
-    none = zero_i8x32()
     for b in range(k // 32):
-        st(q + b * 32, nibbles_in_order(p + 8) | sel_bits(uint64(ld_u32(p + 4)), bit, none))
+        first_16, last_16 = halves_of_block(p + 8, p + 4)
+        st(q + b * 32, first_16)
+        st(q + b * 32 + 16, last_16)
         st_f32(scales + b * 4, ld_f16(p))
         st_f32(offsets + b * 4, ld_f16(p + 2))
         p += 24
 
 
-KERNELS = FormatKernels(matvec, BYTES_32, rows, group=32, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=0, has_offset=True)

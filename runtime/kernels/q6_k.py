@@ -14,10 +14,11 @@ from gguf_tools.simd import (
     cvt_f32x16,
     cvt_i32x16,
     dpbusd,
+    f16_splat16,
     fma,
     hsum,
+    keep,
     ld_f16,
-    ld_f32x8,
     ld_f32x16,
     ld_i8x16,
     ld_i8x32,
@@ -30,7 +31,8 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from runtime.kernels.activations import BYTES_256
+from runtime.kernels.activations import BYTES_16
+from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
 # The scales of the i-th 64 weights: 4 groups of 16, each in 4 lanes.
@@ -39,44 +41,41 @@ _scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["
 _scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["f32x16"])
 _scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["f32x16"])
 
-# The scale of each 32 activations for the two groups of 16 weights that meet it.
-twice = make_shuffle("twice", [i // 2 for i in range(16)], VECTORS["f32x8"])
-
 
 @kernel("iiiiiii")
 def matvec(w, row_bytes, first, last, xq, y, k):
-    n_blocks = k // 256
     dx = xq + k
-    sums = dx + n_blocks * 64
-    mask = splat_i8x64(int8(15))
-    bits = splat_i8x64(int8(0x30))
+    sums = dx + k // 4
+    mask = keep(splat_i8x64(int8(15)))
+    bits = keep(splat_i8x64(int8(0x30)))
     for r in range(first, last):
         p = w + r * row_bytes
         total = zero_f32x16()
         other = zero_f32x16()
         below = zero_f32x16()
-        for b in range(n_blocks):
-            d = splat_f32x16(ld_f16(p + 208)) * twice(ld_f32x8(dx + b * 32))
-            s = cvt_f32x16(cvt_i32x16(ld_i8x16(p + 192))) * d
-            below = fma(s, ld_f32x16(sums + b * 64), below)
+        for b in range(k // 256):
             x = xq + b * 256
+            ask_ahead(p, 210)
+            s = cvt_f32x16(cvt_i32x16(ld_i8x16(p + 192)))
+            s = s * (f16_splat16(p + 208) * ld_f32x16(dx + b * 64))
+            below = fma(s, ld_f32x16(sums + b * 64), below)
             low = ld_i8x64(p)
             top = ld_i8x32(p + 128)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
-            q0 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
-            q1 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            t = dpbusd(zero_i32x16(), q0, ld_i8x64(x))
+            q = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
             total = fma(cvt_f32x16(t), _scales_0(s), total)
-            t = dpbusd(zero_i32x16(), q1, ld_i8x64(x + 64))
+            q = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
             other = fma(cvt_f32x16(t), _scales_1(s), other)
             low = ld_i8x64(p + 64)
             top = ld_i8x32(p + 160)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
-            q2 = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
-            q3 = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            t = dpbusd(zero_i32x16(), q2, ld_i8x64(x + 128))
+            q = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
             total = fma(cvt_f32x16(t), _scales_2(s), total)
-            t = dpbusd(zero_i32x16(), q3, ld_i8x64(x + 192))
+            q = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
+            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
             other = fma(cvt_f32x16(t), _scales_3(s), other)
             p += 210
         st_f32(y + r * 4, hsum(total + other) - float32(32.0) * hsum(below))
@@ -99,4 +98,4 @@ def rows(p, q, scales, offsets, k):
         p += 210
 
 
-KERNELS = FormatKernels(matvec, BYTES_256, rows, group=16, span=32, bias=32, has_offset=False)
+KERNELS = FormatKernels(matvec, BYTES_16, rows, group=16, span=32, bias=32, has_offset=False)

@@ -1,5 +1,11 @@
 """Each format's kernels against float64 products of the weights the gguf package decodes."""
 
+import ctypes
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,7 +15,7 @@ from tests.kernels.blocks import block_size, dequantise, random_rows
 
 LENGTHS = {
     1: (1, 15, 33, 172, 576, 2304, 4096),
-    32: (32, 64, 96, 160, 576, 2304, 4096),
+    32: (32, 64, 96, 160, 224, 576, 2304, 4096),
     256: (256, 768, 2304, 4096),
 }
 CASES = [(name, k) for name in FORMATS for k in LENGTHS[block_size(name)]]
@@ -84,3 +90,33 @@ def test_extreme_activations(name: str, value: float) -> None:
     expected = dequantise(name, rows) @ x.astype(np.float64)
     assert np.all(np.isfinite(y))
     assert np.allclose(y, expected, rtol=2e-5, atol=max(1e-4 * value * k, 1e-30))
+
+
+def check_edges() -> None:
+    """Kernels read nothing outside their rows: the pages around them cannot be read."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    area = mmap.mmap(-1, 34 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for guard in (base, base + 33 * page):
+        assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0, ctypes.get_errno()
+    for name, k in CASES:
+        kernels, rows = FORMATS[name], random_rows(name, 2, k, np.random.default_rng(0))
+        x, y = np.ones(k, np.float32), np.zeros(2, np.float32)
+        source, outputs = x, np.zeros((3, 4 * k + 4096), np.uint8)
+        if kernels.activation.quantise is not None:
+            source = np.zeros(kernels.activation.size(k), np.uint8)
+            kernels.activation.quantise(x.ctypes.data, source.ctypes.data, k)
+        for start in (base + page, base + 33 * page - rows.nbytes):
+            ctypes.memmove(start, rows.ctypes.data, rows.nbytes)
+            width = rows.shape[1]
+            kernels.matvec(start, width, 0, 2, source.ctypes.data, y.ctypes.data, k)
+            for row in (start, start + width):
+                kernels.rows(row, *(array.ctypes.data for array in outputs), k)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as on Linux")
+def test_nothing_is_read_outside_the_rows() -> None:
+    code = "from tests.kernels.test_formats import check_edges; check_edges()"
+    root = Path(__file__).resolve().parent.parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
