@@ -24,197 +24,39 @@ and for all of them `st(address, vector)` and the operators + - * / & | ^ (lane 
 """
 
 import operator
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
+
+from gguf_tools.vectors import (
+    DOT,
+    ELEMENTS,
+    I1,
+    I8,
+    I32,
+    I64,
+    SCALARS,
+    VECTORS,
+    X86,
+    Vector,
+    emit_call,
+    emit_convert,
+    emit_dot,
+    emit_fma,
+    emit_lookup,
+    emit_shuffle,
+    emit_splat,
+    pointer,
+)
 
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any: ...
-
-
-# --- which byte dot product ------------------------------------------------------------------
-
-
-def _choose_dot() -> str:
-    """The best byte dot product of this processor; GGUF_TOOLS_DOT overrides it, for tests."""
-    chosen = os.environ.get("GGUF_TOOLS_DOT")
-    if chosen:
-        return chosen
-    features = llvm.get_host_cpu_features()
-    if all(features.get(name) for name in ("avx512vnni", "avx512vl", "avx512bw")):
-        return "avx512vnni"
-    if features.get("avxvnni"):
-        return "avxvnni"
-    if features.get("avx2"):
-        return "avx2"
-    return "portable"
-
-
-DOT = _choose_dot()
-"""How bytes are multiplied: avx512vnni, avxvnni, avx2, or portable (plain vector arithmetic)."""
-
-
-# --- the types -------------------------------------------------------------------------------
-
-
-class _BFloat(ir.Type):
-    """llvmlite has no bfloat type of its own."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash("bfloat")
-
-
-I1, I8, I32, I64 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_ELEMENTS = {
-    "i8": I8,
-    "i16": ir.IntType(16),
-    "i32": I32,
-    "i64": I64,
-    "f32": ir.FloatType(),
-    "f16": ir.HalfType(),
-    "bf16": _BFloat(),
-}
-_SCALARS = {
-    "i8": types.int8,
-    "i16": types.int16,
-    "i32": types.int32,
-    "i64": types.int64,
-    "f32": types.float32,
-}
-_LANES = {
-    "i8": (8, 16, 32, 64),
-    "i16": (4, 8, 16, 32),
-    "i32": (4, 8, 16),
-    "i64": (2, 4, 8),
-    "f32": (4, 8, 16),
-    "f16": (4, 8, 16, 32),
-    "bf16": (8, 16, 32),
-}
-
-
-class Vector(types.Type):
-    """The numba type of an n-lane LLVM vector; `element` is a key of _ELEMENTS."""
-
-    def __init__(self, element: str, lanes: int) -> None:
-        self.element, self.lanes = element, lanes
-        super().__init__(name=f"Vector({element}x{lanes})")
-
-    @property
-    def is_float(self) -> bool:
-        return self.element in ("f32", "f16", "bf16")
-
-    def llvm(self) -> Any:
-        return ir.VectorType(_ELEMENTS[self.element], self.lanes)
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, vector.llvm())
-
-
-VECTORS = {f"{e}x{n}": Vector(e, n) for e, lanes in _LANES.items() for n in lanes}
-
-
-# --- pieces of IR, also used by tiles.py -----------------------------------------------------
-
-
-def pointer(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, ir.PointerType())
-
-
-def emit_call(builder: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
-    """Call an LLVM intrinsic, or a function of the C library, by name."""
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
-def emit_shuffle(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
-    mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
-    return builder.shuffle_vector(a, ir.Constant(a.type, ir.Undefined) if b is None else b, mask)
-
-
-def emit_splat(builder: Any, vector: Any, scalar: Any) -> Any:
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    return emit_shuffle(builder, first, None, [0] * vector.count)
-
-
-def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return emit_call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
-
-
-def _emit_convert(builder: Any, value: Any, source: Any, target: Vector, signed: bool) -> Any:
-    kind = target.llvm()
-    if source.is_float and target.is_float:
-        order = ["bf16", "f16", "f32"]
-        wider = order.index(source.element) < order.index(target.element)
-        return builder.fpext(value, kind) if wider else builder.fptrunc(value, kind)
-    if source.is_float:
-        return builder.fptosi(value, kind)
-    if target.is_float:
-        return builder.sitofp(value, kind) if signed else builder.uitofp(value, kind)
-    if int(source.element[1:]) > int(target.element[1:]):
-        return builder.trunc(value, kind)
-    return builder.sext(value, kind) if signed else builder.zext(value, kind)
-
-
-def emit_dot(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
-    """total.i32[n] += sum over 4 neighbouring bytes of unsigned * signed; exact for all bytes."""
-    n = total.type.count
-    widest = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}.get(DOT, 16)
-    if n > widest:
-        halves = []
-        for first in (0, 1):
-            lanes = range(first * n // 2, (first + 1) * n // 2)
-            byte_lanes = range(first * n * 2, (first + 1) * n * 2)
-            halves.append(
-                emit_dot(
-                    builder,
-                    emit_shuffle(builder, total, None, lanes),
-                    emit_shuffle(builder, unsigned, None, byte_lanes),
-                    emit_shuffle(builder, signed, None, byte_lanes),
-                )
-            )
-        return emit_shuffle(builder, halves[0], halves[1], range(n))
-    if DOT in ("avx512vnni", "avxvnni"):
-        name = f"llvm.x86.avx512.vpdpbusd.{n * 32}"
-        if llvm.llvm_version_info[0] < 22:  # the operands were dword vectors before LLVM 22
-            unsigned = builder.bitcast(unsigned, total.type)
-            signed = builder.bitcast(signed, total.type)
-        return emit_call(builder, name, total.type, [total, unsigned, signed])
-    if DOT == "avx2":
-        # Even and odd bytes as 16-bit numbers: pmaddubsw would saturate for weights above 127.
-        pairs = ir.VectorType(ir.IntType(16), 2 * n)
-        eight, low = ir.Constant(pairs, [8] * 2 * n), ir.Constant(pairs, [255] * 2 * n)
-        u, s = builder.bitcast(unsigned, pairs), builder.bitcast(signed, pairs)
-        name = {8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}[n]
-        even = [builder.and_(u, low), builder.ashr(builder.shl(s, eight), eight)]
-        odd = [builder.lshr(u, eight), builder.ashr(s, eight)]
-        even_sum = emit_call(builder, name, total.type, even)
-        odd_sum = emit_call(builder, name, total.type, odd)
-        return builder.add(total, builder.add(even_sum, odd_sum))
-    # llvm.vector.partial.reduce.add would be one instruction on ARM, but it leaves open which
-    # products meet in which lane; kernels rely on neighbours.
-    wide = ir.VectorType(I32, 4 * n)
-    products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
-    for first in range(4):
-        total = builder.add(total, emit_shuffle(builder, products, None, range(first, 4 * n, 4)))
-    return total
 
 
 # --- making intrinsics -----------------------------------------------------------------------
@@ -245,7 +87,7 @@ def _define_type(name: str, vector: Vector) -> None:
         def emit(context, b, sig, args):
             return emit_splat(b, vector.llvm(), args[0])
 
-        return vector(_SCALARS[vector.element]), emit
+        return vector(SCALARS[vector.element]), emit
 
     def bits(typingctx, x):
         def emit(context, b, sig, args):
@@ -255,13 +97,13 @@ def _define_type(name: str, vector: Vector) -> None:
 
     def cvt(typingctx, x):
         def emit(context, b, sig, args):
-            return _emit_convert(b, args[0], x, vector, True)
+            return emit_convert(b, args[0], x, vector, True)
 
         return vector(x), emit
 
     def ucvt(typingctx, x):
         def emit(context, b, sig, args):
-            return _emit_convert(b, args[0], x, vector, False)
+            return emit_convert(b, args[0], x, vector, False)
 
         return vector(x), emit
 
@@ -270,7 +112,7 @@ def _define_type(name: str, vector: Vector) -> None:
     _define(f"bits_{name}", bits)
     _define(f"cvt_{name}", cvt)
     _define(f"ucvt_{name}", ucvt)
-    if vector.element in _SCALARS:
+    if vector.element in SCALARS:
         _define(f"splat_{name}", splat)
 
 
@@ -301,7 +143,7 @@ _define_scalar_load("ld_u64", types.uint64, I64)
 _define_scalar_load("ld_i64", types.int64, I64)
 _define_scalar_load("ld_f32", types.float32, ir.FloatType())
 _define_scalar_load("ld_f16", types.float32, ir.HalfType(), ir.FloatType())
-_define_scalar_load("ld_bf16", types.float32, _BFloat(), ir.FloatType())
+_define_scalar_load("ld_bf16", types.float32, ELEMENTS["bf16"], ir.FloatType())
 
 
 def _define_scalar_store(name: str, accepted: Any, kind: Any) -> None:
@@ -396,7 +238,7 @@ def hsum(typingctx, v):
     def emit(context, b, sig, args):
         if not v.is_float:
             name = f"llvm.vector.reduce.add.v{v.lanes}{v.element}"
-            return emit_call(b, name, _ELEMENTS[v.element], [args[0]])
+            return emit_call(b, name, ELEMENTS[v.element], [args[0]])
         value, n = args[0], v.lanes
         while n > 1:
             n //= 2
@@ -404,7 +246,7 @@ def hsum(typingctx, v):
             value = b.fadd(low, emit_shuffle(b, value, None, range(n, 2 * n)))
         return b.extract_element(value, I32(0))
 
-    return _SCALARS[v.element](v), emit
+    return SCALARS[v.element](v), emit
 
 
 @intrinsic
@@ -425,7 +267,7 @@ def first_lane(typingctx, v):
     def emit(context, b, sig, args):
         return b.extract_element(args[0], I32(0))
 
-    return _SCALARS[v.element](v), emit
+    return SCALARS[v.element](v), emit
 
 
 def _define_float(name: str, llvm_name: str, operands: int, doc: str) -> None:
@@ -494,13 +336,23 @@ def dpbusd(typingctx, total, unsigned, signed):
 
 
 @intrinsic
+def dpbusd7(typingctx, total, unsigned, signed):
+    """As dpbusd, for unsigned bytes below 128 (weights of 7 bits or fewer): cheaper on AVX2."""
+
+    def emit(context, b, sig, args):
+        return emit_dot(b, *args, small=True)
+
+    return total(total, unsigned, signed), emit
+
+
+@intrinsic
 def pmaddwd(typingctx, x, y):
     """i16 lanes multiplied, neighbours added: i32 lanes, half as many."""
     result = VECTORS[f"i32x{x.lanes // 2}"]
     names = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}
 
     def emit(context, b, sig, args):
-        if DOT != "portable" and x.lanes in names:
+        if X86 and x.lanes in names:
             return emit_call(b, names[x.lanes], result.llvm(), args)
         wide = ir.VectorType(I32, x.lanes)
         products = b.mul(b.sext(args[0], wide), b.sext(args[1], wide))
@@ -579,30 +431,9 @@ def lookup16(typingctx, table, indices):
     """table[i] for every lane i of `indices`, which must be 0 to 15; a table of 16 bytes."""
 
     def emit(context, b, sig, args):
-        return _emit_lookup(b, *args)
+        return emit_lookup(b, *args)
 
     return indices(table, indices), emit
-
-
-def _emit_lookup(b: Any, table: Any, indices: Any) -> Any:
-    n = indices.type.count
-    widest = {"avx512vnni": 64, "avxvnni": 32, "avx2": 32}.get(DOT, 0)
-    if not widest:
-        # A tree of choices: the lowest bit of the index chooses among neighbours, and so on.
-        entries = [emit_splat(b, indices.type, b.extract_element(table, I32(i))) for i in range(16)]
-        for bit in (1, 2, 4, 8):
-            mask = ir.Constant(indices.type, [bit] * n)
-            chosen = b.icmp_unsigned("!=", b.and_(indices, mask), ir.Constant(indices.type, None))
-            pairs = zip(entries[::2], entries[1::2], strict=True)
-            entries = [b.select(chosen, second, first) for first, second in pairs]
-        return entries[0]
-    if n > widest:
-        parts = [range(first, first + widest) for first in range(0, n, widest)]
-        done = [_emit_lookup(b, table, emit_shuffle(b, indices, None, lanes)) for lanes in parts]
-        return emit_shuffle(b, done[0], done[1], range(n))
-    names = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}
-    repeated = emit_shuffle(b, table, None, [i % 16 for i in range(n)])  # it looks up in 16 lanes
-    return emit_call(b, f"llvm.x86.{names[n]}", indices.type, [repeated, indices])
 
 
 @intrinsic
@@ -683,103 +514,3 @@ def _define_shift(op: Any, emit_shift: Any) -> None:
 
 _define_shift(operator.lshift, _B.shl)
 _define_shift(operator.rshift, _B.lshr)
-
-
-# --- threads and calls -----------------------------------------------------------------------
-
-
-@intrinsic
-def pause(typingctx):
-    """Tell the processor that this is a spin loop."""
-
-    def emit(context, b, sig, args):
-        if DOT != "portable":
-            emit_call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@intrinsic
-def yield_core(typingctx):
-    """Let another thread have this core, if one waits for it."""
-
-    def emit(context, b, sig, args):
-        name = "SwitchToThread" if os.name == "nt" else "sched_yield"
-        emit_call(b, name, I32, [])
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@intrinsic
-def atomic_add(typingctx, address, x):
-    """int32 fetch-and-add (acquire and release); gives the old value."""
-
-    def emit(context, b, sig, args):
-        return b.atomic_rmw("add", pointer(b, args[0]), args[1], "acq_rel")
-
-    return types.int32(types.int64, types.int32), emit
-
-
-@intrinsic
-def atomic_load(typingctx, address):
-    """int32 load (acquire)."""
-
-    def emit(context, b, sig, args):
-        return b.load_atomic(pointer(b, args[0]), "acquire", 4, typ=I32)
-
-    return types.int32(types.int64), emit
-
-
-@intrinsic
-def atomic_load64(typingctx, address):
-    """int64 load (acquire)."""
-
-    def emit(context, b, sig, args):
-        return b.load_atomic(pointer(b, args[0]), "acquire", 8, typ=I64)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def compare_exchange64(typingctx, address, expected, desired):
-    """int64: store `desired` if `expected` is there (acquire and release); gives what was there."""
-
-    def emit(context, b, sig, args):
-        place = b.inttoptr(args[0], I64.as_pointer())
-        pair = b.cmpxchg(place, args[1], args[2], "acq_rel", "acquire")
-        return b.extract_value(pair, 0)
-
-    return types.int64(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def atomic_store(typingctx, address, x):
-    """int32 store (release)."""
-
-    def emit(context, b, sig, args):
-        # store_atomic, unlike store, wants a typed pointer.
-        b.store_atomic(args[1], b.inttoptr(args[0], args[1].type.as_pointer()), "release", 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int32), emit
-
-
-def _define_call(name: str, arguments: int) -> None:
-    def call(typingctx, *operands):
-        def emit(context, b, sig, args):
-            kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
-            b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * (arguments + 1)), emit
-
-    names = ", ".join(f"a{i}" for i in range(arguments))
-    scope: dict[str, Any] = {"call": call}
-    exec(f"def {name}(typingctx, f, {names}): return call(typingctx, f, {names})", scope)
-    _define(name, scope[name], f"Call the kernel of {arguments} int64 at an address.")
-
-
-for _count in (3, 5, 7, 12):
-    _define_call(f"call{_count}", _count)

@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gguf_tools.simd import (
+from gguf_tools.vectors import (
     I8,
     I32,
     I64,
@@ -39,9 +39,10 @@ def _columns(b: Any, base: Any, stride: Any, count: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def int8_tile(
-    typingctx, n_columns, group, offset, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups
+    typingctx, n_columns, group, offset, small, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups
 ):
-    """32 weight rows times `n_columns` columns of activations (n_columns, group, offset literal).
+    """32 weight rows times `n_columns` columns of activations (n_columns, group, offset
+    and small literal; small: weights below 128, see emit_dot).
 
     w      weights as unsigned bytes, [group / 4][32 rows][4] per group, 64-byte aligned
     ws wo  scales and offsets of the rows, float32 [n_groups][32], 64-byte aligned
@@ -51,10 +52,12 @@ def int8_tile(
     y      float32 [n_columns][32], columns `ys` bytes apart:
            y[c][r] = sum over groups of  ws[r] * dx[c] * (corr[c] + dot) + wo[r] * dxs[c]
     """
-    columns, size, has_offset = (a.literal_value for a in (n_columns, group, offset))
+    columns, size, has_offset, below_128 = (
+        a.literal_value for a in (n_columns, group, offset, small)
+    )
 
     def emit(context, b, sig, args):
-        w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups = args[3:]
+        w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups = args[4:]
         x_at = _columns(b, x, xs, columns)
         dx_at, corr_at, dxs_at = (_columns(b, a, ms, columns) for a in (dx, corr, dxs))
         zero = ir.Constant(_FLOATS, None)
@@ -75,7 +78,7 @@ def int8_tile(
                     four = b.load(_at(b, b.add(x_at[c], along), j * 4), typ=I32, align=4)
                     spread = b.bitcast(emit_splat(b, _INTS, four), _BYTES)
                     for r in (0, 1):
-                        dots[r][c] = emit_dot(b, dots[r][c], rows[r], spread)
+                        dots[r][c] = emit_dot(b, dots[r][c], rows[r], spread, small=below_128)
             place = b.mul(i, I64(128))
             for r in (0, 1):
                 scale = b.load(_at(b, b.add(ws, place), r * 64), typ=_FLOATS, align=64)
@@ -95,7 +98,7 @@ def int8_tile(
                 b.store(b.load(sums[r][c]), _at(b, column, r * 64), align=4)
         return context.get_dummy_value()
 
-    return types.void(n_columns, group, offset, *[types.int64] * 12), emit
+    return types.void(n_columns, group, offset, small, *[types.int64] * 12), emit
 
 
 @intrinsic(prefer_literal=True)

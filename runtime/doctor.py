@@ -16,7 +16,7 @@ import psutil
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
-from gguf_tools.simd import DOT
+from gguf_tools.vectors import DOT
 from runtime.bandwidth import measure_bandwidth
 from runtime.model import default_threads
 
@@ -25,6 +25,7 @@ DOT_MEANINGS = {
     "avx512vnni": "AVX-512 VNNI: one instruction multiplies and adds 64 pairs of bytes",
     "avxvnni": "AVX-VNNI: one instruction multiplies and adds 32 pairs of bytes",
     "avx2": "AVX2: a few instructions multiply and add 32 pairs of bytes",
+    "neon": "ARM dot products: one instruction multiplies and adds 16 pairs of bytes",
     "portable": "no vector unit that this build knows: plain arithmetic, which is slow",
 }
 SLOW_DOTS = ("portable",)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gguf_tools.simd import DOT
+from gguf_tools.vectors import DOT
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
 from runtime.doctor import (
     CUDA,

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba import int8
 
+from gguf_tools.control import atomic_add, atomic_load, atomic_store
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
-    VECTORS,
-    atomic_add,
-    atomic_load,
-    atomic_store,
     bits_f32x16,
     bits_i8x32,
     bits_i8x64,
@@ -28,6 +26,7 @@ from gguf_tools.simd import (
     cvt_i16x16,
     cvt_i32x16,
     dpbusd,
+    dpbusd7,
     f16_splat16,
     f32_to_f16,
     first_lane,
@@ -86,6 +85,7 @@ from gguf_tools.simd import (
     zero_i32x8,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 
 RNG = np.random.default_rng(5)
 
@@ -209,6 +209,8 @@ def dots(unsigned, signed, out):
     st(out + 112, pmaddwd(ld_i16x8(unsigned), ld_i16x8(signed)))
     st(out + 128, pmaddwd(ld_i16x16(unsigned), ld_i16x16(signed)))
     st_i32(out + 160, hsum(ld_i32x8(out + 64)))
+    low = ld_i8x64(unsigned) & splat_i8x64(int8(127))
+    st(out + 164, dpbusd7(zero_i32x16(), low, ld_i8x64(signed)))
 
 
 @kernel("iii")
@@ -236,7 +238,7 @@ def check_dots() -> None:
         unsigned = np.full(64, 255, np.uint8) if extreme else RNG.integers(0, 256, 64)
         signed = np.full(64, -128, np.int8) if extreme else RNG.integers(-128, 128, 64)
         unsigned, signed = unsigned.astype(np.uint8), signed.astype(np.int8)
-        out = np.arange(48, dtype=np.int32)
+        out = np.arange(64, dtype=np.int32)
         dots(unsigned.ctypes.data, signed.ctypes.data, out.ctypes.data)
         fours = (unsigned.astype(np.int32) * signed).reshape(16, 4).sum(1)
         assert np.array_equal(out[:16], np.arange(16) + fours)
@@ -247,6 +249,8 @@ def check_dots() -> None:
         assert np.array_equal(out[28:32], pairs[:4])
         assert np.array_equal(out[32:40], pairs[:8])
         assert out[40] == fours[:8].sum()
+        low = ((unsigned & 127).astype(np.int32) * signed).reshape(16, 4).sum(1)
+        assert np.array_equal(out[41:57], low)
 
 
 def test_dots() -> None:

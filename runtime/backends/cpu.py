@@ -104,7 +104,7 @@ class CPUBackend:
         kernels = [*STEPS, *(k for f in formats for k in (f.matvec, f.rows))]
         kernels += [k for k in quantisers if k is not None]
         if grouped:
-            tiles = [matmul.TILES[f.group, f.has_offset] for f in grouped]
+            tiles = [matmul.tile_for(f) for f in grouped]
             kernels += [matmul.matmul_bytes, matmul.quantise, matmul.quantise_columns, *tiles]
         if len(grouped) < len(formats):
             kernels += [matmul.matmul_floats, matmul.tile_floats]

@@ -191,7 +191,7 @@ class Lowering:
         arguments = (
             *self._matrix(matrix),
             kernels.rows.address,
-            matmul.TILES[kernels.group, kernels.has_offset].address,
+            matmul.tile_for(kernels).address,
             *place,
             target.base,
             target.token_stride,

@@ -18,16 +18,9 @@ Claims carry the step's number (its epoch): a late thread sees a newer epoch and
 reads meanwhile may be half-changed, but lands in its own memory only.
 """
 
+from gguf_tools.control import atomic_load64, call5, compare_exchange64, pause, yield_core
 from gguf_tools.jit import jit, kernel
-from gguf_tools.simd import (
-    atomic_load64,
-    call5,
-    compare_exchange64,
-    ld_f32,
-    ld_i64,
-    pause,
-    yield_core,
-)
+from gguf_tools.simd import ld_f32, ld_i64
 
 # The header of an operation: int64 each.
 KERNEL = 0  # address of kernel(op, state, thread, first unit, last unit)

@@ -6,7 +6,6 @@ from numba import float32, int8, uint64
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_i8x8,
     bits_i8x16,
     bits_i8x64,
@@ -38,6 +37,7 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels

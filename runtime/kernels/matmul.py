@@ -6,12 +6,9 @@ scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tok
 
 from numba import float32, int32
 
-from gguf_tools.jit import jit, kernel
+from gguf_tools.control import call3, call5, call7, call12
+from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
-    call3,
-    call5,
-    call7,
-    call12,
     cvt_i8x16,
     cvt_i32x16,
     hmax,
@@ -29,6 +26,7 @@ from gguf_tools.simd import (
 )
 from gguf_tools.tiles import f32_tile, int8_tile
 from runtime.kernels.activations import inverse_of
+from runtime.kernels.formats import FormatKernels
 from runtime.kernels.interpreter import ROWS, arg, n_tokens, scratch
 
 COLUMNS = 6  # tokens per tile; buffers have room for a whole last tile
@@ -108,30 +106,36 @@ def quantise_columns(op, state, thread, first, last):
 
 @kernel("iiiiiiiiiiii")
 def tile_32(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
-    int8_tile(6, 32, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+    int8_tile(6, 32, False, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+
+
+@kernel("iiiiiiiiiiii")
+def tile_32_small(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
+    int8_tile(6, 32, False, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
 
 
 @kernel("iiiiiiiiiiii")
 def tile_32_offset(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
-    int8_tile(6, 32, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+    int8_tile(6, 32, True, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
 
 
 @kernel("iiiiiiiiiiii")
 def tile_16(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
-    int8_tile(6, 16, False, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+    int8_tile(6, 16, False, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
 
 
 @kernel("iiiiiiiiiiii")
 def tile_16_offset(w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups):
-    int8_tile(6, 16, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
+    int8_tile(6, 16, True, True, w, ws, wo, x, xs, dx, corr, dxs, ms, y, ys, n_groups)
 
 
-TILES = {
-    (32, False): tile_32,
-    (32, True): tile_32_offset,
-    (16, False): tile_16,
-    (16, True): tile_16_offset,
-}
+def tile_for(kernels: FormatKernels) -> Kernel:
+    """The tile of a format; all but the first hold weights below 128 only."""
+    if kernels.bias >= 128:
+        return tile_32
+    if kernels.has_offset:
+        return tile_32_offset if kernels.group == 32 else tile_16_offset
+    return tile_32_small if kernels.group == 32 else tile_16
 
 
 @kernel("iiiii")

@@ -6,7 +6,6 @@ from numba import int8
 
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_i8x16,
     bits_i8x32,
     bits_i8x64,
@@ -14,7 +13,7 @@ from gguf_tools.simd import (
     bits_i16x16,
     bits_i16x32,
     cvt_f32x16,
-    dpbusd,
+    dpbusd7,
     f16_splat16,
     fma,
     hsum,
@@ -35,6 +34,7 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import PAIRS_16
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -71,13 +71,13 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             m = cvt_f32x16(ucvt_i32x16(bits_i8x16(bits_i16x8(packed) >> 4) & mask16))
             below = fma(m * (f16_splat16(p + 82) * d), ld_f32x16(sums + b * 64), below)
             words = bits_i16x32(ld_i8x64(p + 16))
-            t = dpbusd(zero_i32x16(), bits_i8x64(words) & mask, ld_i8x64(x))
+            t = dpbusd7(zero_i32x16(), bits_i8x64(words) & mask, ld_i8x64(x))
             total = fma(cvt_f32x16(t), pair_0(s), total)
-            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 2) & mask, ld_i8x64(x + 64))
+            t = dpbusd7(zero_i32x16(), bits_i8x64(words >> 2) & mask, ld_i8x64(x + 64))
             other = fma(cvt_f32x16(t), pair_1(s), other)
-            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 4) & mask, ld_i8x64(x + 128))
+            t = dpbusd7(zero_i32x16(), bits_i8x64(words >> 4) & mask, ld_i8x64(x + 128))
             total = fma(cvt_f32x16(t), pair_2(s), total)
-            t = dpbusd(zero_i32x16(), bits_i8x64(words >> 6) & mask, ld_i8x64(x + 192))
+            t = dpbusd7(zero_i32x16(), bits_i8x64(words >> 6) & mask, ld_i8x64(x + 192))
             other = fma(cvt_f32x16(t), pair_3(s), other)
             p += 84
         st_f32(y + r * 4, hsum(total + other) - hsum(below))

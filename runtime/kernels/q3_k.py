@@ -14,7 +14,7 @@ from gguf_tools.simd import (
     concat,
     cvt_f32x16,
     cvt_i32x16,
-    dpbusd,
+    dpbusd7,
     f16_splat16,
     fma,
     hsum,
@@ -78,16 +78,16 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             top = ld_i8x32(p)
             high = bits_i16x32(concat(top, bits_i8x32(bits_i16x16(top) >> 4)))
             q = (bits_i8x64(words) & mask) | (bits_i8x64(high << 2) & bit)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x))
             total = fma(cvt_f32x16(t), pair_0(s), total)
             q = (bits_i8x64(words >> 2) & mask) | (bits_i8x64(high << 1) & bit)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 64))
             other = fma(cvt_f32x16(t), pair_1(s), other)
             q = (bits_i8x64(words >> 4) & mask) | (bits_i8x64(high) & bit)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 128))
             total = fma(cvt_f32x16(t), pair_2(s), total)
             q = (bits_i8x64(words >> 6) & mask) | (bits_i8x64(high >> 1) & bit)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 192))
             other = fma(cvt_f32x16(t), pair_3(s), other)
             p += 110
         st_f32(y + r * 4, hsum(total + other) - float32(4.0) * hsum(below))

@@ -4,7 +4,6 @@ from numba import float32, int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_f16x8,
     bits_i8x16,
     bits_i8x64,
@@ -12,7 +11,7 @@ from gguf_tools.simd import (
     bits_i16x32,
     cvt_f32x8,
     cvt_f32x16,
-    dpbusd,
+    dpbusd7,
     fma,
     hsum,
     keep,
@@ -31,6 +30,7 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -71,8 +71,8 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             n = nibbles_of_4(head, tail)
             # (d * dx, d * dx * sum) of each block
             d = cvt_f32x8(bits_f16x8(scales_of_4(head, tail))) * ld_f32x8(pairs + g * 32)
-            t = dpbusd(zero_i32x16(), n & mask, ld_i8x64(x))
-            t = dpbusd(t, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
+            t = dpbusd7(zero_i32x16(), n & mask, ld_i8x64(x))
+            t = dpbusd7(t, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
             total = fma(cvt_f32x16(t), even(d), total)
             sums = sums + d
         st_f32(y + r * 4, hsum(total) - float32(8.0) * hsum(odd(sums)))
@@ -87,8 +87,8 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
         for b in range(n_blocks):
             p = w + r * row_bytes + b * 18
             n = ld_i8x16(p + 2)
-            t = dpbusd(zero_i32x4(), n & mask, ld_i8x16(xq + b * 16))
-            t = dpbusd(t, bits_i8x16(bits_i16x8(n) >> 4) & mask, ld_i8x16(xq + b * 16 + 64))
+            t = dpbusd7(zero_i32x4(), n & mask, ld_i8x16(xq + b * 16))
+            t = dpbusd7(t, bits_i8x16(bits_i16x8(n) >> 4) & mask, ld_i8x16(xq + b * 16 + 64))
             less = float32(8.0) * ld_f32(pairs + b * 8 + 4)
             result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)

@@ -5,7 +5,6 @@ from numba import int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_f16x16,
     bits_i8x16,
     bits_i8x32,
@@ -15,7 +14,7 @@ from gguf_tools.simd import (
     bits_i16x32,
     cvt_f32x8,
     cvt_f32x16,
-    dpbusd,
+    dpbusd7,
     fma,
     hsum,
     keep,
@@ -38,6 +37,7 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import NIBBLES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -100,11 +100,11 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             front = ld_i8x64(p + 16)
             back = ld_i8x64(p + 80)
             n = first_halves(front, back)
-            t = dpbusd(zero_i32x16(), n & mask, ld_i8x64(x))
-            u = dpbusd(zero_i32x16(), bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
+            t = dpbusd7(zero_i32x16(), n & mask, ld_i8x64(x))
+            u = dpbusd7(zero_i32x16(), bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 64))
             n = last_halves(front, back)
-            t = dpbusd(t, n & mask, ld_i8x64(x + 128))
-            u = dpbusd(u, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 192))
+            t = dpbusd7(t, n & mask, ld_i8x64(x + 128))
+            u = dpbusd7(u, bits_i8x64(bits_i16x32(n) >> 4) & mask, ld_i8x64(x + 192))
             total = fma(cvt_f32x16(t), even_scales(s), total)
             other = fma(cvt_f32x16(u), odd_scales(s), other)
             p += 144

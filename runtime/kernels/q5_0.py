@@ -5,7 +5,6 @@ from numba import float32, int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_f16x8,
     bits_i8x16,
     bits_i8x64,
@@ -37,6 +36,7 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels

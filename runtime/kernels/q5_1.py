@@ -5,13 +5,12 @@ from numba import float32, int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_f16x8,
     bits_i8x64,
     bits_i16x32,
     cvt_f32x8,
     cvt_f32x16,
-    dpbusd,
+    dpbusd7,
     fma,
     hsum,
     keep,
@@ -30,6 +29,7 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -76,10 +76,10 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             dm = cvt_f32x8(bits_f16x8(_scales(head, tail))) * ld_f32x8(pairs + g * 32)
             q = n & mask
             q = sel_test(_low_bits(head, tail), each, q + bit, q)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x))
             q = bits_i8x64(bits_i16x32(n) >> 4) & mask
             q = sel_test(_high_bits(head, tail), each, q + bit, q)
-            t = dpbusd(t, q, ld_i8x64(x + 64))
+            t = dpbusd7(t, q, ld_i8x64(x + 64))
             total = fma(cvt_f32x16(t), even(dm), total)
             sums = sums + dm
         st_f32(y + r * 4, hsum(total) + hsum(odd(sums)))
@@ -93,8 +93,8 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
         for b in range(n_blocks):
             p = w + r * row_bytes + b * 24
             low, high = halves_of_block(p + 8, p + 4)
-            t = dpbusd(zero_i32x4(), low, ld_i8x16(xq + b * 16))
-            t = dpbusd(t, high, ld_i8x16(xq + b * 16 + 64))
+            t = dpbusd7(zero_i32x4(), low, ld_i8x16(xq + b * 16))
+            t = dpbusd7(t, high, ld_i8x16(xq + b * 16 + 64))
             result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8))
             result += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
         st_f32(y + r * 4, result)

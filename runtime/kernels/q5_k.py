@@ -5,13 +5,12 @@ from numba import int8
 
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_i8x32,
     bits_i8x64,
     bits_i16x16,
     bits_i16x32,
     cvt_f32x16,
-    dpbusd,
+    dpbusd7,
     fma,
     hsum,
     keep,
@@ -28,6 +27,7 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import NIBBLES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -75,18 +75,18 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             n = first_halves(front, back)
             q = n & mask
             q = sel_test(top, even_bits, q + bit, q)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x))
             q = bits_i8x64(bits_i16x32(n) >> 4) & mask
             q = sel_test(top, odd_bits, q + bit, q)
-            u = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            u = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 64))
             top = _four_times(ld_i8x16(p + 32))
             n = last_halves(front, back)
             q = n & mask
             q = sel_test(top, even_bits, q + bit, q)
-            t = dpbusd(t, q, ld_i8x64(x + 128))
+            t = dpbusd7(t, q, ld_i8x64(x + 128))
             q = bits_i8x64(bits_i16x32(n) >> 4) & mask
             q = sel_test(top, odd_bits, q + bit, q)
-            u = dpbusd(u, q, ld_i8x64(x + 192))
+            u = dpbusd7(u, q, ld_i8x64(x + 192))
             total = fma(cvt_f32x16(t), even_scales(s), total)
             other = fma(cvt_f32x16(u), odd_scales(s), other)
             p += 176

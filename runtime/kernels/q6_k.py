@@ -5,7 +5,6 @@ from numba import float32, int8
 
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_i8x32,
     bits_i8x64,
     bits_i16x16,
@@ -13,7 +12,7 @@ from gguf_tools.simd import (
     concat,
     cvt_f32x16,
     cvt_i32x16,
-    dpbusd,
+    dpbusd7,
     f16_splat16,
     fma,
     hsum,
@@ -31,6 +30,7 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -63,19 +63,19 @@ def matvec(w, row_bytes, first, last, xq, y, k):
             top = ld_i8x32(p + 128)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
             q = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x))
             total = fma(cvt_f32x16(t), _scales_0(s), total)
             q = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 64))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 64))
             other = fma(cvt_f32x16(t), _scales_1(s), other)
             low = ld_i8x64(p + 64)
             top = ld_i8x32(p + 160)
             high = concat(top, bits_i8x32(bits_i16x16(top) >> 2))
             q = (low & mask) | (bits_i8x64(bits_i16x32(high) << 4) & bits)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 128))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 128))
             total = fma(cvt_f32x16(t), _scales_2(s), total)
             q = (bits_i8x64(bits_i16x32(low) >> 4) & mask) | (high & bits)
-            t = dpbusd(zero_i32x16(), q, ld_i8x64(x + 192))
+            t = dpbusd7(zero_i32x16(), q, ld_i8x64(x + 192))
             other = fma(cvt_f32x16(t), _scales_3(s), other)
             p += 210
         st_f32(y + r * 4, hsum(total + other) - float32(32.0) * hsum(below))

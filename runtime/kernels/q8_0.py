@@ -4,7 +4,6 @@ from numba import float32, int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    VECTORS,
     bits_f16x8,
     concat,
     cvt_f32x8,
@@ -27,6 +26,7 @@ from gguf_tools.simd import (
     zero_i32x8,
     zero_i32x16,
 )
+from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,22 @@ def test_nothing_is_read_outside_the_rows() -> None:
     code = "from tests.kernels.test_formats import check_edges; check_edges()"
     root = Path(__file__).resolve().parent.parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def check_products() -> None:
+    """Both paths of every format, for a process that was told which byte product to use."""
+    for name in FORMATS:
+        test_matvec(name, 768)
+        test_rows(name, 768)
+
+
+@pytest.mark.parametrize("dot", ["avx2", "portable"])
+def test_other_byte_products(dot: str) -> None:
+    import llvmlite.binding as llvm
+
+    if dot == "avx2" and not llvm.get_host_cpu_features().get("avx2"):
+        pytest.skip("no AVX2 here")
+    environment = {**os.environ, "GGUF_TOOLS_DOT": dot}
+    code = "from tests.kernels.test_formats import check_products; check_products()"
+    root = Path(__file__).resolve().parent.parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=root)
