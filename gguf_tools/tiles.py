@@ -15,10 +15,8 @@ from gguf_tools.vectors import (
     I8,
     I32,
     I64,
-    VECTORS,
     emit_dot,
     emit_fma,
-    emit_shuffle,
     emit_splat,
     pointer,
 )
@@ -102,71 +100,44 @@ def int8_tile(
 
 
 @intrinsic(prefer_literal=True)
-def f32_tile(typingctx, n_columns, x, xs, w, ws, y, ys, n):
-    """y[c][0:32] += sum over i < n of x[c][i] * w[i][0:32], float32 (n_columns literal).
+def float_tile(typingctx, n_columns, n_vectors, w_bytes, x, xs, w, ws, y, ys, n):
+    """y[c][0:v] += sum over i < n of x[c][i] * w[i][0:v], where v = 16 * n_vectors.
 
-    Strides in bytes: `xs` between columns of x, `ws` between rows of w, `ys` between columns of y.
+    x and y are float32. `n_columns`, `n_vectors` and `w_bytes`, the bytes of a number of w (4:
+    float32, 2: f16, 1: int8), are literals. Strides in bytes: `xs` between columns of x, `ws`
+    between rows of w, `ys` between columns of y. Beyond 24 sums the registers do not suffice.
     """
-    columns = n_columns.literal_value
+    columns, parts, size = (a.literal_value for a in (n_columns, n_vectors, w_bytes))
+    kind = ir.VectorType({4: F32, 2: ir.HalfType(), 1: I8}[size], 16)
+
+    def widened(b: Any, value: Any) -> Any:
+        if size == 4:
+            return value
+        return b.fpext(value, _FLOATS) if size == 2 else b.sitofp(value, _FLOATS)
 
     def emit(context, b, sig, args):
-        x, xs, w, ws, y, ys, n = args[1:]
-        y_at = _columns(b, y, ys, columns)
-        x_at = _columns(b, x, xs, columns)
+        x, xs, w, ws, y, ys, n = args[3:]
+        y_at, x_at = _columns(b, y, ys, columns), _columns(b, x, xs, columns)
         sums = [
             [
                 cgutils.alloca_once_value(b, b.load(_at(b, at, r * 64), typ=_FLOATS, align=4))
                 for at in y_at
             ]
-            for r in (0, 1)
+            for r in range(parts)
         ]
         with cgutils.for_range(b, n) as loop:
             row, i4 = b.add(w, b.mul(loop.index, ws)), b.mul(loop.index, I64(4))
-            weights = [b.load(_at(b, row, r * 64), typ=_FLOATS, align=4) for r in (0, 1)]
+            weights = [
+                widened(b, b.load(_at(b, row, r * 16 * size), typ=kind, align=size))
+                for r in range(parts)
+            ]
             for c in range(columns):
                 value = emit_splat(b, _FLOATS, b.load(_at(b, x_at[c], i4), typ=F32, align=4))
-                for r in (0, 1):
+                for r in range(parts):
                     b.store(emit_fma(b, weights[r], value, b.load(sums[r][c])), sums[r][c])
         for c in range(columns):
-            for r in (0, 1):
+            for r in range(parts):
                 b.store(b.load(sums[r][c]), _at(b, y_at[c], r * 64), align=4)
         return context.get_dummy_value()
 
-    return types.void(n_columns, *[types.int64] * 7), emit
-
-
-@intrinsic
-def dots16(typingctx, q, k, stride, n):
-    """f32x16: the dot products of float32 q[n] with 16 rows of f16 k[n], `stride` bytes apart.
-
-    n must be a multiple of 16. The 16 sums are added up together, which costs a third of 16
-    separate horizontal sums.
-    """
-    result = VECTORS["f32x16"]
-    halves = ir.VectorType(ir.HalfType(), 16)
-
-    def emit(context, b, sig, args):
-        q, k, stride, n = args
-        rows = _columns(b, k, stride, 16)
-        sums = [cgutils.alloca_once_value(b, ir.Constant(_FLOATS, None)) for _ in rows]
-        with cgutils.for_range(b, b.lshr(n, I64(4))) as loop:
-            query = b.load(_at(b, q, b.mul(loop.index, I64(64))), typ=_FLOATS, align=4)
-            along = b.mul(loop.index, I64(32))
-            for row, total in zip(rows, sums, strict=True):
-                key = b.fpext(b.load(_at(b, row, along), typ=halves, align=1), _FLOATS)
-                b.store(emit_fma(b, key, query, b.load(total)), total)
-        vectors = [b.load(total) for total in sums]
-        # Lane l of the result is to be the sum of vector l: each round adds halves of pairs.
-        for s in (8, 4, 2, 1):
-            low = [(i if not (i & s) else 16 + (i ^ s)) for i in range(16)]
-            high = [((i ^ s) if not (i & s) else 16 + i) for i in range(16)]
-            vectors = [
-                b.fadd(
-                    emit_shuffle(b, vectors[i], vectors[i + s], low),
-                    emit_shuffle(b, vectors[i], vectors[i + s], high),
-                )
-                for i in range(s)
-            ]
-        return vectors[0]
-
-    return result(*[types.int64] * 4), emit
+    return types.void(n_columns, n_vectors, w_bytes, *[types.int64] * 7), emit

@@ -116,6 +116,10 @@ def run(
             "(default: stop with a prompt, drop-oldest in a chat)"
         ),
     ] = None,
+    kv_type: Annotated[
+        Literal["f16", "q8_0"],
+        machine("How the KV cache keeps numbers; q8_0 takes about half the memory."),
+    ] = "f16",
     threads: Annotated[int | None, machine("(default: the physical cores)", min=1)] = None,
     gpu_layers: Annotated[
         str,
@@ -169,6 +173,7 @@ def run(
                 n_ctx=ctx,
                 threads=threads,
                 backend=backend,
+                kv_type=kv_type,
                 template_file=chat_template,
                 raw=raw,
                 on_compile=compiling,

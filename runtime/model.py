@@ -16,6 +16,7 @@ from runtime.program import Floats, Program
 
 DEFAULT_CONTEXT = 8192  # at most, when the user names none: the KV cache costs memory
 BACKENDS = ("cpu", "reference")
+KV_TYPES = ("f16", "q8_0")
 
 
 class Model:
@@ -40,17 +41,21 @@ class Model:
         threads: int | None = None,
         backend: str = "cpu",
         n_batch: int = 512,
+        kv_type: str = "f16",
         on_compile: Callable[[int, int], None] | None = None,
     ) -> Model:
         """Make the model in `file` ready to run; the file must stay open.
 
         `n_ctx` tokens of context (default: the trained length, at most DEFAULT_CONTEXT);
-        `threads` default to the physical cores; prompts are read `n_batch` tokens at a time.
+        `threads` default to the physical cores; prompts are read `n_batch` tokens at a time;
+        `kv_type` is how the KV cache keeps numbers (the reference backend's are always float32).
         Kernels that are not in the cache yet are compiled now; `on_compile(done, total)` is called
         meanwhile.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
+        if kv_type not in KV_TYPES:
+            raise ValueError(f"kv_type is one of {KV_TYPES}, not {kv_type!r}")
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"n_ctx must be positive, not {n_ctx}")
         if threads is not None and threads < 1:
@@ -66,6 +71,7 @@ class Model:
             n_ctx=size,
             n_threads=n_threads,
             n_batch=n_batch,
+            kv_type=kv_type,
             on_compile=on_compile,
         )
         return cls(config, runner, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
@@ -141,6 +147,7 @@ def _make_backend(
     n_ctx: int,
     n_threads: int,
     n_batch: int,
+    kv_type: str,
     on_compile: Callable[[int, int], None] | None,
 ) -> Backend:
     if name == "reference":
@@ -150,7 +157,7 @@ def _make_backend(
     from gguf_tools.jit import compile_kernels
     from runtime.backends.cpu import CPUBackend
 
-    for done, total in compile_kernels(CPUBackend.kernels(program)):
+    for done, total in compile_kernels(CPUBackend.kernels(program, kv_type)):
         if on_compile is not None:
             on_compile(done, total)
-    return CPUBackend(program, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch)
+    return CPUBackend(program, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, kv_type=kv_type)

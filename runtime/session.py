@@ -64,6 +64,7 @@ def open_session(
     n_ctx: int | None = None,
     threads: int | None = None,
     backend: str = "cpu",
+    kv_type: str = "f16",
     template_file: Path | None = None,
     raw: bool = False,
     on_compile: Callable[[int, int], None] | None = None,
@@ -77,7 +78,12 @@ def open_session(
         tokenizer = Tokenizer(file.metadata)
         template, template_name = _choose_template(tokenizer, template_file, raw=raw)
         with Model.load(
-            file, n_ctx=n_ctx, threads=threads, backend=backend, on_compile=on_compile
+            file,
+            n_ctx=n_ctx,
+            threads=threads,
+            backend=backend,
+            kv_type=kv_type,
+            on_compile=on_compile,
         ) as model:
             config = model.config
             if tokenizer.n_tokens > config.n_vocab:

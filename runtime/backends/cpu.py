@@ -15,10 +15,10 @@ import numpy.typing as npt
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import Crew, ReadyTable
 from runtime.backends.lowering import HostMatMul, Lowering
-from runtime.backends.memory import Arena, Cache, Memory, Place
+from runtime.backends.memory import Arena, Memory, Place, make_caches
 from runtime.backends.reference import matmul as reference_matmul
 from runtime.backends.table import Table
-from runtime.kernels import attention, elementwise, matmul
+from runtime.kernels import attention, elementwise, kv_cache, matmul
 from runtime.kernels.interpreter import (
     EPOCH,
     N_CHUNKS,
@@ -31,6 +31,7 @@ from runtime.kernels.interpreter import (
     STATE_FIELDS,
     run_table,
 )
+from runtime.kernels.kv_cache import KV_TYPES, POSITIONS, KVType
 from runtime.kernels.table import FORMATS
 from runtime.program import Floats, MatMul, Program, matrices
 
@@ -38,8 +39,8 @@ STEPS = (  # what every program needs
     attention.attend_tiles,
     attention.attend_chunks,
     run_table,
+    kv_cache.store_kv,
     elementwise.rms_norm,
-    elementwise.store_kv,
     attention.combine,
     elementwise.gate_silu,
     elementwise.rope,
@@ -52,27 +53,29 @@ HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 60
 class CPUBackend:
     """Runs a program with compiled kernels."""
 
-    def __init__(self, program: Program, *, n_ctx: int, n_threads: int, n_batch: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_batch: int,
+        kv_type: str = "f16",
+    ) -> None:
         self.program = program
         self.n_threads = n_threads
         arena = Arena()
         columns = matmul.COLUMNS
         room = (max(n_batch, HEAD_ROWS) + columns - 1) // columns * columns
-        n_positions = (n_ctx + attention.KEYS - 1) // attention.KEYS * attention.KEYS
+        n_positions = (n_ctx + POSITIONS - 1) // POSITIONS * POSITIONS
+        kv = KV_TYPES[kv_type]
         self._buffers: dict[str, Floats] = {}
         shared = {
             name: self._buffer(arena, name, width, HEAD_ROWS if name == "logits" else room)
             for name, width in program.buffers.items()
         }
-        caches = tuple(
-            Cache(
-                shape,
-                arena.zeros(shape.n_kv_heads * n_positions * attention.padded(shape.key_dim) * 2),
-                arena.zeros(shape.n_kv_heads * n_positions * attention.padded(shape.value_dim) * 2),
-            )
-            for shape in program.caches
-        )
-        memory = Memory(arena, shared, caches, n_positions, n_threads, room)
+        caches = make_caches(arena, program.caches, kv, n_positions)
+        memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)
         one, many = (Lowering(program, memory, one_token=flag) for flag in (True, False))
         body = [step for layer in program.layers for step in layer]
         self._decode = _ready(arena, one.lower([*body, *program.head]))
@@ -90,18 +93,22 @@ class CPUBackend:
         self._arena = arena
         self._state = np.zeros(STATE_FIELDS, np.int64)
         self._state[N_THREADS] = n_threads
-        self._state[SCRATCH_BYTES] = _scratch_bytes(program, n_positions)
+        self._state[SCRATCH_BYTES] = _scratch_bytes(program, n_positions, kv)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
 
     @staticmethod
-    def kernels(program: Program) -> list[Kernel]:
+    def kernels(program: Program, kv_type: str = "f16") -> list[Kernel]:
         """The kernels that `program` needs, the slowest to compile first."""
         quants = {m.quant.name for m in matrices(program)} & FORMATS.keys()
         formats = [FORMATS[name] for name in sorted(quants)]
         grouped = [f for f in formats if f.group]
         quantisers = [f.activation.quantise for f in grouped]
-        kernels = [*STEPS, *(k for f in formats for k in (f.matvec, f.rows))]
+        kernels = [
+            *KV_TYPES[kv_type].kernels,
+            *STEPS,
+            *(k for f in formats for k in (f.matvec, f.rows)),
+        ]
         kernels += [k for k in quantisers if k is not None]
         if grouped:
             tiles = [matmul.tile_for(f) for f in grouped]
@@ -184,12 +191,12 @@ def _ready(arena: Arena, parts: list[Table | HostMatMul]) -> list[ReadyTable | H
     ]
 
 
-def _scratch_bytes(program: Program, n_positions: int) -> int:
+def _scratch_bytes(program: Program, n_positions: int, kv: KVType) -> int:
     steps = [*(i for layer in program.layers for i in layer), *program.head]
     needs = [matmul.scratch_bytes(s.matrix.n_columns) for s in steps if isinstance(s, MatMul)]
     needs += [
         attention.scratch_bytes(
-            n_positions, shape.n_heads // shape.n_kv_heads, shape.key_dim, shape.value_dim
+            n_positions, shape.n_heads // shape.n_kv_heads, shape.key_dim, shape.value_dim, kv
         )
         for shape in program.caches
     ]

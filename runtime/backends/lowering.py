@@ -24,7 +24,7 @@ import numpy as np
 from gguf_tools.jit import Kernel
 from runtime.backends.memory import Memory, Place
 from runtime.backends.table import WHOLE, Access, Table, Units, columns, items, reads, writes
-from runtime.kernels import attention, elementwise, matmul
+from runtime.kernels import attention, elementwise, kv_cache, matmul
 from runtime.kernels.activations import Activation
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.interpreter import ROWS
@@ -244,7 +244,7 @@ class Lowering:
 
     def _store(self, table: Table, step: StoreKV) -> None:
         cache = self.memory.caches[step.layer]
-        shape = cache.shape
+        shape, kv = cache.shape, self.memory.kv
         arguments = (
             *self.places[step.keys].arguments,
             *self.places[step.values].arguments,
@@ -253,20 +253,23 @@ class Lowering:
             shape.n_kv_heads,
             shape.key_dim,
             shape.value_dim,
-            attention.padded(shape.key_dim) * 2,
-            attention.padded(shape.value_dim) * 2,
+            kv.padded(shape.key_dim),
+            kv.padded(shape.value_dim),
+            kv.block_bytes(shape.key_dim),
+            kv.block_bytes(shape.value_dim),
             self.memory.n_positions,
+            kv.store.address,
         )
         accesses = [
             *self._access(step.keys, items(shape.n_kv_heads)),
             *self._access(step.values, items(shape.n_kv_heads)),
             writes(f"cache {step.layer}", items(shape.n_kv_heads)),
         ]
-        self._add_items(table, elementwise.store_kv, arguments, accesses, shape.n_kv_heads)
+        self._add_items(table, kv_cache.store_kv, arguments, accesses, shape.n_kv_heads)
 
     def _attention(self, step: Attend) -> tuple[int | float, ...]:
         cache = self.memory.caches[step.layer]
-        shape = cache.shape
+        shape, kv = cache.shape, self.memory.kv
         return (
             *self.places[step.queries].arguments,
             cache.keys,
@@ -275,21 +278,25 @@ class Lowering:
             shape.n_kv_heads,
             shape.key_dim,
             shape.value_dim,
-            attention.padded(shape.key_dim),
-            attention.padded(shape.value_dim),
+            kv.padded(shape.key_dim),
+            kv.padded(shape.value_dim),
             self.memory.n_positions,
             step.window,
             float(step.scale),
+            kv.block_bytes(shape.key_dim),
+            kv.block_bytes(shape.value_dim),
         )
 
     def _attend_one(self, table: Table, step: Attend) -> None:
         shape = self.memory.caches[step.layer].shape
+        kv = self.memory.kv
         if not self._partials:
-            most = max(attention.partial_bytes(s.n_heads, s.value_dim) for s in self.program.caches)
+            sizes = ((s.n_heads, s.value_dim) for s in self.program.caches)
+            most = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
             self._partials = self.memory.arena.zeros(most)
         table.add(
             attention.attend_chunks,
-            (*self._attention(step), self._partials),
+            (*self._attention(step), kv.score.address, kv.mix.address, self._partials),
             [
                 *self._access(step.queries, WHOLE),
                 reads(f"cache {step.layer}"),
@@ -304,7 +311,7 @@ class Lowering:
             target.thread_stride,
             shape.n_heads,
             shape.value_dim,
-            attention.padded(shape.value_dim),
+            kv.padded(shape.value_dim),
             step.window,
             self._partials,
         )
@@ -319,7 +326,9 @@ class Lowering:
             reads(f"cache {step.layer}"),
             *self._access(step.target, "blocks of queries", written=True),
         ]
-        arguments = (*self._attention(step), target.base, target.token_stride)
+        kv = self.memory.kv
+        floats = (kv.key_floats.address, kv.value_floats.address)
+        arguments = (*self._attention(step), *floats, target.base, target.token_stride)
         n_kv_heads = self.memory.caches[step.layer].shape.n_kv_heads
         units = Units(per_chunk=n_kv_heads, parts=EACH)
         table.add(attention.attend_tiles, arguments, accesses, units)

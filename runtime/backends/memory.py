@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.kernels.kv_cache import POSITIONS, KVType
 from runtime.program import Floats, KVShape
 
 
@@ -51,11 +53,29 @@ class Place:
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV cache of one layer: addresses of [kv head][position][padded dim] f16."""
+    """The KV cache of one layer: addresses of [kv head][block] (runtime/kernels/kv_cache.py)."""
 
     shape: KVShape
     keys: int
     values: int
+
+
+def make_caches(
+    arena: Arena, shapes: Iterable[KVShape], kv: KVType, n_positions: int
+) -> tuple[Cache, ...]:
+    """Empty caches with room for n_positions, a multiple of POSITIONS."""
+
+    def room(shape: KVShape, dim: int) -> int:
+        return shape.n_kv_heads * n_positions // POSITIONS * kv.block_bytes(dim)
+
+    return tuple(
+        Cache(
+            shape,
+            arena.zeros(room(shape, shape.key_dim)),
+            arena.zeros(room(shape, shape.value_dim)),
+        )
+        for shape in shapes
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class Memory:
     arena: Arena
     shared: dict[str, Place]  # every buffer, with room for all tokens of a batch
     caches: tuple[Cache, ...]
+    kv: KVType
     n_positions: int  # positions the caches have room for
     n_threads: int
     n_batch: int  # tokens there is room for, a multiple of matmul.COLUMNS

@@ -1,55 +1,50 @@
-"""Attention on an f16 KV cache, one pass over keys and values (online softmax).
+"""Attention on the KV cache (runtime/kernels/kv_cache.py), one pass over keys and values.
 
-The cache of a layer is [kv head][position][dim padded to 16] f16, keys and values apart.
+One token (decode): the blocks of visible positions are cut into chunks; a thread takes (kv head,
+chunk), serves all query heads that share the kv head, and leaves a partial result; `combine` adds
+them up. How blocks are cut depends on the positions alone, so the result does not depend on the
+number of threads. The cache is read as it lies, once for up to 4 query heads.
 
-One token (decode): the visible positions are cut into chunks; a thread takes (kv head, chunk),
-serves all query heads that share the kv head, and leaves a partial result; `combine` adds them
-up. How positions are cut depends on their number alone, so the result does not depend on the
-number of threads.
+Many tokens (prompt): a thread takes (kv head, some tokens), walks along blocks of positions turned
+to float32 once, and multiplies for 6 rows of queries at a time (online softmax).
 
-Many tokens (prompt): a thread takes (kv head, some tokens), walks along blocks of KEYS positions
-turned to float32 once, and multiplies with the float32 tile for 6 rows of queries at a time.
+Queries are scaled by log2(e) more, so that powers of 2 take the place of exponentials.
 """
 
 from numba import float32
 
+from gguf_tools.control import call3, call7, call9
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    cvt_f32x16,
+    bits_f32x16,
+    bits_i32x16,
+    cvt_i32x16,
+    first_lane,
     fma,
     hmax,
     hsum,
-    ld_f16x16,
     ld_f32,
     ld_f32x16,
     splat_f32x16,
     st,
     st_f32,
-    transpose16,
     vmax,
+    vrint,
     zero_f32x16,
 )
-from gguf_tools.tiles import dots16, f32_tile
-from runtime.kernels.elementwise import exp1, exp16
+from gguf_tools.tiles import float_tile
 from runtime.kernels.interpreter import arg, float_arg, n_tokens, position, scratch
+from runtime.kernels.kv_cache import POSITIONS, KVType, copy_scaled, zero
 
 MAX_CHUNKS = 16
-CHUNK_STEP = 64  # chunks are multiples of this many positions
-KEYS = 64  # positions per block of a prompt
 QUERY_ROWS = 96  # query heads times tokens that share a block, about
 HIDDEN = -1e30  # score of a position that may not be seen
-
-
-def padded(dim: int) -> int:
-    """Elements of one key or value in the cache."""
-    return (dim + 15) // 16 * 16
+LOG2_E = 1.4426950408889634
 
 
 def chunk_count(n_positions: int) -> int:
-    """Chunks that decode cuts n_positions visible positions into; as `_chunk` does."""
-    per = (n_positions + MAX_CHUNKS - 1) // MAX_CHUNKS
-    size = max(CHUNK_STEP, (per + CHUNK_STEP - 1) // CHUNK_STEP * CHUNK_STEP)
-    return (n_positions + size - 1) // size
+    """Chunks that decode cuts n_positions visible positions into, at most; as `_cut` does."""
+    return min(MAX_CHUNKS, (n_positions + POSITIONS - 1) // POSITIONS)
 
 
 def query_tokens(group: int) -> int:
@@ -57,31 +52,38 @@ def query_tokens(group: int) -> int:
     return max(1, QUERY_ROWS // group)
 
 
-def partial_bytes(n_heads: int, value_dim: int) -> int:
+def partial_bytes(n_heads: int, value_dim: int, kv: KVType) -> int:
     """Room for the partial results of one token: per head and chunk max, sum and values."""
-    return n_heads * MAX_CHUNKS * (16 + padded(value_dim)) * 4
+    return n_heads * MAX_CHUNKS * (16 + kv.padded(value_dim)) * 4
 
 
-def scratch_bytes(n_ctx: int, group: int, key_dim: int, value_dim: int) -> int:
+def scratch_bytes(n_ctx: int, group: int, key_dim: int, value_dim: int, kv: KVType) -> int:
     """Scratch per thread; `group` query heads share a kv head."""
-    key, value = padded(key_dim), (value_dim + 31) // 32 * 32
+    key, value = kv.padded(key_dim), kv.padded(value_dim)
     rows = max(QUERY_ROWS, group) + 6
-    decode = key * 4 * group + (n_ctx // MAX_CHUNKS + 2 * CHUNK_STEP) * 4
-    prompt = rows * (key + value + 2) * 4 + KEYS * (key + value) * 4 + (6 * KEYS + 256) * 4
+    decode = group * (key + n_ctx // MAX_CHUNKS + 4 * POSITIONS) * 4
+    prompt = rows * (key + value + 17) * 4 + POSITIONS * (key + value + 6) * 4
     return max(decode, prompt) + 4096
 
 
 @jit
-def _copy_scaled(source, target, dim, full, scale):
-    """dim floats times scale, zeros up to `full` (a multiple of 16)."""
-    s = splat_f32x16(scale)
-    for i in range(0, dim - 15, 16):
-        st(target + i * 4, ld_f32x16(source + i * 4) * s)
-    for i in range(dim & ~15, full):
-        value = float32(0.0)
-        if i < dim:
-            value = ld_f32(source + i * 4) * scale
-        st_f32(target + i * 4, value)
+def _exp2(x):
+    """2 ** x of 16 floats up to 0, within 2 units in the last place; as 2 ** -126 below that."""
+    x = vmax(x, splat_f32x16(float32(-126.0)))
+    n = vrint(x)
+    r = x - n
+    p = splat_f32x16(float32(1.3276471e-3))
+    p = fma(p, r, splat_f32x16(float32(9.6755410e-3)))
+    p = fma(p, r, splat_f32x16(float32(5.5507131e-2)))
+    p = fma(p, r, splat_f32x16(float32(2.4022120e-1)))
+    p = fma(p, r, splat_f32x16(float32(6.9314694e-1)))
+    p = fma(p, r, splat_f32x16(float32(1.0000001)))
+    return bits_f32x16(bits_i32x16(p) + (cvt_i32x16(n) << 23))
+
+
+@jit
+def _exp2_one(x):
+    return first_lane(_exp2(splat_f32x16(x)))
 
 
 @jit
@@ -93,97 +95,101 @@ def _visible(last, window):
 
 
 @jit
-def _chunk(count):
-    """Positions per chunk for `count` visible ones."""
-    per = (count + MAX_CHUNKS - 1) // MAX_CHUNKS
-    return max(CHUNK_STEP, (per + CHUNK_STEP - 1) // CHUNK_STEP * CHUNK_STEP)
+def _cut(first, n_blocks, c):
+    """The first block of chunk c of n_blocks blocks."""
+    return first + c * n_blocks // min(MAX_CHUNKS, n_blocks)
 
 
 @jit
-def _weighted_sum(weights, values, stride, count, out, dim):
-    """out[dim] = sum of weights[i] * values[i], f16 values `stride` bytes apart."""
-    i = 0
-    while i + 64 <= dim:
-        a = zero_f32x16()
-        b = zero_f32x16()
-        c = zero_f32x16()
-        d = zero_f32x16()
-        for t in range(count):
-            w = splat_f32x16(ld_f32(weights + t * 4))
-            v = values + t * stride + i * 2
-            a = fma(w, cvt_f32x16(ld_f16x16(v)), a)
-            b = fma(w, cvt_f32x16(ld_f16x16(v + 32)), b)
-            c = fma(w, cvt_f32x16(ld_f16x16(v + 64)), c)
-            d = fma(w, cvt_f32x16(ld_f16x16(v + 96)), d)
-        st(out + i * 4, a)
-        st(out + i * 4 + 64, b)
-        st(out + i * 4 + 128, c)
-        st(out + i * 4 + 192, d)
-        i += 64
-    while i < dim:
-        e = zero_f32x16()
-        for t in range(count):
-            w = splat_f32x16(ld_f32(weights + t * 4))
-            e = fma(w, cvt_f32x16(ld_f16x16(values + t * stride + i * 2)), e)
-        st(out + i * 4, e)
-        i += 16
+def _hide(scores, low, high):
+    """Of POSITIONS scores, let only low..high count."""
+    for i in range(min(low, POSITIONS)):
+        st_f32(scores + i * 4, float32(HIDDEN))
+    for i in range(max(high, 0), POSITIONS):
+        st_f32(scores + i * 4, float32(HIDDEN))
+
+
+# --- one token -------------------------------------------------------------------------------
 
 
 @kernel("iiiii")
 def attend_chunks(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
-    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, partials 14;
-    unit: a chunk of a kv head, all first chunks first"""
-    query_heads = arg(op, 5) // arg(op, 6)
-    key_stride = arg(op, 9) * 2
-    value_stride = arg(op, 10) * 2
+    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
+    keys 14, of values 15, score kernel 16, mix kernel 17, partials 18; unit: a chunk of a kv head,
+    all first chunks first"""
+    rows = arg(op, 5) // arg(op, 6)
+    dim = arg(op, 9)
+    width = arg(op, 10)
     here = position(state)
     begin = _visible(here, arg(op, 12))
-    count = here + 1 - begin
-    chunk = _chunk(count)
-    queries = scratch(state, thread)
-    scores = queries + query_heads * arg(op, 9) * 4
-    partial_stride = (16 + arg(op, 10)) * 4
+    first_block = begin // POSITIONS
+    n_blocks = here // POSITIONS + 1 - first_block
+    n_chunks = min(MAX_CHUNKS, n_blocks)
+    most = (n_blocks + n_chunks - 1) // n_chunks * POSITIONS  # positions in a chunk
+    stride = most * 4
+    queries = (scratch(state, thread) + 63) & ~63
+    scores = queries + rows * dim * 4
+    room = scores + rows * stride
+    partial_stride = (16 + width) * 4
+    head_stride = MAX_CHUNKS * partial_stride
     for unit in range(first, last):
         kv_head = unit % arg(op, 6)
         c = unit // arg(op, 6)
-        start = begin + c * chunk
-        n = min(chunk, here + 1 - start)
-        if n <= 0:
-            continue  # fewer chunks are visible in a window
-        keys = arg(op, 3) + (kv_head * arg(op, 11) + start) * key_stride
-        values = arg(op, 4) + (kv_head * arg(op, 11) + start) * value_stride
-        for g in range(query_heads):
-            head = kv_head * query_heads + g
-            query = queries + g * arg(op, 9) * 4
-            source = arg(op, 0) + thread * arg(op, 1) + head * arg(op, 7) * 4
-            _copy_scaled(source, query, arg(op, 7), arg(op, 9), float_arg(op, 13))
-            top = splat_f32x16(float32(HIDDEN))
-            for t in range(0, n, 16):
-                st(scores + t * 4, dots16(query, keys + t * key_stride, key_stride, arg(op, 9)))
-                if t + 16 > n:
-                    for hidden in range(n, t + 16):
-                        st_f32(scores + hidden * 4, float32(HIDDEN))
-                top = vmax(top, ld_f32x16(scores + t * 4))
-            most = hmax(top)
-            total = zero_f32x16()
-            for t in range(0, n, 16):
-                e = exp16(ld_f32x16(scores + t * 4) - splat_f32x16(most))
-                st(scores + t * 4, e)
-                total = total + e
-            partial = arg(op, 14) + (head * MAX_CHUNKS + c) * partial_stride
-            st_f32(partial, most)
-            st_f32(partial + 4, hsum(total))
-            _weighted_sum(scores, values, value_stride, n, partial + 64, arg(op, 10))
+        if c >= n_chunks:
+            break  # fewer chunks are visible in a window
+        for r in range(rows):
+            source = arg(op, 0) + thread * arg(op, 1) + (kv_head * rows + r) * arg(op, 7) * 4
+            scale = float_arg(op, 13) * float32(LOG2_E)
+            copy_scaled(source, queries + r * dim * 4, arg(op, 7), dim, scale)
+        start = _cut(first_block, n_blocks, c)
+        end = _cut(first_block, n_blocks, c + 1)
+        row_blocks = kv_head * (arg(op, 11) // POSITIONS)
+        zero(scores, rows * most)
+        for block in range(start, end):
+            keys = arg(op, 3) + (row_blocks + block) * arg(op, 14)
+            into = scores + (block - start) * POSITIONS * 4
+            call7(arg(op, 16), rows, queries, dim, keys, into, stride, room)
+            if block == first_block or block == end - 1:
+                low, high = begin - block * POSITIONS, here + 1 - block * POSITIONS
+                for r in range(rows):
+                    _hide(into + r * stride, low, high)
+        partials = arg(op, 18) + kv_head * rows * head_stride + c * partial_stride
+        n = (end - start) * POSITIONS
+        for r in range(rows):
+            _softmax(scores + r * stride, n, partials + r * head_stride)
+            zero(partials + r * head_stride + 64, width)
+        for block in range(start, end):
+            values = arg(op, 4) + (row_blocks + block) * arg(op, 15)
+            weights = scores + (block - start) * POSITIONS * 4
+            visible = min(POSITIONS, here + 1 - block * POSITIONS)
+            out = partials + 64
+            mix = arg(op, 17)
+            call9(mix, rows, weights, stride, values, visible, out, head_stride, width, room)
+
+
+@jit
+def _softmax(scores, n, partial):
+    """Turn n scores into weights; their maximum and sum to `partial`."""
+    top = ld_f32x16(scores)
+    for i in range(16, n, 16):
+        top = vmax(top, ld_f32x16(scores + i * 4))
+    most = hmax(top)
+    total = zero_f32x16()
+    for i in range(0, n, 16):
+        e = _exp2(ld_f32x16(scores + i * 4) - splat_f32x16(most))
+        st(scores + i * 4, e)
+        total = total + e
+    st_f32(partial, most)
+    st_f32(partial + 4, hsum(total))
 
 
 @kernel("iiiii")
 def combine(op, state, thread, first, last):
     """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6; unit: a head"""
     here = position(state)
-    count = here + 1 - _visible(here, arg(op, 5))
-    chunk = _chunk(count)
-    n_chunks = (count + chunk - 1) // chunk
+    begin = _visible(here, arg(op, 5))
+    n_chunks = min(MAX_CHUNKS, here // POSITIONS + 1 - begin // POSITIONS)
     stride = (16 + arg(op, 4)) * 4
     target = arg(op, 0) + thread * arg(op, 1)
     weights = scratch(state, thread)
@@ -195,7 +201,7 @@ def combine(op, state, thread, first, last):
             most = max(most, ld_f32(partials + c * stride))
         total = float32(0.0)
         for c in range(n_chunks):
-            weight = exp1(ld_f32(partials + c * stride) - most)
+            weight = _exp2_one(ld_f32(partials + c * stride) - most)
             st_f32(weights + c * 4, weight)
             total += weight * ld_f32(partials + c * stride + 4)
         inverse = float32(1.0) / total
@@ -205,49 +211,30 @@ def combine(op, state, thread, first, last):
                 weight = splat_f32x16(ld_f32(weights + c * 4))
                 value = fma(weight, ld_f32x16(partials + c * stride + 64 + i * 4), value)
             st(sums + i * 4, value)
-        _copy_scaled(sums, target + head * arg(op, 3) * 4, arg(op, 3), arg(op, 3), inverse)
+        copy_scaled(sums, target + head * arg(op, 3) * 4, arg(op, 3), arg(op, 3), inverse)
 
 
-@jit
-def _pack_keys(keys, stride, first, end, packed, dim, corner):
-    """KEYS keys from `first` on, turned: packed[dim][KEYS] float32; beyond `end` the last one."""
-    for p in range(0, KEYS, 16):
-        for i in range(0, dim, 16):
-            for j in range(16):
-                at = keys + min(first + p + j, end - 1) * stride + i * 2
-                st(corner + j * 64, cvt_f32x16(ld_f16x16(at)))
-            transpose16(corner, 64, packed + i * KEYS * 4 + p * 4, KEYS * 4)
-
-
-@jit
-def _pack_values(values, stride, first, end, packed, dim, width):
-    """KEYS values as float32 rows of `width` (a multiple of 32); zeros beyond `end` and `dim`."""
-    for p in range(KEYS):
-        for i in range(0, width, 16):
-            v = zero_f32x16()
-            if first + p < end and i < dim:
-                v = cvt_f32x16(ld_f16x16(values + (first + p) * stride + i * 2))
-            st(packed + (p * width + i) * 4, v)
+# --- many tokens -----------------------------------------------------------------------------
 
 
 @kernel("iiiii")
 def attend_tiles(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
-    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, target 14-15;
-    unit: a block of queries of a kv head"""
+    key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
+    keys 14, of values 15, kernels that make floats of keys 16, of values 17, target 18-19; unit: a
+    block of queries of a kv head"""
     group = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
-    width = (arg(op, 8) + 31) & ~31
+    width = arg(op, 10)
     tokens = max(1, QUERY_ROWS // group)  # as query_tokens
     max_rows = (tokens * group + 5) // 6 * 6
     queries = (scratch(state, thread) + 63) & ~63
     outputs = queries + max_rows * dim * 4
-    keys = outputs + max_rows * width * 4
-    values = keys + KEYS * dim * 4
-    scores = values + KEYS * width * 4
-    corner = scores + 6 * KEYS * 4
-    tops = corner + 1024
-    totals = tops + max_rows * 4
+    totals = outputs + max_rows * width * 4  # 16 of a row, to be added up
+    keys = totals + max_rows * 64
+    values = keys + POSITIONS * dim * 4
+    scores = values + POSITIONS * width * 4
+    tops = scores + 6 * POSITIONS * 4
     for unit in range(first, last):
         kv_head = unit % arg(op, 6)
         # The last tokens see most and are the most work: they come first.
@@ -262,66 +249,81 @@ def attend_tiles(op, state, thread, first, last):
             t = t0 + place // group
             head = kv_head * group + place % group
             source = arg(op, 0) + t * arg(op, 2) + head * arg(op, 7) * 4
-            _copy_scaled(source, queries + r * dim * 4, arg(op, 7), dim, float_arg(op, 13))
+            scale = float_arg(op, 13) * float32(LOG2_E)
+            copy_scaled(source, queries + r * dim * 4, arg(op, 7), dim, scale)
             st_f32(tops + r * 4, float32(HIDDEN))
-            st_f32(totals + r * 4, float32(0.0))
-            for i in range(0, width, 16):
-                st(outputs + (r * width + i) * 4, zero_f32x16())
+        zero(totals, rows * 16)
+        zero(outputs, rows * width)
         begin = _visible(position(state) + t0, arg(op, 12))
         end = position(state) + t1
-        key_base = arg(op, 3) + kv_head * arg(op, 11) * dim * 2
-        value_base = arg(op, 4) + kv_head * arg(op, 11) * arg(op, 10) * 2
-        for block in range(begin // KEYS * KEYS, end, KEYS):
-            _pack_keys(key_base, dim * 2, block, end, keys, dim, corner)
-            _pack_values(value_base, arg(op, 10) * 2, block, end, values, arg(op, 10), width)
+        row_blocks = kv_head * (arg(op, 11) // POSITIONS)
+        for block in range(begin // POSITIONS, (end + POSITIONS - 1) // POSITIONS):
+            start = block * POSITIONS
+            n = min(POSITIONS, end - start)
+            call3(arg(op, 16), arg(op, 3) + (row_blocks + block) * arg(op, 14), dim, keys)
+            call3(arg(op, 17), arg(op, 4) + (row_blocks + block) * arg(op, 15), width, values)
             for r in range(0, rows, 6):
-                for i in range(0, 6 * KEYS, 16):
-                    st(scores + i * 4, zero_f32x16())
+                earliest = position(state) + t0 + r // group
+                latest = position(state) + t0 + min(r + 5, n_rows - 1) // group
+                if latest < start or start + POSITIONS <= _visible(earliest, arg(op, 12)):
+                    continue  # hidden from all 6
+                zero(scores, 6 * POSITIONS)
                 query = queries + r * dim * 4
-                f32_tile(6, query, dim * 4, keys, KEYS * 4, scores, KEYS * 4, dim)
-                f32_tile(6, query, dim * 4, keys + 128, KEYS * 4, scores + 128, KEYS * 4, dim)
+                stride = POSITIONS * 4
+                float_tile(6, 4, 4, query, dim * 4, keys, stride, scores, stride, dim)
                 for c in range(6):
                     here = position(state) + t0 + min(r + c, n_rows - 1) // group
-                    low = max(_visible(here, arg(op, 12)) - block, 0)
-                    high = min(here + 1 - block, KEYS)
+                    low, high = _visible(here, arg(op, 12)) - start, here + 1 - start
+                    if low > 0 or high < POSITIONS:
+                        _hide(scores + c * stride, low, high)
                     out = outputs + (r + c) * width * 4
-                    _online_softmax(
-                        scores + c * KEYS * 4, low, high, tops, totals, r + c, out, width
-                    )
-                for i in range(0, width, 32):
-                    out = outputs + (r * width + i) * 4
-                    f32_tile(6, scores, KEYS * 4, values + i * 4, width * 4, out, width * 4, KEYS)
+                    _online_softmax(scores + c * stride, tops, totals, r + c, out, width)
+                out = outputs + r * width * 4
+                seen = min(n, latest + 1 - start)
+                i = 0
+                while i + 64 <= width:
+                    at = values + i * 4
+                    float_tile(6, 4, 4, scores, stride, at, width * 4, out + i * 4, width * 4, seen)
+                    i += 64
+                while i < width:
+                    at = values + i * 4
+                    float_tile(6, 1, 4, scores, stride, at, width * 4, out + i * 4, width * 4, seen)
+                    i += 16
         for r in range(n_rows):
-            target = arg(op, 14) + (t0 + r // group) * arg(op, 15)
+            target = arg(op, 18) + (t0 + r // group) * arg(op, 19)
             target += (kv_head * group + r % group) * arg(op, 8) * 4
-            inverse = float32(1.0) / ld_f32(totals + r * 4)
-            _copy_scaled(outputs + r * width * 4, target, arg(op, 8), arg(op, 8), inverse)
+            inverse = float32(1.0) / hsum(ld_f32x16(totals + r * 64))
+            copy_scaled(outputs + r * width * 4, target, arg(op, 8), arg(op, 8), inverse)
 
 
 @jit
-def _online_softmax(scores, low, high, tops, totals, row, out, width):
-    """Turn KEYS scores, of which low..high are visible, into weights; rescale what came before."""
-    if low >= high:
-        for i in range(0, KEYS, 16):
-            st(scores + i * 4, zero_f32x16())
-        return
-    for i in range(low):
-        st_f32(scores + i * 4, float32(HIDDEN))
-    for i in range(high, KEYS):
-        st_f32(scores + i * 4, float32(HIDDEN))
-    best = ld_f32x16(scores)
-    for i in range(16, KEYS, 16):
-        best = vmax(best, ld_f32x16(scores + i * 4))
+def _online_softmax(scores, tops, totals, row, out, width):
+    """Turn POSITIONS scores into weights; rescale what came before where the maximum grew.
+
+    Where all of them are hidden and nothing was seen before, the weights are 1; what they add to
+    output and total fades away, to nothing, at the first position that is seen.
+    """
+    a = ld_f32x16(scores)
+    b = ld_f32x16(scores + 64)
+    c = ld_f32x16(scores + 128)
+    d = ld_f32x16(scores + 192)
     before = ld_f32(tops + row * 4)
-    most = max(before, hmax(best))
-    total = zero_f32x16()
-    for i in range(0, KEYS, 16):
-        e = exp16(ld_f32x16(scores + i * 4) - splat_f32x16(most))
-        st(scores + i * 4, e)
-        total = total + e
-    fade = exp1(before - most)
-    st_f32(totals + row * 4, ld_f32(totals + row * 4) * fade + hsum(total))
-    st_f32(tops + row * 4, most)
+    most = max(before, hmax(vmax(vmax(a, b), vmax(c, d))))
+    top = splat_f32x16(most)
+    a = _exp2(a - top)
+    b = _exp2(b - top)
+    c = _exp2(c - top)
+    d = _exp2(d - top)
+    st(scores, a)
+    st(scores + 64, b)
+    st(scores + 128, c)
+    st(scores + 192, d)
+    total = (a + b) + (c + d)
     if before < most:
+        fade = splat_f32x16(_exp2_one(before - most))
+        st(totals + row * 64, fma(ld_f32x16(totals + row * 64), fade, total))
+        st_f32(tops + row * 4, most)
         for i in range(0, width, 16):
-            st(out + i * 4, ld_f32x16(out + i * 4) * splat_f32x16(fade))
+            st(out + i * 4, ld_f32x16(out + i * 4) * fade)
+    else:
+        st(totals + row * 64, ld_f32x16(totals + row * 64) + total)

@@ -1,4 +1,4 @@
-"""Norms, rope, gates, sums and cache writes.
+"""Norms, rope, gates and sums.
 
 Buffers appear in arguments as base | bytes per thread | bytes per token; the second is 0 for
 buffers that all threads share. Shared buffers may be written up to 31 floats past their width.
@@ -10,10 +10,7 @@ from numba import float32, int32
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f32x16,
-    cvt_f16x16,
     cvt_i32x16,
-    f32_to_f16,
-    first_lane,
     fma,
     hsum,
     ld_f32,
@@ -45,12 +42,6 @@ def exp16(x):
     p = fma(p, r, splat_f32x16(float32(5.0000001201e-1)))
     p = fma(p, r * r, r) + splat_f32x16(float32(1.0))
     return p * bits_f32x16((cvt_i32x16(n) + splat_i32x16(int32(127))) << 23)
-
-
-@jit
-def exp1(x):
-    """exp of one float, as exp16 computes it."""
-    return first_lane(exp16(splat_f32x16(x)))
 
 
 @jit
@@ -143,27 +134,3 @@ def rope(op, state, thread, first, last):
             s = ld_f32(sines + i * 4)
             st_f32(x + i * a_step, a * c - b * s)
             st_f32(x + i * a_step + b_place, a * s + b * c)
-
-
-@jit
-def _store_half(source, target, n):
-    for i in range(0, n - 15, 16):
-        st(target + i * 2, cvt_f16x16(ld_f32x16(source + i * 4)))
-    for i in range(n & ~15, n):
-        f32_to_f16(target + i * 2, ld_f32(source + i * 4))
-
-
-@kernel("iiiii")
-def store_kv(op, state, thread, first, last):
-    """keys 0-2, values 3-5, key cache 6, value cache 7, kv heads 8, key_dim 9, value_dim 10,
-    bytes per key 11, per value 12, positions 13: caches are [kv head][position][padded dim] f16;
-    unit: a kv head"""
-    heads = arg(op, 8)
-    for item in range(first, last):
-        t = item // heads
-        h = item - t * heads
-        place = h * arg(op, 13) + position(state) + t
-        key = arg(op, 0) + t * arg(op, 2) + h * arg(op, 9) * 4
-        value = arg(op, 3) + t * arg(op, 5) + h * arg(op, 10) * 4
-        _store_half(key, arg(op, 6) + place * arg(op, 11), arg(op, 9))
-        _store_half(value, arg(op, 7) + place * arg(op, 12), arg(op, 10))

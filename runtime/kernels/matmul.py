@@ -24,7 +24,7 @@ from gguf_tools.simd import (
     vrint,
     zero_f32x16,
 )
-from gguf_tools.tiles import f32_tile, int8_tile
+from gguf_tools.tiles import float_tile, int8_tile
 from runtime.kernels.activations import inverse_of
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.interpreter import ROWS, arg, n_tokens, scratch
@@ -192,7 +192,7 @@ def matmul_bytes(op, state, thread, first, last):
 
 @kernel("iiiiiii")
 def tile_floats(x, xs, w, ws, y, ys, n):
-    f32_tile(6, x, xs, w, ws, y, ys, n)
+    float_tile(6, 2, 4, x, xs, w, ws, y, ys, n)
 
 
 @kernel("iiiii")
