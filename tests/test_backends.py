@@ -7,8 +7,11 @@ import pytest
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
+from runtime.backends.memory import Arena, make_caches
+from runtime.kernels.kv_cache import KV_TYPES
 from runtime.kernels.table import FORMATS
 from runtime.model import Model
+from runtime.program import KVShape
 from tests.tiny import llama_file
 
 IDS = np.random.default_rng(3).integers(0, 70, 150).tolist()
@@ -18,7 +21,8 @@ def logits(
     path: Path, ids: list[int] = IDS, batches: tuple[int, ...] = (), **options
 ) -> np.ndarray:
     """Logits after every token; `batches` says how to cut the ids (the rest comes last)."""
-    with GGUFFile(path) as file, Model.load(file, n_ctx=256, **options) as model:
+    options.setdefault("n_ctx", 256)
+    with GGUFFile(path) as file, Model.load(file, **options) as model:
         parts, first = [], 0
         for size in (*batches, len(ids) - sum(batches)):
             parts.append(model.forward(ids[first : first + size], all_logits=True))
@@ -60,14 +64,72 @@ SHAPES = {
 }
 
 
+KV_TOLERANCE = {"f16": 4e-3, "q8_0": 3e-2}  # of the largest logit: what rounding costs
+
+
+@pytest.mark.parametrize("kv_type", KV_TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cpu_agrees_with_the_reference(shape: str, tmp_path: Path) -> None:
+def test_cpu_agrees_with_the_reference(shape: str, kv_type: str, tmp_path: Path) -> None:
     path = llama_file(tmp_path / "m.gguf", **SHAPES[shape])
     expected = logits(path, backend="reference")
-    # f16 keys and values are what differs.
-    assert close(logits(path, threads=2), expected, 4e-3)
-    assert close(logits(path, threads=1, batches=(1,) * 149), expected, 4e-3)
-    assert close(logits(path, threads=3, batches=(1, 2, 3, 5, 64, 1, 1)), expected, 4e-3)
+    # How keys and values are rounded is what differs.
+    for threads, batches in ((2, ()), (1, (1,) * 149), (3, (1, 2, 3, 5, 64, 1, 1))):
+        got = logits(path, threads=threads, batches=batches, kv_type=kv_type)
+        assert close(got, expected, KV_TOLERANCE[kv_type])
+
+
+@pytest.mark.parametrize("window", [100, 1024])
+@pytest.mark.parametrize("kv_type", KV_TOLERANCE)
+def test_many_positions(kv_type: str, window: int, tmp_path: Path) -> None:
+    """Chunks of several blocks in one layer's attention; windows that begin within a block."""
+    extra = {
+        "llama.context_length": Value("u32", 2048),
+        "llama.attention.sliding_window": Value("u32", window),
+    }
+    path = llama_file(tmp_path / "m.gguf", extra=extra, n_layers=1)
+    ids = np.random.default_rng(5).integers(0, 70, 1310).tolist()
+    batches = (1100, *(1,) * 60)
+    options = {"n_ctx": 2048, "batches": batches}
+    expected = logits(path, ids, backend="reference", **options)
+    got = logits(path, ids, threads=2, kv_type=kv_type, **options)
+    assert close(got, expected, KV_TOLERANCE[kv_type])
+
+
+def test_a_quantised_cache_is_half_as_large() -> None:
+    sizes = []
+    for kv in (KV_TYPES["f16"], KV_TYPES["q8_0"]):
+        arena = Arena()
+        make_caches(arena, [KVShape(9, 3, 64, 64)] * 2, kv, 1024)
+        sizes.append(arena.size)
+    assert sizes[0] == 2 * 2 * 3 * 1024 * 64 * 2  # layers, keys and values, heads, f16
+    assert sizes[1] == sizes[0] * 34 // 64  # 32 bytes and a half instead of 32 halves
+
+
+def test_kv_types_that_are_not_known(tmp_path: Path) -> None:
+    path = llama_file(tmp_path / "m.gguf")
+    with GGUFFile(path) as file, pytest.raises(ValueError, match=r"f16.*q8_0.*not 'q4_0'"):
+        Model.load(file, kv_type="q4_0")
+
+
+@pytest.mark.parametrize("kv_type", KV_TOLERANCE)
+def test_positions_forgotten_leave_nothing_behind(kv_type: str, tmp_path: Path) -> None:
+    """Keys and values that are not numbers, forgotten, do not reach what is read after."""
+    path = llama_file(tmp_path / "m.gguf", tied=False)
+    with GGUFFile(path) as file:
+        embedding = file.tensors["token_embd.weight"]
+    with open(path, "r+b") as file:
+        file.seek(embedding.offset + 69 * embedding.row_bytes)
+        file.write(np.full(64, np.inf, np.float32).tobytes())
+    with GGUFFile(path) as file, Model.load(file, threads=2, kv_type=kv_type) as model:
+        fresh = model.forward(IDS[:20])
+        model.truncate(10)
+        model.forward([69] * 60)
+        model.truncate(10)
+        assert np.allclose(model.forward(IDS[10:20]), fresh, atol=1e-2)
+        model.truncate(10)
+        for i in IDS[10:20]:
+            last = model.forward([i])
+        assert np.allclose(last, fresh, atol=1e-2)
 
 
 @pytest.mark.parametrize("quant", [name for name in FORMATS if name != "F32"])
@@ -81,14 +143,17 @@ def test_formats_agree_with_the_reference(quant: str, tmp_path: Path) -> None:
         assert close(got, expected, tolerance)
 
 
-@pytest.mark.parametrize("quant", ["F32", "Q4_0", "Q6_K"])
-def test_threads_do_not_change_a_bit(quant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "kv_type"), [("F32", "f16"), ("Q4_0", "f16"), ("Q6_K", "f16"), ("F32", "q8_0")]
+)
+def test_threads_do_not_change_a_bit(quant: str, kv_type: str, tmp_path: Path) -> None:
     sizes = {"dim": 256, "ffn_dim": 768, "n_heads": 8, "n_kv_heads": 2}
     path = llama_file(tmp_path / "m.gguf", quant=quant, **sizes)
     for batches in ((), (1,) * 149, (40, 1, 1, 60)):
-        one = logits(path, threads=1, batches=batches)
+        one = logits(path, threads=1, batches=batches, kv_type=kv_type)
         for threads in (2, 3, 5):
-            assert np.array_equal(logits(path, threads=threads, batches=batches), one)
+            got = logits(path, threads=threads, batches=batches, kv_type=kv_type)
+            assert np.array_equal(got, one)
 
 
 def test_formats_without_kernels_run_through_numpy(tmp_path: Path) -> None:

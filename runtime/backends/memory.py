@@ -17,11 +17,13 @@ class Arena:
 
     def __init__(self) -> None:
         self._blocks: list[npt.NDArray[np.generic]] = []
+        self.size = 0  # bytes given out by `zeros`
 
     def zeros(self, n_bytes: int) -> int:
         """The address of n_bytes zero bytes, 64-byte aligned; costs memory only when touched."""
         block = np.zeros(n_bytes + 64, np.uint8)
         self._blocks.append(block)
+        self.size += n_bytes
         return (block.ctypes.data + 63) // 64 * 64
 
     def hold(self, array: npt.NDArray[np.generic]) -> int:
