@@ -362,7 +362,9 @@ class Lowering:
         matrix: Matrix,
     ) -> None:
         """A product, in parts that are worth claiming."""
-        parts = min(self._most_parts(), max(1, matrix.data.size // PART_BYTES))
+        n_threads = self.memory.n_threads
+        rounds = matrix.data.size // (n_threads * PART_BYTES)
+        parts = n_threads * min(max(rounds, 1), PARTS_PER_THREAD)
         units = Units((matrix.n_rows + ROWS - 1) // ROWS, parts=parts)
         table.add(kernel, arguments, accesses, units, columns(matrix.n_rows))
 
