@@ -101,10 +101,10 @@ class Bench:
             strides = (k + 64, k // kernels.group * 4 + 64)
             metas = [self.arena.zeros(room * strides[1]) for _ in range(3)]
             form = (self.arena.zeros(room * strides[0]), *metas, *strides)
-            shape = (k, kernels.group, kernels.span, kernels.bias)
+            shape = (k, kernels.group, kernels.bias)
             quantising = _operation(source, 0, x_stride, *form, *shape)
             steps.append((matmul.quantise_columns, quantising, n_tokens))
-            tile = matmul.TILES[kernels.group, kernels.has_offset].address
+            tile = matmul.tile_for(kernels).address
             place = (target, y_stride, kernels.group, int(kernels.has_offset))
             product = _operation(*matrix, tile, *form, *place)
             steps.append((matmul.matmul_bytes, product, PROMPT_ROWS // ROWS))

@@ -65,7 +65,8 @@ def convert(
     """Convert a Hugging Face checkpoint to a GGUF file, quantised in the same pass."""
     import time
 
-    from gguf_tools.conversion import default_threads, plan_conversion, protect_checkpoint
+    from gguf_tools.conversion import plan_conversion, protect_checkpoint
+    from gguf_tools.cores import default_threads
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from gguf_tools import archs
 from gguf_tools.archs.config import HFConfig
@@ -66,12 +65,6 @@ def convert(
             writer.write(progress.tensor.name, blocks)
             del blocks
             yield progress
-
-
-def default_threads() -> int:
-    """The physical cores that this process may use."""
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(psutil.cpu_count(logical=False) or 1, logical or 1))
 
 
 def protect_checkpoint(folder: Path, output: Path) -> None:

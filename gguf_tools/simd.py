@@ -251,13 +251,34 @@ def hsum(typingctx, v):
 
 @intrinsic
 def hmax(typingctx, v):
-    """Largest lane of an f32 vector."""
+    """Largest lane of an f32 vector; a number wins over NaN."""
 
     def emit(context, b, sig, args):
-        name = f"llvm.vector.reduce.fmax.v{v.lanes}f32"
-        return emit_call(b, name, ir.FloatType(), [args[0]])
+        # By halving: LLVM's own reduction goes through the lanes one by one, to be strict.
+        value, n = args[0], v.lanes
+        while n > 1:
+            n //= 2
+            halves = [emit_shuffle(b, value, None, range(first, first + n)) for first in (0, n)]
+            value = emit_call(b, f"llvm.maxnum.v{n}f32", halves[0].type, halves)
+        return b.extract_element(value, I32(0))
 
     return types.float32(v), emit
+
+
+@intrinsic
+def hmax_abs(typingctx, v, w):
+    """Largest absolute value in two f32 vectors; NaN if there is one."""
+
+    def emit(context, b, sig, args):
+        # Without the sign, floats are in the order of their bits, NaN above infinity.
+        words = ir.VectorType(I32, v.lanes)
+        sign = ir.Constant(words, [0x7FFFFFFF] * v.lanes)
+        a, c = (b.and_(b.bitcast(x, words), sign) for x in args)
+        both = emit_call(b, f"llvm.umax.v{v.lanes}i32", words, [a, c])
+        largest = emit_call(b, f"llvm.vector.reduce.umax.v{v.lanes}i32", I32, [both])
+        return b.bitcast(largest, ir.FloatType())
+
+    return types.float32(v, v), emit
 
 
 @intrinsic

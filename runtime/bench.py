@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from gguf_tools.cores import default_threads
 from gguf_tools.describe import count_parameters, short_count, short_size
 from gguf_tools.errors import ContextFullError, GGUFError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program
 from runtime.doctor import processor_name
-from runtime.model import Model, default_threads
+from runtime.model import Model
 from runtime.program import Attend, Program, matrices
 from runtime.session import count, main_type
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
+from gguf_tools.cores import default_threads
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
 from gguf_tools.vectors import DOT
 from runtime.bandwidth import measure_bandwidth
-from runtime.model import default_threads
 
 # What the byte dot product, the heart of every quantised kernel, is made of.
 DOT_MEANINGS = {

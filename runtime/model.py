@@ -7,6 +7,7 @@ from types import TracebackType
 
 import numpy as np
 
+from gguf_tools.cores import default_threads
 from gguf_tools.errors import ContextFullError
 from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
@@ -127,17 +128,6 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def default_threads() -> int:
-    """The physical cores this process may use."""
-    import os
-
-    import psutil
-
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    physical = psutil.cpu_count(logical=False)
-    return max(1, min(physical or logical or 1, logical or 1))
 
 
 def _make_backend(

@@ -32,6 +32,7 @@ from gguf_tools.simd import (
     first_lane,
     fma,
     hmax,
+    hmax_abs,
     hsum,
     keep,
     ld_bf16,
@@ -113,20 +114,26 @@ def float_operations(a, b, c, out, scalars):
     st_f32(scalars, hsum(x))
     st_f32(scalars + 4, hmax(x))
     st_f32(scalars + 8, first_lane(y))
+    st_f32(scalars + 12, hmax_abs(x, y))
     prefetch(a)
 
 
 def test_float_operations() -> None:
     a, b, c = (RNG.normal(size=16).astype(np.float32) * 10 for _ in range(3))
     a[:4] = [0.5, 1.5, -2.5, 2.5]  # halves round to even
-    out, scalars = np.zeros((13, 16), np.float32), np.zeros(3, np.float32)
+    out, scalars = np.zeros((13, 16), np.float32), np.zeros(4, np.float32)
     float_operations(*(array.ctypes.data for array in (a, b, c, out, scalars)))
     exact = a.astype(np.float64) * b + c
     expected = [a + b, a - b, a * b, a / b, exact.astype(np.float32), np.maximum(a, b)]
     expected += [np.minimum(a, b), np.abs(a), np.sqrt(np.abs(a)), np.rint(a), np.trunc(a)]
     expected += [np.where(a < b, c, a[0]), a]
     assert np.array_equal(out, np.array(expected))
-    assert np.allclose(scalars, [a.sum(), a.max(), b[0]], rtol=1e-6)
+    largest = max(np.abs(a).max(), np.abs(b).max())
+    assert np.allclose(scalars, [a.sum(), a.max(), b[0], largest], rtol=1e-6)
+    a[3], b[7] = np.nan, -np.inf
+    float_operations(*(array.ctypes.data for array in (a, b, c, out, scalars)))
+    assert scalars[1] == np.nanmax(a) and np.isnan(scalars[3])
+    assert np.array_equal(out[5], np.fmax(a, b)) and np.array_equal(out[6], np.fmin(a, b))
 
 
 @kernel("iii")

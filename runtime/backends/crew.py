@@ -24,37 +24,40 @@ class Crew:
 
     def __init__(self, n_threads: int) -> None:
         self._task: tuple[ReadyTable, npt.NDArray[np.int64]] | None = None
-        self._go = [threading.Semaphore(0) for _ in range(n_threads - 1)]
+        self._go = [threading.Lock() for _ in range(n_threads - 1)]  # held: nothing to do
         self._threads = [
             threading.Thread(target=self._work, args=(i + 1, go), daemon=True, name=f"cpu-{i + 1}")
             for i, go in enumerate(self._go)
         ]
-        for thread in self._threads:
+        for go, thread in zip(self._go, self._threads, strict=True):
+            go.acquire()
             thread.start()
 
     def run(self, table: ReadyTable, state: npt.NDArray[np.int64]) -> None:
         """Run a table; when this returns, all of its work is done."""
         self._task = (table, state)
-        for go in self._go:
-            go.release()
+        self._wake()
         run(table, state, 0)
 
     def close(self) -> None:
         self._task = None
-        for go in self._go:
-            go.release()
+        self._wake()
         for thread in self._threads:
             thread.join()
         self._threads = []
 
-    def _work(self, thread: int, go: threading.Semaphore) -> None:
+    def _wake(self) -> None:
+        for go in self._go:
+            if go.locked():  # else a late thread has yet to take the last task: it takes this one
+                go.release()
+
+    def _work(self, thread: int, go: threading.Lock) -> None:
         while True:
             go.acquire()
-            while go.acquire(blocking=False):
-                continue  # late by several steps: only the newest matters
-            if self._task is None:
+            task = self._task
+            if task is None:
                 return
-            run(*self._task, thread)
+            run(*task, thread)
 
 
 def run(table: ReadyTable, state: npt.NDArray[np.int64], thread: int) -> None:

@@ -186,7 +186,7 @@ class Lowering:
             accesses += self._access(step.source, WHOLE)
             self._add_product(table, matmul.matmul_floats, floats, accesses, matrix)
             return
-        form = f"{kernels.group}/{kernels.span}/{kernels.bias}"
+        form = f"{kernels.group}/{kernels.bias}"
         place = self._quantised_columns(table, step.source, form, kernels, matrix.n_columns)
         arguments = (
             *self._matrix(matrix),
@@ -214,7 +214,7 @@ class Lowering:
             self._forms[form] = (arena.zeros(n * q_stride), *metas, q_stride, meta_stride)
         place = self._forms[form]
         if (source, form) not in self._fresh:
-            shape = (k, kernels.group, kernels.span, kernels.bias)
+            shape = (k, kernels.group, kernels.bias)
             arguments = (*self.places[source].arguments, *place, *shape)
             accesses = self._access(source, items(1))
             accesses.append(writes(f"columns {form}", items(1)))
@@ -371,7 +371,9 @@ class Lowering:
         matrix: Matrix,
     ) -> None:
         """A product, in parts that are worth claiming."""
-        parts = min(self._most_parts(), max(1, matrix.data.size // PART_BYTES))
+        n_threads = self.memory.n_threads
+        rounds = matrix.data.size // (n_threads * PART_BYTES)
+        parts = n_threads * min(max(rounds, 1), PARTS_PER_THREAD)
         units = Units((matrix.n_rows + ROWS - 1) // ROWS, parts=parts)
         table.add(kernel, arguments, accesses, units, columns(matrix.n_rows))
 

@@ -36,14 +36,12 @@ from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
-    hmax,
+    hmax_abs,
     hsum,
     ld_f32x16,
     splat_f32x16,
     st,
     st_f32,
-    vfabs,
-    vmax,
     vrint,
 )
 
@@ -87,17 +85,17 @@ def _place(order, i):
 
 
 @jit
-def _quantise_group(x, low_place, high_place):
-    """32 values: their bytes to two places; d, the sums of both halves."""
+def quantise_group(x, low_place, high_place):
+    """32 values: their bytes to two places; d and both halves as integers."""
     low = ld_f32x16(x)
     high = ld_f32x16(x + 64)
-    largest = hmax(vmax(vfabs(low), vfabs(high)))
+    largest = hmax_abs(low, high)
     inverse = splat_f32x16(inverse_of(largest))
     low_q = cvt_i32x16(vrint(low * inverse))
     high_q = cvt_i32x16(vrint(high * inverse))
     st(low_place, cvt_i8x16(low_q))
     st(high_place, cvt_i8x16(high_q))
-    return largest / float32(127.0), float32(hsum(low_q)), float32(hsum(high_q))
+    return largest / float32(127.0), low_q, high_q
 
 
 @jit
@@ -109,11 +107,11 @@ def _quantise_32(x, xq, k, order):
         for j in range(min(4, n_groups)):
             place, apart = _place(order, four + j)
             source = x + (first + j) * 128
-            d, low_sum, high_sum = _quantise_group(source, xq + place, xq + place + apart)
+            d, low, high = quantise_group(source, xq + place, xq + place + apart)
             if first + j < four:
                 d = float32(0.0)
             st_f32(pairs + (four + j) * 8, d)
-            st_f32(pairs + (four + j) * 8 + 4, d * (low_sum + high_sum))
+            st_f32(pairs + (four + j) * 8 + 4, d * float32(hsum(low + high)))
 
 
 @jit
@@ -122,11 +120,11 @@ def _quantise_16(x, xq, k, order):
     sums = scales + k // 4
     for i in range(k // 32):
         place, apart = _place(order, i)
-        d, low_sum, high_sum = _quantise_group(x + i * 128, xq + place, xq + place + apart)
+        d, low, high = quantise_group(x + i * 128, xq + place, xq + place + apart)
         st_f32(scales + i * 8, d)
         st_f32(scales + i * 8 + 4, d)
-        st_f32(sums + i * 8, low_sum)
-        st_f32(sums + i * 8 + 4, high_sum)
+        st_f32(sums + i * 8, float32(hsum(low)))
+        st_f32(sums + i * 8 + 4, float32(hsum(high)))
 
 
 @kernel("iii")

@@ -20,6 +20,5 @@ class FormatKernels:
     activation: Activation
     rows: Kernel
     group: int = 0  # weights per scale; 0 for float formats
-    span: int = 0  # activations per scale
     bias: int = 0
     has_offset: bool = False

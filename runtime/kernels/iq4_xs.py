@@ -110,4 +110,4 @@ def rows(p, q, scales, offsets, k):
         p += 136
 
 
-KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=BIAS, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, bias=BIAS, has_offset=False)

@@ -4,28 +4,20 @@ For a prompt, 32 rows of weights at a time are decoded to bytes (or float32) in 
 scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tokens.
 """
 
-from numba import float32, int32
+from numba import float32
 
 from gguf_tools.control import call3, call5, call7, call12
 from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
-    cvt_i8x16,
-    cvt_i32x16,
-    hmax,
     hsum,
-    ld_f32x16,
-    splat_f32x16,
     st,
     st_f32,
     st_i32,
     transpose16,
-    vfabs,
-    vmax,
-    vrint,
     zero_f32x16,
 )
 from gguf_tools.tiles import float_tile, int8_tile
-from runtime.kernels.activations import inverse_of
+from runtime.kernels.activations import quantise_group
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.interpreter import ROWS, arg, n_tokens, scratch
 
@@ -60,36 +52,32 @@ def matvec(op, state, thread, first, last):
 
 
 @jit
-def quantise_column(x, q, scales, corrections, sums, k, group, span, bias):
-    """One token for the byte tile: int8 in natural order.
+def _describe_group(i, d, total, bias, scales, corrections, sums):
+    st_f32(scales + i * 4, d)
+    st_i32(corrections + i * 4, -bias * total)
+    st_f32(sums + i * 4, d * float32(total))
 
-    One scale per `span` values, repeated for each group of `group` (16 or 32):
-    scales[k/group] = d, corrections[k/group] = -bias * sum of q (int32), sums[k/group] = d * sum.
+
+@jit
+def quantise_column(x, q, scales, corrections, sums, k, group, bias):
+    """One token for the byte tile: int8 in natural order, one scale per 32.
+
+    For each `group` of 16 or 32: scales[i] = d, corrections[i] = -bias * sum of q (int32),
+    sums[i] = d * sum.
     """
-    for b in range(k // span):
-        source = x + b * span * 4
-        largest = zero_f32x16()
-        for j in range(0, span, 16):
-            largest = vmax(largest, vfabs(ld_f32x16(source + j * 4)))
-        most = hmax(largest)
-        d = most / float32(127.0)
-        inverse = splat_f32x16(inverse_of(most))
-        for j in range(0, span, group):
-            total = int32(0)
-            for i in range(j, j + group, 16):
-                values = cvt_i32x16(vrint(ld_f32x16(source + i * 4) * inverse))
-                st(q + b * span + i, cvt_i8x16(values))
-                total += hsum(values)
-            g = ((b * span + j) // group) * 4
-            st_f32(scales + g, d)
-            st_i32(corrections + g, -bias * total)
-            st_f32(sums + g, d * float32(total))
+    for i in range(k // 32):
+        d, low, high = quantise_group(x + i * 128, q + i * 32, q + i * 32 + 16)
+        if group == 32:
+            _describe_group(i, d, hsum(low + high), bias, scales, corrections, sums)
+        else:
+            _describe_group(2 * i, d, hsum(low), bias, scales, corrections, sums)
+            _describe_group(2 * i + 1, d, hsum(high), bias, scales, corrections, sums)
 
 
 @kernel("iiiii")
 def quantise_columns(op, state, thread, first, last):
     """source 0-2, q 3, scales 4, corrections 5, sums 6, bytes per token of q 7 and of the others
-    8, k 9, group 10, span 11, bias 12; unit: a token"""
+    8, k 9, group 10, bias 11; unit: a token"""
     for t in range(first, last):
         quantise_column(
             arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2),
@@ -100,7 +88,6 @@ def quantise_columns(op, state, thread, first, last):
             arg(op, 9),
             arg(op, 10),
             arg(op, 11),
-            arg(op, 12),
         )
 
 

@@ -99,4 +99,4 @@ def rows(p, q, scales, offsets, k):
         p += 84
 
 
-KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, bias=0, has_offset=True)

@@ -110,4 +110,4 @@ def rows(p, q, scales, offsets, k):
         p += 110
 
 
-KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, span=32, bias=4, has_offset=False)
+KERNELS = FormatKernels(matvec, PAIRS_16, rows, group=16, bias=4, has_offset=False)

@@ -105,4 +105,4 @@ def rows(p, q, scales, offsets, k):
         p += 18
 
 
-KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=8, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, bias=8, has_offset=False)

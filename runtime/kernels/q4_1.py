@@ -105,4 +105,4 @@ def rows(p, q, scales, offsets, k):
         p += 20
 
 
-KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, bias=0, has_offset=True)

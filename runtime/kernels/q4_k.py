@@ -131,4 +131,4 @@ def rows(p, q, scales, offsets, k):
         p += 144
 
 
-KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, bias=0, has_offset=True)

@@ -134,4 +134,4 @@ def rows(p, q, scales, offsets, k):
         p += 22
 
 
-KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, span=32, bias=16, has_offset=False)
+KERNELS = FormatKernels(matvec, HALVES_32, rows, group=32, bias=16, has_offset=False)

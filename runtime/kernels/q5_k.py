@@ -110,4 +110,4 @@ def rows(p, q, scales, offsets, k):
         p += 176
 
 
-KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, span=32, bias=0, has_offset=True)
+KERNELS = FormatKernels(matvec, NIBBLES_32, rows, group=32, bias=0, has_offset=True)

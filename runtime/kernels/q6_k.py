@@ -98,4 +98,4 @@ def rows(p, q, scales, offsets, k):
         p += 210
 
 
-KERNELS = FormatKernels(matvec, BYTES_16, rows, group=16, span=32, bias=32, has_offset=False)
+KERNELS = FormatKernels(matvec, BYTES_16, rows, group=16, bias=32, has_offset=False)

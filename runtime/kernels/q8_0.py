@@ -97,4 +97,4 @@ def rows(p, q, scales, offsets, k):
         p += 34
 
 
-KERNELS = FormatKernels(matvec, BYTES_32, rows, group=32, span=32, bias=128, has_offset=False)
+KERNELS = FormatKernels(matvec, BYTES_32, rows, group=32, bias=128, has_offset=False)

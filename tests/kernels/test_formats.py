@@ -48,10 +48,9 @@ def test_matvec(name: str, k: int) -> None:
         scale = np.abs(weights) @ np.abs(x.astype(np.float64))
         assert np.all(np.abs(y - weights @ x) <= 1e-6 * scale + 1e-12)
         return
-    # The activations are rounded: by half a step of max|x| / 127 in each block of 32 or 256.
-    span = FORMATS[name].span
-    step = np.abs(x.reshape(-1, span)).max(axis=1) / 127
-    q = np.rint(x.reshape(-1, span) / step[:, None]) * step[:, None]
+    # The activations are rounded: by half a step of max|x| / 127 in each 32.
+    step = np.abs(x.reshape(-1, 32)).max(axis=1) / 127
+    q = np.rint(x.reshape(-1, 32) / step[:, None]) * step[:, None]
     expected = weights @ q.reshape(-1).astype(np.float64)
     scale = np.abs(weights) @ np.abs(q.reshape(-1))
     # One value in many may round the other way where x / step is almost a half.
