@@ -49,6 +49,7 @@ from gguf_tools.vectors import (
     emit_dot,
     emit_fma,
     emit_lookup,
+    emit_prefetch,
     emit_shuffle,
     emit_splat,
     pointer,
@@ -211,8 +212,7 @@ def prefetch(typingctx, address):
     """Ask for the cache line at an address (any address is allowed)."""
 
     def emit(context, b, sig, args):
-        p = pointer(b, args[0])
-        emit_call(b, "llvm.prefetch.p0", ir.VoidType(), [p, I32(0), I32(3), I32(1)])
+        emit_prefetch(b, pointer(b, args[0]))
         return context.get_dummy_value()
 
     return types.void(types.int64), emit

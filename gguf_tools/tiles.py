@@ -17,6 +17,7 @@ from gguf_tools.vectors import (
     I64,
     emit_dot,
     emit_fma,
+    emit_prefetch,
     emit_splat,
     pointer,
 )
@@ -100,14 +101,17 @@ def int8_tile(
 
 
 @intrinsic(prefer_literal=True)
-def float_tile(typingctx, n_columns, n_vectors, w_bytes, x, xs, w, ws, y, ys, n):
+def float_tile(typingctx, n_columns, n_vectors, w_bytes, fresh, x, xs, w, ws, y, ys, n, ahead):
     """y[c][0:v] += sum over i < n of x[c][i] * w[i][0:v], where v = 16 * n_vectors.
 
-    x and y are float32. `n_columns`, `n_vectors` and `w_bytes`, the bytes of a number of w (4:
-    float32, 2: f16, 1: int8), are literals. Strides in bytes: `xs` between columns of x, `ws`
-    between rows of w, `ys` between columns of y. Beyond 24 sums the registers do not suffice.
+    x and y are float32. Literals are `n_columns`, `n_vectors`, `w_bytes`, the bytes of a number of
+    w (4: float32, 2: f16, 1: int8), and `fresh`: y = instead of +=. Strides in bytes: `xs` between
+    columns of x, `ws` between rows of w, `ys` between columns of y. Memory is asked for what lies
+    `ahead` bytes further than w, unless that is a literal 0. Beyond 24 sums the registers do not
+    suffice.
     """
-    columns, parts, size = (a.literal_value for a in (n_columns, n_vectors, w_bytes))
+    literals = (n_columns, n_vectors, w_bytes, fresh)
+    columns, parts, size, is_fresh = (a.literal_value for a in literals)
     kind = ir.VectorType({4: F32, 2: ir.HalfType(), 1: I8}[size], 16)
 
     def widened(b: Any, value: Any) -> Any:
@@ -116,17 +120,24 @@ def float_tile(typingctx, n_columns, n_vectors, w_bytes, x, xs, w, ws, y, ys, n)
         return b.fpext(value, _FLOATS) if size == 2 else b.sitofp(value, _FLOATS)
 
     def emit(context, b, sig, args):
-        x, xs, w, ws, y, ys, n = args[3:]
+        x, xs, w, ws, y, ys, n, ahead = args[4:]
+        zero = ir.Constant(_FLOATS, None)
         y_at, x_at = _columns(b, y, ys, columns), _columns(b, x, xs, columns)
         sums = [
             [
-                cgutils.alloca_once_value(b, b.load(_at(b, at, r * 64), typ=_FLOATS, align=4))
+                cgutils.alloca_once_value(
+                    b, zero if is_fresh else b.load(_at(b, at, r * 64), typ=_FLOATS, align=4)
+                )
                 for at in y_at
             ]
             for r in range(parts)
         ]
         with cgutils.for_range(b, n) as loop:
             row, i4 = b.add(w, b.mul(loop.index, ws)), b.mul(loop.index, I64(4))
+            if not isinstance(sig.args[-1], types.IntegerLiteral):
+                further = b.add(row, ahead)
+                for line in range(0, 16 * size * parts, 64):
+                    emit_prefetch(b, _at(b, further, line))
             weights = [
                 widened(b, b.load(_at(b, row, r * 16 * size), typ=kind, align=size))
                 for r in range(parts)
@@ -140,4 +151,7 @@ def float_tile(typingctx, n_columns, n_vectors, w_bytes, x, xs, w, ws, y, ys, n)
                 b.store(b.load(sums[r][c]), _at(b, y_at[c], r * 64), align=4)
         return context.get_dummy_value()
 
-    return types.void(n_columns, n_vectors, w_bytes, *[types.int64] * 7), emit
+    return types.void(
+        *(n_columns, n_vectors, w_bytes, fresh, *[types.int64] * 7),
+        ahead if isinstance(ahead, types.IntegerLiteral) else types.int64,
+    ), emit

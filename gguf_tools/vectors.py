@@ -132,6 +132,11 @@ def emit_splat(builder: Any, vector: Any, scalar: Any) -> Any:
     return emit_shuffle(builder, first, None, [0] * vector.count)
 
 
+def emit_prefetch(builder: Any, place: Any) -> None:
+    arguments = [place, I32(0), I32(3), I32(1)]
+    emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+
+
 def emit_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return emit_call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 

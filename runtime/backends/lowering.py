@@ -327,8 +327,8 @@ class Lowering:
             *self._access(step.target, "blocks of queries", written=True),
         ]
         kv = self.memory.kv
-        floats = (kv.key_floats.address, kv.value_floats.address)
-        arguments = (*self._attention(step), *floats, target.base, target.token_stride)
+        halves = [0 if k is None else k.address for k in (kv.key_halves, kv.value_halves)]
+        arguments = (*self._attention(step), *halves, target.base, target.token_stride)
         n_kv_heads = self.memory.caches[step.layer].shape.n_kv_heads
         units = Units(per_chunk=n_kv_heads, parts=EACH)
         table.add(attention.attend_tiles, arguments, accesses, units)

@@ -6,14 +6,14 @@ them up. How blocks are cut depends on the positions alone, so the result does n
 number of threads. The cache is read as it lies, once for up to 4 query heads.
 
 Many tokens (prompt): a thread takes (kv head, some tokens), walks along blocks of positions turned
-to float32 once, and multiplies for 6 rows of queries at a time (online softmax).
+to f16 once, and multiplies for 6 rows of queries at a time (online softmax).
 
 Queries are scaled by log2(e) more, so that powers of 2 take the place of exponentials.
 """
 
 from numba import float32
 
-from gguf_tools.control import call3, call7, call9
+from gguf_tools.control import call3, call8, call10
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f32x16,
@@ -62,7 +62,7 @@ def scratch_bytes(n_ctx: int, group: int, key_dim: int, value_dim: int, kv: KVTy
     key, value = kv.padded(key_dim), kv.padded(value_dim)
     rows = max(QUERY_ROWS, group) + 6
     decode = group * (key + n_ctx // MAX_CHUNKS + 4 * POSITIONS) * 4
-    prompt = rows * (key + value + 17) * 4 + POSITIONS * (key + value + 6) * 4
+    prompt = rows * (key + value + 17) * 4 + POSITIONS * (key + value + 12) * 2
     return max(decode, prompt) + 4096
 
 
@@ -148,8 +148,11 @@ def attend_chunks(op, state, thread, first, last):
         zero(scores, rows * most)
         for block in range(start, end):
             keys = arg(op, 3) + (row_blocks + block) * arg(op, 14)
+            ahead = arg(op, 14)
+            if block == end - 1:
+                ahead = arg(op, 4) + (row_blocks + start) * arg(op, 15) - keys
             into = scores + (block - start) * POSITIONS * 4
-            call7(arg(op, 16), rows, queries, dim, keys, into, stride, room)
+            call8(arg(op, 16), rows, queries, dim, keys, into, stride, room, ahead)
             if block == first_block or block == end - 1:
                 low, high = begin - block * POSITIONS, here + 1 - block * POSITIONS
                 for r in range(rows):
@@ -165,7 +168,20 @@ def attend_chunks(op, state, thread, first, last):
             visible = min(POSITIONS, here + 1 - block * POSITIONS)
             out = partials + 64
             mix = arg(op, 17)
-            call9(mix, rows, weights, stride, values, visible, out, head_stride, width, room)
+            ahead = arg(op, 15)
+            if block == end - 1:
+                ahead = _next_keys(op, unit, first_block, n_blocks) - values
+            call10(
+                *(mix, rows, weights, stride, values, visible, out, head_stride, width, room, ahead)
+            )
+
+
+@jit
+def _next_keys(op, unit, first_block, n_blocks):
+    """Where the keys of the unit after this one begin, as far as there is one."""
+    kv_head = (unit + 1) % arg(op, 6)
+    block = _cut(first_block, n_blocks, (unit + 1) // arg(op, 6))
+    return arg(op, 3) + (kv_head * (arg(op, 11) // POSITIONS) + block) * arg(op, 14)
 
 
 @jit
@@ -221,8 +237,8 @@ def combine(op, state, thread, first, last):
 def attend_tiles(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
     key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
-    keys 14, of values 15, kernels that make floats of keys 16, of values 17, target 18-19; unit: a
-    block of queries of a kv head"""
+    keys 14, of values 15, kernels that make f16 of keys 16, of values 17 (or 0), target 18-19;
+    unit: a block of queries of a kv head"""
     group = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
     width = arg(op, 10)
@@ -231,9 +247,9 @@ def attend_tiles(op, state, thread, first, last):
     queries = (scratch(state, thread) + 63) & ~63
     outputs = queries + max_rows * dim * 4
     totals = outputs + max_rows * width * 4  # 16 of a row, to be added up
-    keys = totals + max_rows * 64
-    values = keys + POSITIONS * dim * 4
-    scores = values + POSITIONS * width * 4
+    own_keys = totals + max_rows * 64
+    own_values = own_keys + POSITIONS * dim * 2
+    scores = own_values + POSITIONS * width * 2
     tops = scores + 6 * POSITIONS * 4
     for unit in range(first, last):
         kv_head = unit % arg(op, 6)
@@ -260,17 +276,20 @@ def attend_tiles(op, state, thread, first, last):
         for block in range(begin // POSITIONS, (end + POSITIONS - 1) // POSITIONS):
             start = block * POSITIONS
             n = min(POSITIONS, end - start)
-            call3(arg(op, 16), arg(op, 3) + (row_blocks + block) * arg(op, 14), dim, keys)
-            call3(arg(op, 17), arg(op, 4) + (row_blocks + block) * arg(op, 15), width, values)
+            keys = arg(op, 3) + (row_blocks + block) * arg(op, 14)
+            values = arg(op, 4) + (row_blocks + block) * arg(op, 15)
+            if arg(op, 16):
+                call3(arg(op, 16), keys, dim, own_keys)
+                call3(arg(op, 17), values, width, own_values)
+                keys, values = own_keys, own_values
             for r in range(0, rows, 6):
                 earliest = position(state) + t0 + r // group
                 latest = position(state) + t0 + min(r + 5, n_rows - 1) // group
                 if latest < start or start + POSITIONS <= _visible(earliest, arg(op, 12)):
                     continue  # hidden from all 6
-                zero(scores, 6 * POSITIONS)
                 query = queries + r * dim * 4
                 stride = POSITIONS * 4
-                float_tile(6, 4, 4, query, dim * 4, keys, stride, scores, stride, dim)
+                float_tile(6, 4, 2, True, query, dim * 4, keys, 128, scores, stride, dim, 0)
                 for c in range(6):
                     here = position(state) + t0 + min(r + c, n_rows - 1) // group
                     low, high = _visible(here, arg(op, 12)) - start, here + 1 - start
@@ -280,14 +299,15 @@ def attend_tiles(op, state, thread, first, last):
                     _online_softmax(scores + c * stride, tops, totals, r + c, out, width)
                 out = outputs + r * width * 4
                 seen = min(n, latest + 1 - start)
+                row = width * 2
                 i = 0
                 while i + 64 <= width:
-                    at = values + i * 4
-                    float_tile(6, 4, 4, scores, stride, at, width * 4, out + i * 4, width * 4, seen)
+                    at, to = values + i * 2, out + i * 4
+                    float_tile(6, 4, 2, False, scores, stride, at, row, to, width * 4, seen, 0)
                     i += 64
                 while i < width:
-                    at = values + i * 4
-                    float_tile(6, 1, 4, scores, stride, at, width * 4, out + i * 4, width * 4, seen)
+                    at, to = values + i * 2, out + i * 4
+                    float_tile(6, 1, 2, False, scores, stride, at, row, to, width * 4, seen, 0)
                     i += 16
         for r in range(n_rows):
             target = arg(op, 18) + (t0 + r // group) * arg(op, 19)

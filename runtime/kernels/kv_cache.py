@@ -58,14 +58,17 @@ class KVType:
     step: int  # dimensions are padded to a multiple
     dim_bytes: float  # bytes per padded dimension of a position, scales included
     store: Kernel  # (source, dim, padded dim, block, place, room, turned)
-    score: Kernel  # (rows, queries, dim, block, scores, bytes between, room)
-    mix: Kernel  # (rows, weights, bytes between, block, n, outputs, bytes between, dim, room)
-    key_floats: Kernel  # (block, dim, target)
-    value_floats: Kernel
+    score: Kernel  # (rows, queries, dim, block, scores, bytes between, room, ahead)
+    mix: (
+        Kernel  # (rows, weights, bytes between, block, n, outputs, bytes between, dim, room, ahead)
+    )
+    key_halves: Kernel | None  # (block, dim, target); None: they are f16 already
+    value_halves: Kernel | None
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        return self.score, self.mix, self.store, self.key_floats, self.value_floats
+        each = (self.score, self.mix, self.store, self.key_halves, self.value_halves)
+        return tuple(kernel for kernel in each if kernel is not None)
 
     def padded(self, dim: int) -> int:
         """Dimensions of one key or value in the cache."""
@@ -166,82 +169,87 @@ def store_kv(op, state, thread, first, last):
 
 
 @jit
-def _tiles_64_f16(rows, x, xs, w, ws, y, ys, n):
+def _tiles_64_f16(rows, x, xs, w, ws, y, ys, n, ahead):
     """`rows` columns of x times n rows of w, 64 wide: up to 4 columns share the reading of w."""
     while rows >= 4:
-        float_tile(4, 4, 2, x, xs, w, ws, y, ys, n)
+        float_tile(4, 4, 2, False, x, xs, w, ws, y, ys, n, ahead)
         rows, x, y = rows - 4, x + 4 * xs, y + 4 * ys
     if rows == 3:
-        float_tile(3, 4, 2, x, xs, w, ws, y, ys, n)
+        float_tile(3, 4, 2, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 2:
-        float_tile(2, 4, 2, x, xs, w, ws, y, ys, n)
+        float_tile(2, 4, 2, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 1:
-        float_tile(1, 4, 2, x, xs, w, ws, y, ys, n)
+        float_tile(1, 4, 2, False, x, xs, w, ws, y, ys, n, ahead)
 
 
 @jit
-def _tiles_16_f16(rows, x, xs, w, ws, y, ys, n):
+def _tiles_16_f16(rows, x, xs, w, ws, y, ys, n, ahead):
     while rows >= 4:
-        float_tile(4, 1, 2, x, xs, w, ws, y, ys, n)
+        float_tile(4, 1, 2, False, x, xs, w, ws, y, ys, n, ahead)
         rows, x, y = rows - 4, x + 4 * xs, y + 4 * ys
     while rows >= 1:
-        float_tile(1, 1, 2, x, xs, w, ws, y, ys, n)
+        float_tile(1, 1, 2, False, x, xs, w, ws, y, ys, n, ahead)
         rows, x, y = rows - 1, x + xs, y + ys
 
 
 @jit
-def _tiles_64_i8(rows, x, xs, w, ws, y, ys, n):
+def _tiles_64_i8(rows, x, xs, w, ws, y, ys, n, ahead):
     while rows >= 4:
-        float_tile(4, 4, 1, x, xs, w, ws, y, ys, n)
+        float_tile(4, 4, 1, False, x, xs, w, ws, y, ys, n, ahead)
         rows, x, y = rows - 4, x + 4 * xs, y + 4 * ys
     if rows == 3:
-        float_tile(3, 4, 1, x, xs, w, ws, y, ys, n)
+        float_tile(3, 4, 1, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 2:
-        float_tile(2, 4, 1, x, xs, w, ws, y, ys, n)
+        float_tile(2, 4, 1, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 1:
-        float_tile(1, 4, 1, x, xs, w, ws, y, ys, n)
+        float_tile(1, 4, 1, False, x, xs, w, ws, y, ys, n, ahead)
 
 
 @jit
-def _tiles_32_i8(rows, x, xs, w, ws, y, ys, n):
+def _tiles_32_i8(rows, x, xs, w, ws, y, ys, n, ahead):
     while rows >= 4:
-        float_tile(4, 2, 1, x, xs, w, ws, y, ys, n)
+        float_tile(4, 2, 1, False, x, xs, w, ws, y, ys, n, ahead)
         rows, x, y = rows - 4, x + 4 * xs, y + 4 * ys
     if rows == 3:
-        float_tile(3, 2, 1, x, xs, w, ws, y, ys, n)
+        float_tile(3, 2, 1, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 2:
-        float_tile(2, 2, 1, x, xs, w, ws, y, ys, n)
+        float_tile(2, 2, 1, False, x, xs, w, ws, y, ys, n, ahead)
     elif rows == 1:
-        float_tile(1, 2, 1, x, xs, w, ws, y, ys, n)
+        float_tile(1, 2, 1, False, x, xs, w, ws, y, ys, n, ahead)
 
 
-@kernel("iiiiiii")
-def score_f16(rows, queries, dim, block, scores, stride, room):
-    """Add the products of `rows` queries with the keys of a block to scores, `stride` apart."""
-    _tiles_64_f16(rows, queries, dim * 4, block, POSITIONS * 2, scores, stride, dim)
+@kernel("iiiiiiii")
+def score_f16(rows, queries, dim, block, scores, stride, room, ahead):
+    """Add the products of `rows` queries with the keys of a block to scores, `stride` apart.
+
+    Memory is asked for what lies `ahead` bytes further.
+    """
+    _tiles_64_f16(rows, queries, dim * 4, block, POSITIONS * 2, scores, stride, dim, ahead)
 
 
-@kernel("iiiiiiiii")
-def mix_f16(rows, weights, stride, block, n, outputs, output_stride, dim, room):
+@kernel("iiiiiiiiii")
+def mix_f16(rows, weights, stride, block, n, outputs, output_stride, dim, room, ahead):
     """Add the first n values of a block, weighted, to `rows` outputs."""
     i = 0
     while i + 64 <= dim:
         values, out = block + i * 2, outputs + i * 4
-        _tiles_64_f16(rows, weights, stride, values, dim * 2, out, output_stride, n)
+        _tiles_64_f16(rows, weights, stride, values, dim * 2, out, output_stride, n, ahead)
         i += 64
     while i < dim:
         values, out = block + i * 2, outputs + i * 4
-        _tiles_16_f16(rows, weights, stride, values, dim * 2, out, output_stride, n)
+        _tiles_16_f16(rows, weights, stride, values, dim * 2, out, output_stride, n, ahead)
         i += 16
 
 
-@kernel("iiiiiii")
-def score_q8_0(rows, queries, dim, block, scores, stride, room):
+@kernel("iiiiiiii")
+def score_q8_0(rows, queries, dim, block, scores, stride, room, ahead):
     scales = block + dim * POSITIONS
     for b in range(dim // 32):
         zero(room, rows * POSITIONS)
         keys = block + b * 32 * POSITIONS
-        _tiles_64_i8(rows, queries + b * 128, dim * 4, keys, POSITIONS, room, POSITIONS * 4, 32)
+        _tiles_64_i8(
+            rows, queries + b * 128, dim * 4, keys, POSITIONS, room, POSITIONS * 4, 32, ahead
+        )
         for i in range(0, POSITIONS, 16):
             scale = cvt_f32x16(ld_f16x16(scales + (b * POSITIONS + i) * 2))
             for r in range(rows):
@@ -250,8 +258,8 @@ def score_q8_0(rows, queries, dim, block, scores, stride, room):
                 st(at, fma(products, scale, ld_f32x16(at)))
 
 
-@kernel("iiiiiiiii")
-def mix_q8_0(rows, weights, stride, block, n, outputs, output_stride, dim, room):
+@kernel("iiiiiiiiii")
+def mix_q8_0(rows, weights, stride, block, n, outputs, output_stride, dim, room, ahead):
     scales = block + dim * POSITIONS
     for b in range(dim // 32):
         for i in range(0, POSITIONS, 16):
@@ -260,41 +268,35 @@ def mix_q8_0(rows, weights, stride, block, n, outputs, output_stride, dim, room)
                 weight = ld_f32x16(weights + r * stride + i * 4)
                 st(room + (r * POSITIONS + i) * 4, weight * scale)
         values, out = block + b * 32, outputs + b * 128
-        _tiles_32_i8(rows, room, POSITIONS * 4, values, dim, out, output_stride, n)
+        _tiles_32_i8(rows, room, POSITIONS * 4, values, dim, out, output_stride, n, ahead)
 
 
-# --- reading, prompt: turned to float32 once for many rows ------------------------------------
-
-
-@kernel("iii")
-def floats_f16(block, dim, target):
-    """The numbers of a block as float32, in the order in which they lie."""
-    for i in range(0, dim * POSITIONS, 16):
-        st(target + i * 4, cvt_f32x16(ld_f16x16(block + i * 2)))
+# --- reading, prompt: turned to f16 once for many rows ----------------------------------------
 
 
 @kernel("iii")
-def key_floats_q8_0(block, dim, target):
+def key_halves_q8_0(block, dim, target):
+    """A block of keys as f16, as it would lie in an f16 cache."""
     scales = block + dim * POSITIONS
     for i in range(dim):
         for p in range(0, POSITIONS, 16):
             s = cvt_f32x16(ld_f16x16(scales + ((i // 32) * POSITIONS + p) * 2))
             place = i * POSITIONS + p
-            st(target + place * 4, cvt_f32x16(ld_i8x16(block + place)) * s)
+            st(target + place * 2, cvt_f16x16(cvt_f32x16(ld_i8x16(block + place)) * s))
 
 
 @kernel("iii")
-def value_floats_q8_0(block, dim, target):
+def value_halves_q8_0(block, dim, target):
+    """As key_halves_q8_0, of values."""
     scales = block + dim * POSITIONS
     for b in range(dim // 32):
         for p in range(POSITIONS):
             s = f16_splat16(scales + (b * POSITIONS + p) * 2)
-            place = p * dim + b * 32
-            st(target + place * 4, cvt_f32x16(ld_i8x16(block + place)) * s)
-            st(target + place * 4 + 64, cvt_f32x16(ld_i8x16(block + place + 16)) * s)
+            for place in range(p * dim + b * 32, p * dim + b * 32 + 32, 16):
+                st(target + place * 2, cvt_f16x16(cvt_f32x16(ld_i8x16(block + place)) * s))
 
 
-F16 = KVType("f16", 16, 2.0, store_f16, score_f16, mix_f16, floats_f16, floats_f16)
+F16 = KVType("f16", 16, 2.0, store_f16, score_f16, mix_f16, None, None)
 Q8_0 = KVType(
     "q8_0",
     32,
@@ -302,7 +304,7 @@ Q8_0 = KVType(
     store_q8_0,
     score_q8_0,
     mix_q8_0,
-    key_floats_q8_0,
-    value_floats_q8_0,
+    key_halves_q8_0,
+    value_halves_q8_0,
 )
 KV_TYPES = {kv.name: kv for kv in (F16, Q8_0)}

@@ -179,7 +179,7 @@ def matmul_bytes(op, state, thread, first, last):
 
 @kernel("iiiiiii")
 def tile_floats(x, xs, w, ws, y, ys, n):
-    float_tile(6, 2, 4, x, xs, w, ws, y, ys, n)
+    float_tile(6, 2, 4, False, x, xs, w, ws, y, ys, n, 0)
 
 
 @kernel("iiiii")
