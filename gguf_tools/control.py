@@ -39,26 +39,6 @@ def yield_core(typingctx):
 
 
 @intrinsic
-def atomic_add(typingctx, address, x):
-    """int32 fetch-and-add (acquire and release); gives the old value."""
-
-    def emit(context, b, sig, args):
-        return b.atomic_rmw("add", pointer(b, args[0]), args[1], "acq_rel")
-
-    return types.int32(types.int64, types.int32), emit
-
-
-@intrinsic
-def atomic_load(typingctx, address):
-    """int32 load (acquire)."""
-
-    def emit(context, b, sig, args):
-        return b.load_atomic(pointer(b, args[0]), "acquire", 4, typ=I32)
-
-    return types.int32(types.int64), emit
-
-
-@intrinsic
 def atomic_load64(typingctx, address):
     """int64 load (acquire)."""
 
@@ -78,18 +58,6 @@ def compare_exchange64(typingctx, address, expected, desired):
         return b.extract_value(pair, 0)
 
     return types.int64(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def atomic_store(typingctx, address, x):
-    """int32 store (release)."""
-
-    def emit(context, b, sig, args):
-        # store_atomic, unlike store, wants a typed pointer.
-        b.store_atomic(args[1], b.inttoptr(args[0], args[1].type.as_pointer()), "release", 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int32), emit
 
 
 def _define_call(name: str, arguments: int) -> None:

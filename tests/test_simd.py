@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import int8
 
-from gguf_tools.control import atomic_add, atomic_load, atomic_store
+from gguf_tools.control import atomic_load64, compare_exchange64
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     bits_f32x16,
@@ -339,15 +339,18 @@ def test_scalars() -> None:
     assert np.array_equal(out[196:260].view(np.float32), bfloats)
 
 
-@kernel("i")
-def atomics(address):
-    atomic_store(address, atomic_add(address + 4, ld_i32(address)) + atomic_load(address + 8))
+@kernel("ii")
+def exchanges(place, seen):
+    st_i64(seen, compare_exchange64(place, 5, 7))
+    st_i64(seen + 8, compare_exchange64(place, 5, 9))
+    st_i64(seen + 16, atomic_load64(place))
 
 
-def test_atomics() -> None:
-    words = np.array([5, 7, 100], np.int32)
-    atomics(words.ctypes.data)
-    assert words.tolist() == [107, 12, 100]
+def test_exchanges() -> None:
+    """The second finds another value than it expects, and leaves it."""
+    place, seen = np.array([5]), np.zeros(3, np.int64)
+    exchanges(place.ctypes.data, seen.ctypes.data)
+    assert seen.tolist() == [5, 7, 7]
 
 
 @kernel("i")

@@ -381,7 +381,7 @@ class Lowering:
         return self.memory.n_threads * PARTS_PER_THREAD
 
     def _access(self, buffer: str, sharing: str, *, written: bool = False) -> list[Access]:
-        """What barriers must know of a buffer; nothing for a thread's own."""
+        """What the table must know of a buffer; nothing for a thread's own."""
         return [] if self._is_owned(buffer) else [Access(buffer, sharing, written)]
 
     def _is_owned(self, buffer: str) -> bool:
