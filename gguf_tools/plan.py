@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools import views
 from gguf_tools.archs.architecture import Architecture, ModelFacts, TensorRule
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.transforms import Transform
@@ -137,24 +138,22 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     """Find every tensor that the architecture asks for; all that is wrong is one error."""
     config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
     facts = architecture.read_facts(config)
-    rules, notes = _expected(checkpoint, architecture, facts)
-    present = {
-        name: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if not name.endswith(architecture.ignored)
-    }
-    missing = [source for source in rules if source not in present]
-    unexpected = [name for name in present if name not in rules]
-    if notes.dropped_head:
+    present, skipped = _present(checkpoint, architecture)
+    wanted, head = _expected(present, architecture, facts)
+    named = {source for want in wanted for source in want.sources}
+    missing = [source for want in wanted for source in want.sources if source not in present]
+    unexpected = [name for name in present if name not in named]
+    if head.dropped_head:
         unexpected.remove(architecture.head.source)
     misshapen = [
         f"{printable(source)} is {present[source].shape} where config.json gives {shape}"
-        for source, rule in rules.items()
-        if source in present and present[source].shape != (shape := _shape(rule, facts))
+        for want in wanted
+        for source in want.sources
+        if source in present and present[source].shape != (shape := want.rule.source_shape(facts))
     ]
     problems = [
         f"{kind}: {listing(map(printable, names))}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        for kind, names in (("missing", dict.fromkeys(missing)), ("unexpected", unexpected))
         if names
     ]
     if misshapen:
@@ -164,21 +163,17 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
             f"{printable(checkpoint.folder, limit=1000)}: the tensors do not fit config.json "
             f"({architecture.name}, {facts.n_layers} layers): {'; '.join(problems)}"
         )
-    odd = [unreadable(s, present[s].dtype) for s in rules if present[s].dtype not in READABLE]
+    odd = [unreadable(s, present[s].dtype) for s in named if present[s].dtype not in READABLE]
     if odd:
         more = f" (and {len(odd) - 1:,} more like it)" if len(odd) > 1 else ""
         raise CheckpointError(f"{printable(checkpoint.folder, limit=1000)}: {odd[0]}{more}")
-    tensors = [
-        Matched(rule.name, present[source], rule.transform(facts) if rule.transform else None)
-        for source, rule in rules.items()
-    ]
+    tensors = [want.match(present, facts) for want in wanted]
     for generated in architecture.generated:
         values = generated.make(facts)
         if values is not None:
             tensors.append(Matched(generated.name, _constant(generated.name, values)))
-    return MatchedModel(
-        checkpoint, architecture, facts, tuple(tensors), (*facts.notes, *notes.texts)
-    )
+    notes = (*facts.notes, *head.texts, *skipped)
+    return MatchedModel(checkpoint, architecture, facts, tuple(tensors), notes)
 
 
 def build_plan(
@@ -227,13 +222,65 @@ class _HeadNotes:
     dropped_head: bool = False
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A tensor of the file: its rule, and the names of what it is made from."""
+
+    rule: TensorRule
+    name: str
+    sources: tuple[str, ...]
+
+    def match(self, present: Mapping[str, LazyTensor], facts: ModelFacts) -> Matched:
+        rule = self.rule
+        tensor = present[self.sources[0]]
+        if "{expert}" in rule.source:
+            tensor = views.stacked([present[source] for source in self.sources], self.name)
+        if rule.transposed:
+            tensor = views.transposed(tensor)
+        if rule.part is not None:
+            tensor = views.part(tensor, *rule.part)
+        return Matched(self.name, tensor, rule.transform(facts) if rule.transform else None)
+
+
+def _present(
+    checkpoint: Checkpoint, architecture: Architecture
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """The checkpoint's tensors under the names that the rules use, and a note of those skipped."""
+    present: dict[str, LazyTensor] = {}
+    skipped: list[LazyTensor] = []
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith(architecture.ignored):
+            continue
+        if architecture.skipped and name.startswith(architecture.skipped):
+            skipped.append(tensor)
+            continue
+        for beginning, instead in architecture.renamed:
+            if name.startswith(beginning):
+                name = instead + name.removeprefix(beginning)
+                break
+        if name in present:
+            raise CheckpointError(
+                f"{printable(checkpoint.folder, limit=1000)}: tensor {printable(name)} is there "
+                "twice, under two names"
+            )
+        present[name] = tensor
+    if not skipped:
+        return present, ()
+    n_parameters = sum(tensor.n_elements for tensor in skipped)
+    beginnings = sorted({tensor.name.split(".")[0] for tensor in skipped})
+    note = (
+        f"{len(skipped):,} tensors ({n_parameters:,} parameters) are left out: this file holds the "
+        f"text model only, without {', '.join(map(printable, beginnings))}"
+    )
+    return present, (note,)
+
+
 def _expected(
-    checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts
-) -> tuple[dict[str, TensorRule], _HeadNotes]:
-    """The rule of every tensor that must be there, by the name in the checkpoint."""
-    rules: dict[str, TensorRule] = {}
-    heads, notes = _embedding_and_head(checkpoint, architecture, facts)
-    rules.update(heads)
+    present: Mapping[str, LazyTensor], architecture: Architecture, facts: ModelFacts
+) -> tuple[list[_Wanted], _HeadNotes]:
+    """Everything that the file will hold, and from which tensors of the checkpoint."""
+    heads, notes = _embedding_and_head(present, architecture, facts)
+    wanted = [_Wanted(rule, rule.name, (source,)) for source, rule in heads.items()]
     for rule in architecture.tensors:
         if rule.when and rule.when not in facts.switches:
             continue
@@ -242,17 +289,19 @@ def _expected(
             source, name = (
                 text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
             )
-            rules[source] = TensorRule(source, name, rule.shape, rule.transform)
-    return rules, notes
+            experts = range(facts.sizes["experts"] if "{expert}" in source else 1)
+            sources = tuple(source.replace("{expert}", str(expert)) for expert in experts)
+            wanted.append(_Wanted(rule, name, sources))
+    return wanted, notes
 
 
 def _embedding_and_head(
-    checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts
+    present: Mapping[str, LazyTensor], architecture: Architecture, facts: ModelFacts
 ) -> tuple[dict[str, TensorRule], _HeadNotes]:
     """Tied weights may be stored under either name, or twice; a head of its own under its own."""
     embedding, head = architecture.embedding, architecture.head
-    stored_embedding = checkpoint.tensors.get(embedding.source)
-    stored_head = checkpoint.tensors.get(head.source)
+    stored_embedding = present.get(embedding.source)
+    stored_head = present.get(head.source)
     separate = {embedding.source: embedding, head.source: head}
     if facts.tied and stored_head is not None and stored_embedding is None:
         rule = TensorRule(head.source, embedding.name, embedding.shape, embedding.transform)
@@ -290,10 +339,6 @@ def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
         if not np.array_equal(left, right):
             return False
     return True
-
-
-def _shape(rule: TensorRule, facts: ModelFacts) -> tuple[int, ...]:
-    return tuple(facts.sizes[size] for size in rule.shape)
 
 
 def _constant(name: str, values: npt.NDArray[np.float32]) -> LazyTensor:
@@ -334,7 +379,7 @@ def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
     name = model.architecture.name
     entries: dict[str, MetadataValue] = {}
     for rule in model.architecture.metadata:
-        value = getattr(model.facts, rule.field)
+        value = model.facts.value(rule.field)
         if value is not None:
             entries[f"{name}.{rule.key}"] = Value(rule.type, value)
     for key, type_, value in model.facts.rope.metadata():

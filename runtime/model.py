@@ -62,8 +62,8 @@ class Model:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be positive, not {threads}")
         config = read_config(file)
-        program = build_program(file, config)
         size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+        program = build_program(file, config, n_ctx=size)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
         runner = _make_backend(

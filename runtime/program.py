@@ -62,6 +62,17 @@ class RMSNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """target = (source - mean) / sqrt(variance + epsilon) * weight + bias"""
+
+    source: str
+    target: str
+    weight: Floats
+    bias: Floats | None
+    epsilon: float
+
+
+@dataclass(frozen=True, eq=False)
 class MatMul:
     """target = source @ matrix.T"""
 
@@ -106,15 +117,26 @@ class Attend:
     layer: int
     scale: float
     window: int  # a token sees itself and the window - 1 tokens before; 0 = all
+    softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0 = as they are
+    sinks: Floats | None = None  # (n_heads,) one more score in each head's softmax, of no value
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """target = silu(gate) * up"""
+    """target = activation(gate) * up"""
 
     gate: str
     up: str
     target: str
+    activation: str = "silu"  # one of ACTIVATIONS
+
+
+@dataclass(frozen=True, eq=False)
+class Activate:
+    """target = activation(target)"""
+
+    target: str
+    activation: str  # one of ACTIVATIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +147,109 @@ class Add:
     target: str
 
 
-Instruction = RMSNorm | MatMul | AddBias | Rope | StoreKV | Attend | Gate | Add
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """target *= factor"""
+
+    target: str
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class SoftCap:
+    """target = cap * tanh(target / cap)"""
+
+    target: str
+    cap: float
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Choose the n_used experts with the highest scores, and their weights, for each token.
+
+    `scores` holds a router's output, one per expert; `routes` gets the n_used experts' numbers (as
+    float32, best first; the lower number where scores are equal), then their n_used weights.
+    """
+
+    scores: str
+    routes: str
+    n_used: int
+    gating: str = "softmax"  # of all scores; or "sigmoid" of each; or "chosen": softmax of those
+    normalize: bool = True  # divide the weights by their sum
+    scale: float = 1.0  # then times this
+    bias: Floats | None = None  # (n_experts,) added to what is compared, not to the weights
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertMatMul:
+    """target[slot] = source @ experts[routes[slot]].T for each of a token's n_used slots.
+
+    `source` is one row for all slots (n_columns wide) or one for each (n_used * n_columns).
+    """
+
+    source: str
+    target: str  # (n_used * n_rows)
+    routes: str
+    n_used: int
+    experts: tuple[Matrix, ...]  # all of one type and shape
+    name: str = ""  # of the stacked tensor, for messages
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertBias:
+    """target[slot] += biases[routes[slot]]"""
+
+    target: str  # (n_used * n_rows)
+    routes: str
+    n_used: int
+    biases: Floats  # (n_experts, n_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSum:
+    """target = sum over slots of weight[slot] * source[slot]"""
+
+    source: str  # (n_used * width of target)
+    routes: str
+    n_used: int
+    target: str
+
+
+@dataclass(frozen=True, eq=False)
+class SigmoidScale:
+    """target *= sigmoid(gate), where gate is one number per token"""
+
+    gate: str
+    target: str
+
+
+ACTIVATIONS = (
+    "silu",
+    "gelu",  # with tanh, as ggml and transformers' gelu_pytorch_tanh and gelu_new
+    "gelu_erf",
+    "relu",
+    "swiglu_oai",  # gpt-oss: both sides clamped; gate * sigmoid(1.702 gate) * (up + 1)
+)
+
+Instruction = (
+    RMSNorm
+    | LayerNorm
+    | MatMul
+    | AddBias
+    | Rope
+    | StoreKV
+    | Attend
+    | Gate
+    | Activate
+    | Add
+    | Scale
+    | SoftCap
+    | Route
+    | ExpertMatMul
+    | ExpertBias
+    | ExpertSum
+    | SigmoidScale
+)
 
 
 @dataclass(frozen=True)
@@ -147,9 +271,30 @@ class Program:
     layers: tuple[tuple[Instruction, ...], ...]
     head: tuple[Instruction, ...]
     caches: tuple[KVShape, ...]  # one per layer
+    embedding_scale: float = 1.0
+    positions: Matrix | None = None  # learned positions: row p is added to a token at position p
+
+    def embed(self, ids: npt.NDArray[np.int64], start: int) -> Floats:
+        """The hidden state of tokens at positions start, start + 1, ...: (len(ids), dim)."""
+        x = self.embedding.rows(ids)
+        if self.embedding_scale != 1.0:
+            x = x * np.float32(self.embedding_scale)
+        if self.positions is not None:
+            x = x + self.positions.rows(np.arange(start, start + len(ids)))
+        return x
+
+    @property
+    def steps(self) -> list[Instruction]:
+        """All instructions, in order."""
+        return [*(step for layer in self.layers for step in layer), *self.head]
 
 
 def matrices(program: Program) -> list[Matrix]:
     """Every matrix the program multiplies by, in order of use."""
-    steps = [*(i for layer in program.layers for i in layer), *program.head]
-    return [step.matrix for step in steps if isinstance(step, MatMul)]
+    found: list[Matrix] = []
+    for step in program.steps:
+        if isinstance(step, MatMul):
+            found.append(step.matrix)
+        elif isinstance(step, ExpertMatMul):
+            found += step.experts
+    return found

@@ -12,22 +12,30 @@ from runtime.program import Floats, RopeTable
 
 
 def rope_table(
-    config: ModelConfig, *, interleaved: bool, factors: Floats | None = None
+    config: ModelConfig,
+    *,
+    interleaved: bool,
+    factors: Floats | None = None,
+    base: float | None = None,
+    scaling: RopeScaling | None = None,
 ) -> RopeTable:
     """The table of a model; `factors` are the divisors of `rope_freqs.weight`, if present.
+
+    Layers with positions of their own give `base` and `scaling`; else they are the model's.
 
     As ggml does it (ggml-cpu/ops.cpp, rope_yarn and ggml_rope_yarn_corr_dims): a pair's frequency
     is base^(-2i/n), divided by its factor, then interpolated; YaRN also scales the magnitude.
     """
-    n_dims, scaling = config.rope_dims, config.rope_scaling
-    frequencies = config.rope_base ** (-np.arange(0, n_dims, 2, dtype=np.float64) / max(n_dims, 1))
+    n_dims, base = config.rope_dims, base or config.rope_base
+    scaling = scaling or config.rope_scaling
+    frequencies = base ** (-np.arange(0, n_dims, 2, dtype=np.float64) / max(n_dims, 1))
     if factors is not None:
         frequencies = frequencies / factors.astype(np.float64)
     scale = scaling.attention_factor
     if scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     elif scaling.kind == "yarn":
-        kept = _yarn_kept(scaling, n_dims, config.rope_base)
+        kept = _yarn_kept(scaling, n_dims, base)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
         scale *= 1 + 0.1 * math.log(max(scaling.factor, 1.0))
     return RopeTable(n_dims, interleaved, frequencies, scale)

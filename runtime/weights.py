@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gguf_tools.errors import MissingTensorError, printable
@@ -29,6 +31,33 @@ class Weights:
             info = self.file.tensors[name]
             return Matrix(name, info.quant, n_rows, n_columns, self.file.raw(name))
         return Matrix(name, by_name("F32"), n_rows, n_columns, np.empty((0, 0), np.uint8))
+
+    def row(self, name: str, n_columns: int) -> Matrix:
+        """A matrix of one row, which files store as a vector or as a matrix."""
+        info = self.file.tensors.get(name)
+        if info is not None and len(info.shape) == 2:
+            return self.matrix(name, 1, n_columns)
+        values = self.vector(name, n_columns)
+        return Matrix(name, by_name("F32"), 1, n_columns, values.view(np.uint8)[None, :])
+
+    def split_matrix(self, name: str, sizes: Sequence[int], n_columns: int) -> list[Matrix]:
+        """A matrix whose rows are several one after the other, of `sizes` rows each."""
+        whole = self.matrix(name, sum(sizes), n_columns)
+        parts, first = [], 0
+        for size in sizes:
+            data = whole.data[first : first + size]
+            parts.append(Matrix(whole.name, whole.quant, size, n_columns, data))
+            first += size
+        return parts
+
+    def experts(self, name: str, n_experts: int, n_rows: int, n_columns: int) -> tuple[Matrix, ...]:
+        """One matrix per expert of a stacked tensor (n_experts, n_rows, n_columns)."""
+        if not self._check(name, (n_experts, n_rows, n_columns)):
+            none = np.empty((0, 0), np.uint8)
+            return (Matrix(name, by_name("F32"), n_rows, n_columns, none),) * n_experts
+        info = self.file.tensors[name]
+        data = self.file.raw(name).reshape(n_experts, n_rows, -1)
+        return tuple(Matrix(name, info.quant, n_rows, n_columns, expert) for expert in data)
 
     def vector(self, name: str, size: int) -> Floats:
         """A float32 vector such as a norm's weight."""

@@ -1,6 +1,6 @@
 """What an architecture's file says: facts, tensors, metadata."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +9,8 @@ import numpy.typing as npt
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.rope import Rope
 from gguf_tools.archs.transforms import Transform
+
+Scalar = int | float | bool | str
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class ModelFacts:
     key_length: int | None = None  # head_dim, if config.json gives one
     sliding_window: int | None = None
     switches: frozenset[str] = field(default_factory=frozenset)  # what is there: "attention_bias"
+    n_experts: int | None = None
+    more_sizes: Mapping[str, int] = field(default_factory=dict)  # for the shapes of tensor rules
+    more: Mapping[str, Scalar | None] = field(default_factory=dict)  # for metadata rules
     notes: tuple[str, ...] = ()  # for the user
 
     @property
@@ -40,18 +45,45 @@ class ModelFacts:
             "ffn": self.ffn_dim,
             "q": self.n_heads * self.head_dim,
             "kv": self.n_kv_heads * self.head_dim,
+            "head": self.head_dim,
+            "experts": self.n_experts or 0,
+            **self.more_sizes,
         }
+
+    def value(self, field: str) -> Scalar | None:
+        """A fact by its name, for metadata."""
+        if field in self.more:
+            return self.more[field]
+        value: Scalar | None = getattr(self, field)
+        return value
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor, or with {layer} in its names one of every layer."""
+    """One tensor, or with {layer} in its names one of every layer.
+
+    With {expert} in `source`, the tensors of all experts are stacked. Several rules may take parts
+    of the same source.
+    """
 
     source: str  # its name in the checkpoint
     name: str  # its name in the file
-    shape: tuple[str, ...]  # keys of ModelFacts.sizes, outermost first
+    shape: tuple[str, ...]  # in the file: keys of ModelFacts.sizes, outermost first
     transform: Callable[[ModelFacts], Transform] | None = None
     when: str = ""  # the switch that must be on
+    transposed: bool = False  # the checkpoint has the last two axes the other way round
+    part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
+
+    def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
+        """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
+        shape = [facts.sizes[size] for size in self.shape]
+        if "{expert}" in self.source:
+            shape = shape[1:]
+        if self.part is not None:
+            shape[-2] *= self.part[1]
+        if self.transposed:
+            shape[-2:] = shape[:-3:-1]
+        return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -64,7 +96,10 @@ class GeneratedTensor:
 
 @dataclass(frozen=True)
 class MetadataRule:
-    """A field of ModelFacts as metadata ARCHITECTURE.KEY; written when it is not None."""
+    """A field of ModelFacts (or a key of its `more`) as metadata ARCHITECTURE.KEY.
+
+    Written when it is not None.
+    """
 
     key: str
     type: str
@@ -85,3 +120,5 @@ class Architecture:
     generated: tuple[GeneratedTensor, ...]
     metadata: tuple[MetadataRule, ...]
     ignored: tuple[str, ...]  # endings of names that are buffers, not weights
+    renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names, and what the rules call them
+    skipped: tuple[str, ...] = ()  # beginnings of names that the file has no place for; said

@@ -128,7 +128,7 @@ class CPUBackend:
         n, dim = len(ids), self.program.buffers["x"]
         n_vocab = self.program.buffers["logits"]
         hidden = self._buffers["x"]
-        hidden[:n, :dim] = self.program.embedding.rows(ids)
+        hidden[:n, :dim] = self.program.embed(ids, start)
         if n == 1 and n_outputs == 1:
             self._execute(self._decode, 1, start)
             return self._buffers["logits"][:1, :n_vocab].copy()
@@ -171,7 +171,7 @@ class CPUBackend:
         places = self._one_places if n_tokens == 1 else self._many_places
         source = _view(places[step.source], n_tokens, step.matrix.n_columns)
         target = _view(places[step.target], n_tokens, step.matrix.n_rows)
-        target[:] = reference_matmul(source, step)
+        target[:] = reference_matmul(source, step.matrix)
 
 
 def _view(place: Place, n_tokens: int, width: int) -> Floats:

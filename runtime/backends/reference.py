@@ -6,20 +6,32 @@ float32. Other backends are judged against it.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from runtime.program import (
+    Activate,
     Add,
     AddBias,
     Attend,
+    ExpertBias,
+    ExpertMatMul,
+    ExpertSum,
     Floats,
     Gate,
     Instruction,
+    LayerNorm,
     MatMul,
+    Matrix,
     Program,
     RMSNorm,
     Rope,
+    Route,
+    Scale,
+    SigmoidScale,
+    SoftCap,
     StoreKV,
 )
 
@@ -44,7 +56,7 @@ class ReferenceBackend:
         ]
 
     def run(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
-        buffers: dict[str, Floats] = {"x": self.program.embedding.rows(ids)}
+        buffers: dict[str, Floats] = {"x": self.program.embed(ids, start)}
         for layer in self.program.layers:
             for step in layer:
                 self._execute(step, buffers, start)
@@ -62,8 +74,12 @@ class ReferenceBackend:
         match step:
             case RMSNorm():
                 buffers[step.target] = rms_norm(buffers[step.source], step.weight, step.epsilon)
+            case LayerNorm():
+                buffers[step.target] = layer_norm(
+                    buffers[step.source], step.weight, step.bias, step.epsilon
+                )
             case MatMul():
-                buffers[step.target] = matmul(buffers[step.source], step)
+                buffers[step.target] = matmul(buffers[step.source], step.matrix)
             case AddBias():
                 buffers[step.target] = buffers[step.target] + step.bias
             case Rope():
@@ -84,9 +100,31 @@ class ReferenceBackend:
                     start=start,
                 )
             case Gate():
-                buffers[step.target] = silu(buffers[step.gate]) * buffers[step.up]
+                buffers[step.target] = gate(step.activation, buffers[step.gate], buffers[step.up])
+            case Activate():
+                buffers[step.target] = activate(step.activation, buffers[step.target])
             case Add():
                 buffers[step.target] = buffers[step.target] + buffers[step.source]
+            case Scale():
+                buffers[step.target] = buffers[step.target] * np.float32(step.factor)
+            case SoftCap():
+                buffers[step.target] = softcap(buffers[step.target], step.cap)
+            case Route():
+                buffers[step.routes] = route(buffers[step.scores], step)
+            case ExpertMatMul():
+                buffers[step.target] = expert_matmul(
+                    buffers[step.source], buffers[step.routes], step
+                )
+            case ExpertBias():
+                experts = buffers[step.routes][:, : step.n_used].astype(np.intp)
+                bias = step.biases[experts].reshape(len(experts), -1)
+                buffers[step.target] = buffers[step.target] + bias
+            case ExpertSum():
+                weights = buffers[step.routes][:, step.n_used :, None]
+                each = buffers[step.source].reshape(len(weights), step.n_used, -1)
+                buffers[step.target] = (each * weights).sum(axis=1, dtype=np.float32)
+            case SigmoidScale():
+                buffers[step.target] = buffers[step.target] * sigmoid(buffers[step.gate])
 
 
 def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
@@ -96,14 +134,86 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
     return normed
 
 
-def silu(x: Floats) -> Floats:
+def layer_norm(x: Floats, weight: Floats, bias: Floats | None, epsilon: float) -> Floats:
+    centred: Floats = x - np.mean(x, axis=1, keepdims=True, dtype=np.float32)
+    variance: Floats = np.mean(centred * centred, axis=1, keepdims=True, dtype=np.float32)
+    normed: Floats = centred / np.sqrt(variance + np.float32(epsilon)) * weight
+    return normed if bias is None else normed + bias
+
+
+def sigmoid(x: Floats) -> Floats:
     with np.errstate(over="ignore"):  # exp(-x) is infinite for very negative x: the result is 0
-        y: Floats = x / (1 + np.exp(-x))
+        y: Floats = np.float32(1) / (1 + np.exp(-x))
     return y
 
 
-def matmul(x: Floats, step: MatMul) -> Floats:
-    matrix = step.matrix
+def activate(name: str, x: Floats) -> Floats:
+    y: npt.NDArray[np.floating]
+    match name:
+        case "silu":
+            y = x * sigmoid(x)
+        case "gelu":
+            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)
+            y = 0.5 * x * (1 + np.tanh(inner))
+        case "gelu_erf":
+            erf = np.vectorize(math.erf, otypes=[np.float64])
+            y = 0.5 * x * (1 + erf(x / math.sqrt(2)))
+        case "relu":
+            y = np.maximum(x, np.float32(0))
+        case _:
+            raise ValueError(f"no such activation: {name}")
+    return y.astype(np.float32)
+
+
+def gate(name: str, x: Floats, up: Floats) -> Floats:
+    if name == "swiglu_oai":  # ggml: swiglu_oai, alpha 1.702, limit 7
+        x, up = np.minimum(x, np.float32(7)), np.clip(up, np.float32(-7), np.float32(7))
+        y: Floats = x * sigmoid(np.float32(1.702) * x) * (up + 1)
+        return y
+    return activate(name, x) * up
+
+
+def softcap(x: Floats, cap: float) -> Floats:
+    y: Floats = np.float32(cap) * np.tanh(x / np.float32(cap))
+    return y
+
+
+def route(scores: Floats, step: Route) -> Floats:
+    if step.gating == "sigmoid":
+        chances = sigmoid(scores)
+    elif step.gating == "softmax":
+        chances = softmax(scores)
+    else:
+        chances = scores
+    compared = chances if step.bias is None else chances + step.bias
+    experts = np.argsort(-compared, axis=1, kind="stable")[:, : step.n_used]
+    weights = np.take_along_axis(chances, experts, axis=1)
+    if step.gating == "chosen":
+        weights = softmax(weights)
+    if step.normalize:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    routes = [experts.astype(np.float32), weights * np.float32(step.scale)]
+    return np.concatenate(routes, axis=1, dtype=np.float32)
+
+
+def softmax(x: Floats) -> Floats:
+    e: Floats = np.exp(x - x.max(axis=-1, keepdims=True))
+    y: Floats = e / e.sum(axis=-1, keepdims=True)
+    return y
+
+
+def expert_matmul(x: Floats, routes: Floats, step: ExpertMatMul) -> Floats:
+    n_rows, n_columns = step.experts[0].n_rows, step.experts[0].n_columns
+    experts = routes[:, : step.n_used].astype(np.intp)  # (n_tokens, n_used)
+    sources = np.broadcast_to(x.reshape(len(x), -1, n_columns), (len(x), step.n_used, n_columns))
+    y = np.empty((len(x), step.n_used, n_rows), np.float32)
+    for expert in np.unique(experts):
+        chosen = experts == expert
+        y[chosen] = matmul(sources[chosen], step.experts[expert])
+    return y.reshape(len(x), -1)
+
+
+def matmul(x: Floats, matrix: Matrix) -> Floats:
     y = np.empty((len(x), matrix.n_rows), np.float32)
     for first in range(0, matrix.n_rows, ROWS_AT_ONCE):
         band = slice(first, first + ROWS_AT_ONCE)
@@ -142,13 +252,16 @@ def attend(
     k = np.repeat(keys[:end], group, axis=1)  # (end, n_heads, key_dim)
     v = np.repeat(values[:end], group, axis=1)
     scores = np.einsum("thd,phd->htp", q, k) * np.float32(step.scale)
+    if step.softcap:
+        scores = softcap(scores, step.softcap)
     here, there = np.arange(start, end)[:, None], np.arange(end)[None, :]
     hidden = there > here
     if step.window:
         hidden |= there <= here - step.window
     scores[:, hidden] = -np.inf
-    scores -= scores.max(axis=2, keepdims=True)
-    weights = np.exp(scores)
-    weights /= weights.sum(axis=2, keepdims=True)
+    if step.sinks is not None:
+        sinks = np.broadcast_to(step.sinks[:, None, None], (n_heads, n_tokens, 1))
+        scores = np.concatenate([scores, sinks], axis=2)
+    weights = softmax(scores)[:, :, :end]
     mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(n_tokens, -1)
     return mixed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig
@@ -9,11 +11,20 @@ from runtime.decoders import llama
 from runtime.program import Program
 from runtime.weights import Weights
 
-DECODERS = {"llama": llama.build}
+Build = Callable[[Weights, ModelConfig, int], Program]
+
+DECODERS: dict[str, Build] = {
+    "llama": llama.build,
+    "qwen2": llama.build_qwen,
+    "qwen3": llama.build_qwen,
+}
 
 
-def build_program(file: GGUFFile, config: ModelConfig) -> Program:
-    """The program of the model in `file`.
+def build_program(file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0) -> Program:
+    """The program of the model in `file`, to be run with a context of n_ctx tokens.
+
+    The context matters to models whose positions change beyond their original one (longrope); 0
+    stands for the context they were trained for.
 
     UnsupportedModelError lists the known architectures; MissingTensorError names every tensor
     that is missing, of another shape, or not expected.
@@ -27,6 +38,6 @@ def build_program(file: GGUFFile, config: ModelConfig) -> Program:
     if not file.tensors:
         raise FormatError(f"{printable(file.path)}: holds a vocabulary only, no weights to run")
     weights = Weights(file)
-    program = build(weights, config)
+    program = build(weights, config, n_ctx or config.n_ctx_train)
     weights.finish()
     return program

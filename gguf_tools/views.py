@@ -1,0 +1,66 @@
+"""Other shapes of a checkpoint's tensors, still read a band of rows at a time."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from gguf_tools.safetensors_file import Floats, LazyTensor
+
+
+def stacked(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
+    """Tensors of one shape as one, with an axis more in front: (len(tensors), *shape)."""
+    first = tensors[0]
+    each = first.n_rows
+
+    def load(begin: int, end: int) -> Floats:
+        bands = []
+        while begin < end:
+            index, row = divmod(begin, each)
+            last = min(end - index * each, each)
+            bands.append(tensors[index].load(row, last))
+            begin += last - row
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    return LazyTensor(name, (len(tensors), *first.shape), first.dtype, load)
+
+
+def part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
+    """Part `index` of `count` equal parts of the rows (for three axes, of every matrix's rows)."""
+    *outer, height, width = tensor.shape
+    each = height // count
+
+    def load(begin: int, end: int) -> Floats:
+        bands = []
+        while begin < end:
+            matrix, row = divmod(begin, each)
+            last = min(end - matrix * each, each)
+            start = matrix * height + index * each
+            bands.append(tensor.load(start + row, start + last))
+            begin += last - row
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    return LazyTensor(tensor.name, (*outer, each, width), tensor.dtype, load)
+
+
+def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
+    """The first n rows of a matrix."""
+    return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """The last two axes exchanged. A whole matrix is read for each of its bands."""
+    *outer, height, width = tensor.shape
+
+    def load(begin: int, end: int) -> Floats:
+        bands = []
+        while begin < end:
+            matrix, row = divmod(begin, width)
+            last = min(end - matrix * width, width)
+            whole = tensor.load(matrix * height, (matrix + 1) * height)
+            bands.append(np.ascontiguousarray(whole[:, row:last].T))
+            begin += last - row
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    assert prod(outer) * height == tensor.n_rows
+    return LazyTensor(tensor.name, (*outer, width, height), tensor.dtype, load)

@@ -1,0 +1,266 @@
+"""The parts that decoders are put together from: norms, projections, attention, feed-forward.
+
+A `Blocks` collects instructions and the buffers they need. Its methods emit one part each, from
+config and the tensors that are present; a decoder (one file per family) says in which order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from runtime.config import ModelConfig
+from runtime.program import (
+    Activate,
+    Add,
+    AddBias,
+    Attend,
+    ExpertMatMul,
+    ExpertSum,
+    Floats,
+    Gate,
+    Instruction,
+    KVShape,
+    LayerNorm,
+    MatMul,
+    Matrix,
+    Program,
+    RMSNorm,
+    Rope,
+    RopeTable,
+    Route,
+    SigmoidScale,
+    StoreKV,
+)
+from runtime.weights import Weights
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of a feed-forward: how many, how they are chosen."""
+
+    n_experts: int
+    n_used: int
+    ffn_dim: int  # of one expert
+    normalize: bool
+    gating: str = "softmax"
+    scale: float = 1.0
+    bias: Floats | None = None
+    shared_ffn_dim: int = 0  # of the expert that every token uses; 0: there is none
+
+
+class Blocks:
+    """Emits parts of a decoder; what the tensors lack is noted in `weights` for one error."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, *, norm: str = "rms") -> None:
+        """`norm` is "rms", or "layer": with mean and optional bias."""
+        self.weights, self.config = weights, config
+        self.layer_norms = norm == "layer"
+        self.buffers = {"x": config.dim, "normed": config.dim, "delta": config.dim}
+        self.prefix = ""
+        self.layer = 0
+        self._steps: list[Instruction] = []
+
+    # --- the frame -----------------------------------------------------------------------
+
+    def program(
+        self,
+        emit_layer: Callable[[int], None],
+        *,
+        embedding_scale: float = 1.0,
+        positions: Matrix | None = None,
+        finish: Sequence[Instruction] = (),
+    ) -> Program:
+        """All layers, each emitted by `emit_layer`, between embedding and head.
+
+        The head is `output.weight`, or the embedding where there is none; `finish` is what is done
+        to "logits" after it.
+        """
+        c = self.config
+        embedding = self.weights.matrix("token_embd.weight", c.n_vocab, c.dim)
+        layers = []
+        for self.layer in range(c.n_layers):
+            self.prefix, self._steps = f"blk.{self.layer}.", []
+            emit_layer(self.layer)
+            layers.append(tuple(self._steps))
+        self.prefix, self._steps = "", []
+        self.norm("output_norm")
+        separate = self.weights.has("output.weight")
+        output = self.weights.matrix("output.weight", c.n_vocab, c.dim) if separate else embedding
+        self._matmul(output, "normed", "logits")
+        self._bias("output", "logits", c.n_vocab)
+        head = (*self._steps, *finish)
+        cache = KVShape(c.n_heads, c.n_kv_heads, c.key_dim, c.value_dim)
+        return Program(
+            buffers=self.buffers,
+            embedding=embedding,
+            layers=tuple(layers),
+            head=head,
+            caches=(cache,) * c.n_layers,
+            embedding_scale=embedding_scale,
+            positions=positions,
+        )
+
+    def emit(self, *steps: Instruction) -> None:
+        self._steps += steps
+
+    def buffer(self, name: str, width: int) -> str:
+        """Room for `width` numbers per token under `name`; the widest of several wishes."""
+        self.buffers[name] = max(width, self.buffers.get(name, 0))
+        return name
+
+    # --- parts ---------------------------------------------------------------------------
+
+    def norm(self, name: str, source: str = "x", target: str = "normed") -> None:
+        weight = self.weights.vector(f"{self.prefix}{name}.weight", self.buffers[source])
+        epsilon = self.config.norm_epsilon
+        if self.layer_norms:
+            bias = self.weights.optional_vector(f"{self.prefix}{name}.bias", len(weight))
+            self.emit(LayerNorm(source, target, weight, bias, epsilon))
+        else:
+            self.emit(RMSNorm(source, target, weight, epsilon))
+
+    def head_norm(self, name: str, target: str, head_dim: int) -> None:
+        """A norm of every head by itself; nothing where the file has no such tensor."""
+        weight = self.weights.optional_vector(f"{self.prefix}{name}.weight", head_dim)
+        if weight is not None:
+            self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+
+    def linear(
+        self, name: str, source: str, target: str, n_rows: int, n_columns: int | None = None
+    ) -> None:
+        """target = source times a matrix, plus its bias where the file has one.
+
+        The matrix takes `n_columns` of source, all by default.
+        """
+        columns = n_columns or self.buffers[source]
+        matrix = self.weights.matrix(f"{self.prefix}{name}.weight", n_rows, columns)
+        self._matmul(matrix, source, target)
+        self._bias(name, target, n_rows)
+
+    def split_linear(
+        self, name: str, source: str, targets: Sequence[str], sizes: Sequence[int]
+    ) -> None:
+        """As `linear`, for a matrix that holds several, one after the other."""
+        full = f"{self.prefix}{name}"
+        parts = self.weights.split_matrix(f"{full}.weight", sizes, self.buffers[source])
+        for target, part in zip(targets, parts, strict=True):
+            self._matmul(part, source, target)
+        bias = self.weights.optional_vector(f"{full}.bias", sum(sizes))
+        if bias is not None:
+            first = 0
+            for target, size in zip(targets, sizes, strict=True):
+                self.emit(AddBias(target, bias[first : first + size]))
+                first += size
+
+    def qkv(self, source: str = "normed") -> None:
+        """Queries, keys and values, from three tensors or from a fused one."""
+        c = self.config
+        sizes = (c.n_heads * c.key_dim, c.n_kv_heads * c.key_dim, c.n_kv_heads * c.value_dim)
+        if self.weights.has(f"{self.prefix}attn_qkv.weight"):
+            self.split_linear("attn_qkv", source, "qkv", sizes)
+            return
+        for letter, size in zip("qkv", sizes, strict=True):
+            self.linear(f"attn_{letter}", source, letter, size)
+
+    def rope(self, table: RopeTable) -> None:
+        c = self.config
+        self.emit(Rope("q", c.n_heads, c.key_dim, table))
+        self.emit(Rope("k", c.n_kv_heads, c.key_dim, table))
+
+    def attend(
+        self,
+        target: str = "delta",
+        *,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Floats | None = None,
+    ) -> None:
+        """Attention of q, k, v and its output projection."""
+        c = self.config
+        attended = self.buffer("attended", c.n_heads * c.value_dim)
+        self.emit(StoreKV("k", "v", self.layer))
+        factor = 1 / math.sqrt(c.key_dim) if scale is None else scale
+        self.emit(Attend("q", attended, self.layer, factor, window, softcap, sinks))
+        self.linear("attn_output", attended, target, c.dim)
+
+    def gated_ffn(
+        self,
+        activation: str = "silu",
+        *,
+        target: str = "delta",
+        source: str = "normed",
+        suffix: str = "",
+        ffn_dim: int | None = None,
+    ) -> None:
+        """target = down(activation(gate) * up); gate and up from one tensor where they are fused.
+
+        Fused, `ffn_up` has twice the rows, the gate's first (phi3).
+        """
+        width = ffn_dim or self.config.ffn_dim
+        gate, up, down = (f"ffn_{part}{suffix}" for part in ("gate", "up", "down"))
+        if self.weights.has(f"{self.prefix}{gate}.weight"):
+            self.linear(gate, source, "gate", width)
+            self.linear(up, source, "up", width)
+        else:
+            self.split_linear(up, source, ("gate", "up"), (width, width))
+        self.emit(Gate("gate", "up", "gate", activation))
+        self.linear(down, "gate", target, self.config.dim, width)
+
+    def plain_ffn(self, activation: str, *, target: str = "delta", source: str = "normed") -> None:
+        """target = down(activation(up))"""
+        self.linear("ffn_up", source, "up", self.config.ffn_dim)
+        self.emit(Activate("up", activation))
+        self.linear("ffn_down", "up", target, self.config.dim)
+
+    def moe_ffn(self, experts: Experts, activation: str = "silu") -> None:
+        """delta = the chosen experts' feed-forwards, weighted, and the shared one's."""
+        e, c, n = experts, self.config, experts.n_used
+        self.linear("ffn_gate_inp", "normed", "router", e.n_experts)
+        routes = self.buffer("routes", 2 * n)
+        self.emit(Route("router", routes, n, e.gating, e.normalize, e.scale, e.bias))
+        gate, up = (
+            self.buffer("expert_gate", n * e.ffn_dim),
+            self.buffer("expert_up", n * e.ffn_dim),
+        )
+        out = self.buffer("expert_out", n * c.dim)
+
+        def product(part: str, source: str, target: str, n_rows: int, n_columns: int) -> None:
+            name = f"{self.prefix}ffn_{part}_exps.weight"
+            matrices = self.weights.experts(name, e.n_experts, n_rows, n_columns)
+            self.emit(ExpertMatMul(source, target, routes, n, matrices, name))
+
+        product("gate", "normed", gate, e.ffn_dim, c.dim)
+        product("up", "normed", up, e.ffn_dim, c.dim)
+        self.emit(Gate(gate, up, gate, activation))
+        product("down", gate, out, c.dim, e.ffn_dim)
+        self.emit(ExpertSum(out, routes, n, "delta"))
+        if e.shared_ffn_dim:
+            shared = self.buffer("shared", c.dim)
+            width = e.shared_ffn_dim
+            self.gated_ffn(activation, target=shared, suffix="_shexp", ffn_dim=width)
+            if self.weights.has(f"{self.prefix}ffn_gate_inp_shexp.weight"):
+                self._shared_gate()
+            self.emit(Add(shared, "delta"))
+
+    def residual(self, source: str = "delta") -> None:
+        self.emit(Add(source, "x"))
+
+    # --- helpers -------------------------------------------------------------------------
+
+    def _matmul(self, matrix: Matrix, source: str, target: str) -> None:
+        self.buffer(target, matrix.n_rows)
+        self.emit(MatMul(source, target, matrix))
+
+    def _bias(self, name: str, target: str, size: int) -> None:
+        bias = self.weights.optional_vector(f"{self.prefix}{name}.bias", size)
+        if bias is not None:
+            self.emit(AddBias(target, bias))
+
+    def _shared_gate(self) -> None:
+        """How much of the shared expert a token gets: one number, from a vector in the file."""
+        name = f"{self.prefix}ffn_gate_inp_shexp.weight"
+        self._matmul(self.weights.row(name, self.config.dim), "normed", "shared_gate")
+        self.emit(SigmoidScale("shared_gate", "shared"))
