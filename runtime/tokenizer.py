@@ -6,24 +6,21 @@ Control tokens (bos, <|im_end|> and the like) are recognised in text only when a
 
 import codecs
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
-from runtime.encoders import SPACE, Matcher, is_added, make_encoder
-from runtime.vocabulary import (
+from gguf_tools.encoders import GUARD, TextEncoder, read_vocabulary
+from gguf_tools.encoders.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNKNOWN,
     UNUSED,
-    USER_DEFINED,
     byte_value,
-    read_vocabulary,
+    is_added,
 )
 
-GUARD = "\ufdd0"
-"""A character that Unicode keeps for programs. `Tokenizer.guarded` breaks up control tokens with
-it; encoding removes it."""
+__all__ = ["GUARD", "StreamDecoder", "Tokenizer", "encode_chat"]
 
 
 class Tokenizer:
@@ -40,7 +37,7 @@ class Tokenizer:
         self.eog_ids = self._vocabulary.eog_ids
         self.chat_template = self._vocabulary.chat_template
         self.notes = self._vocabulary.notes  # to tell the user once
-        self._encoder = make_encoder(self._vocabulary)
+        self._encoder = TextEncoder(self._vocabulary)
 
     # Text to ids.
 
@@ -53,15 +50,7 @@ class Tokenizer:
         a text that begins with it (most chat templates do) keeps its own. `parse_special`
         recognises control tokens in the text.
         """
-        ids: list[int] = []
-        matcher = self._all if parse_special else self._plain
-        for part in matcher.split(_well_formed(text)):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            if parse_special:
-                part = part.replace(GUARD, "")
-            ids += self._encoder.encode(part, first=not ids)
+        ids = self._encoder.encode(text, parse_special=parse_special)
         if add_special:
             if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
                 ids.insert(0, self.bos_id)
@@ -70,19 +59,8 @@ class Tokenizer:
         return ids
 
     def guarded(self, text: str) -> str:
-        """`text` so that `encode` with parse_special=True finds no control token in it.
-
-        For what goes into a chat template: the template's own tokens are to be recognised, those
-        that a user has typed are not.
-        """
-        text = _well_formed(text).replace(GUARD, "")
-        parts = []
-        for part in self._controls.split(text):
-            if isinstance(part, int):
-                token = self._vocabulary.tokens[part]
-                part = token[:1] + GUARD + token[1:]
-            parts.append(part)
-        return "".join(parts)
+        """`text` so that `encode` with parse_special=True finds no control token in it."""
+        return self._encoder.guarded(text)
 
     # Ids to text.
 
@@ -118,33 +96,9 @@ class Tokenizer:
             raise ValueError(f"{token_id} is no token of {self.n_tokens}")
         return self._vocabulary.tokens[token_id]
 
-    # Made when first needed.
-
-    @cached_property
+    @property
     def _byte_alphabet(self) -> bool:
         return self._vocabulary.model == "gpt2" and not self._vocabulary.pre.raw_bytes
-
-    @cached_property
-    def _controls(self) -> Matcher:
-        return self._matcher_of(CONTROL, UNKNOWN)
-
-    @cached_property
-    def _plain(self) -> Matcher:
-        return self._matcher_of(USER_DEFINED)
-
-    @cached_property
-    def _all(self) -> Matcher:
-        return self._matcher_of(USER_DEFINED, CONTROL, UNKNOWN)
-
-    def _matcher_of(self, *kinds: int) -> Matcher:
-        vocabulary = self._vocabulary
-        chosen = [
-            i
-            for i, kind in enumerate(vocabulary.types.tolist())
-            if kind in kinds and (kind != USER_DEFINED or is_added(vocabulary, i))
-        ]
-        chosen.reverse()  # of several with one text the first counts
-        return Matcher([vocabulary.tokens[i] for i in chosen], chosen)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -194,12 +148,3 @@ def _from_byte_alphabet(text: str) -> bytes:
 def _utf8(text: str) -> bytes:
     """The bytes of a token; what was not UTF-8 in the file comes back as it was."""
     return text.encode("utf-8", "surrogateescape")
-
-
-def _well_formed(text: str) -> str:
-    """`text` with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -437,7 +437,7 @@ def test_broken_metadata(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, r"'bert'; known are llama"),
+        ({"model": "rwkv"}, r"'rwkv'; known are llama"),
         ({"model": "\x1b[31m"}, r"\\x1b\[31m"),
         ({"pre": "made-up"}, r"'made-up'; known are .*gpt-2.*qwen2"),
     ],

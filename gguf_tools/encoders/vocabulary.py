@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
 
-KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4")
-PIECE_MODELS = ("llama", "t5")  # SentencePiece's BPE and unigram models; the others are merges
+KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4", "bert")
+PIECE_MODELS = ("llama", "t5")  # SentencePiece's BPE and unigram models
+MERGE_MODELS = ("gpt2", "gemma4")
+NO_MODELS = ("none", "no_vocab")  # a file that says that it has no tokenizer
 
 # What llama.cpp takes a special token to be where the file says nothing.
 DEFAULT_IDS = {
@@ -23,11 +25,18 @@ DEFAULT_IDS = {
     "t5": {"eos": 1, "unknown": 2},
     "gpt2": {"bos": 11, "eos": 11},
     "gemma4": {},
+    "bert": {"bos": 101, "eos": 102, "unknown": 100},
 }
 PREFIX = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+SPACE = "\u2581"  # how a space is written in tokens
+
+ADDED_SCORE = -1000.0
+"""Of tokens added to a SentencePiece model. They are found before it sees the text, which then goes
+on like a new one; user-defined pieces of its own, with other scores, are found by it."""
 
 # Tokens that end a turn or a text, whatever the metadata says of them.
 END_TEXTS = frozenset({
@@ -43,6 +52,8 @@ FILL_ENDS = {
     "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep_token_id": ("<|file_sep|>",),
 }
+# Special tokens of Phi-3 that leave the white space behind them.
+PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # With both of a pair in the vocabulary, <|end|> ends a message of several in one answer.
 END_IS_NO_END = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"), ("<|call|>", "<|flush|>"))
 
@@ -66,6 +77,10 @@ class Vocabulary:
     prefix_unless_space: bool  # not before a text that begins with a space
     remove_extra_whitespaces: bool
     charsmap: bytes  # SentencePiece's table of replacements, or nothing
+    lowercase: bool  # of the bert kind: text is brought to small letters first
+    strip_accents: bool  # of the bert kind
+    lstrip_ids: frozenset[int]  # special tokens that take the white space before them with them
+    rstrip_ids: frozenset[int]  # or behind them
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -75,6 +90,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     model = _text(metadata, "model")
     if model is None:
         raise FormatError(f"the file has no tokenizer: {PREFIX}model is missing")
+    if model in NO_MODELS:
+        raise FormatError(f"the file has no tokenizer: {PREFIX}model is '{model}'")
     if model not in KNOWN_MODELS:
         raise UnsupportedModelError(
             f"the file's tokenizer is of the kind '{printable(model, 40)}'; known are "
@@ -92,7 +109,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     merges = _strings(metadata, "merges")
     if model in PIECE_MODELS and scores is None:
         raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}scores is missing")
-    if model not in PIECE_MODELS and merges is None:
+    if model in MERGE_MODELS and merges is None:
         raise FormatError(f"the file's tokenizer is incomplete: {PREFIX}merges is missing")
     if scores is not None and not np.isfinite(scores).all():
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
@@ -101,6 +118,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     eog_ids = _end_ids(tokens, types, ids)
     types[[i for i in eog_ids if types[i] in (NORMAL, USER_DEFINED)]] = CONTROL
     template = metadata.get(TEMPLATE_KEY)
+    lowercase = _flag(metadata, "normalizer.lowercase", True)
+    lstrip_ids, rstrip_ids = _stripping(metadata, tokens, types, pre)
     return Vocabulary(
         model=model,
         pre=pre,
@@ -110,24 +129,49 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         merges=merges or (),
         ids=ids,
         eog_ids=eog_ids,
-        add_bos=_flag(metadata, "add_bos_token", model == "llama" or pre.add_bos) and "bos" in ids,
-        add_eos=_flag(metadata, "add_eos_token", model == "t5") and "eos" in ids,
-        add_space_prefix=model in PIECE_MODELS
-        and _flag(metadata, "add_space_prefix", model == "llama"),
+        add_bos=_adds_bos(metadata, model, pre) and "bos" in ids,
+        add_eos=_flag(metadata, "add_eos_token", model in ("t5", "bert")) and "eos" in ids,
+        add_space_prefix=model == "bert"
+        or (model in PIECE_MODELS and _flag(metadata, "add_space_prefix", model == "llama")),
         prefix_first_only=_flag(metadata, "space_prefix_first_only", False),
         prefix_unless_space=_flag(metadata, "space_prefix_unless_space", False),
         charsmap=_charsmap(metadata),
         remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
+        lowercase=lowercase,
+        strip_accents=_flag(metadata, "normalizer.strip_accents", lowercase),
+        lstrip_ids=lstrip_ids,
+        rstrip_ids=rstrip_ids,
         chat_template=template if isinstance(template, str) else None,
         notes=tuple(notes),
     )
+
+
+def is_added(vocabulary: Vocabulary, token_id: int) -> bool:
+    """Whether a user-defined token is found before the encoder sees the text, not by it."""
+    scores = vocabulary.scores
+    if vocabulary.model not in PIECE_MODELS or scores is None:
+        return True
+    return bool(scores[token_id] == ADDED_SCORE)
+
+
+def byte_value(text: str) -> int | None:
+    """The byte that a token such as `<0x0A>` stands for."""
+    if len(text) != 6 or not text.startswith("<0x") or text[5] != ">":
+        return None
+    digits = text[3:5]
+    return int(digits, 16) if all(c in "0123456789abcdefABCDEF" for c in digits) else None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether `text` can be written as UTF-8; bytes of a file that could not, can't again."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any], model: str, notes: list[str]) -> PreTokenizer:
     name = _text(metadata, "pre")
     if model == "gemma4":
         name = "gemma4"
-    if model in PIECE_MODELS or name == "default":
+    if model not in MERGE_MODELS or name == "default":
         return PRETOKENIZERS["default"]
     if not name:
         notes.append(
@@ -158,14 +202,6 @@ def _types(metadata: Mapping[str, Any], model: str, tokens: Sequence[str]) -> ND
     return types
 
 
-def byte_value(text: str) -> int | None:
-    """The byte that a token such as `<0x0A>` stands for."""
-    if len(text) != 6 or not text.startswith("<0x") or text[5] != ">":
-        return None
-    digits = text[3:5]
-    return int(digits, 16) if all(c in "0123456789abcdefABCDEF" for c in digits) else None
-
-
 def _special_ids(
     metadata: Mapping[str, Any],
     model: str,
@@ -187,6 +223,10 @@ def _special_ids(
                 f"{printable(key)} is {printable(value, 40)}, which is no token of "
                 f"{n_tokens:,}, and was ignored"
             )
+    if model == "bert":  # its names for what stands before and behind a text
+        for role, own in (("bos", "cls"), ("eos", "seperator")):
+            if own in ids:
+                ids.setdefault(role, ids[own])
     for role, token_id in DEFAULT_IDS[model].items():
         key = f"{PREFIX}{role}_token_id"
         if key not in metadata and token_id < n_tokens and types[token_id] in (CONTROL, UNKNOWN):
@@ -211,6 +251,52 @@ def _end_ids(
     if any(a in by_text and b in by_text for a, b in END_IS_NO_END):
         ends.discard(by_text.get("<|end|>", -1))
     return frozenset(ends)
+
+
+def _adds_bos(metadata: Mapping[str, Any], model: str, pre: PreTokenizer) -> bool:
+    """Whether bos is put before a text."""
+    if pre.raw_bytes and pre.add_bos:
+        return True  # of Gemma 4, whatever the file says: its first converters wrote false
+    return _flag(metadata, "add_bos_token", model in ("llama", "bert") or pre.add_bos)
+
+
+def _stripping(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: NDArray[np.int32], pre: PreTokenizer
+) -> tuple[frozenset[int], frozenset[int]]:
+    """The special tokens that take the white space before, and behind, them with them.
+
+    Files of `convert` list them. Others do not, and llama.cpp goes by the names of a few models.
+    """
+    listed = [metadata.get(f"{PREFIX}{side}_token_ids") for side in ("lstrip", "rstrip")]
+    if any(ids is not None for ids in listed):
+        return _token_ids(listed[0], "lstrip", tokens), _token_ids(listed[1], "rstrip", tokens)
+    name = str(metadata.get("general.name", "")).lower()
+    arch = str(metadata.get("general.architecture", ""))
+    before: tuple[str, ...] = ()
+    behind: frozenset[int] = frozenset()
+    if pre.name.startswith("jina-v2-") or arch in ("nomic-bert-moe", "jina-bert-v3"):
+        before = ("<mask>",)
+    elif "phi-3" in name or "phi3" in name:
+        special = np.flatnonzero(np.isin(types, (CONTROL, UNKNOWN, USER_DEFINED))).tolist()
+        behind = frozenset(i for i in special if tokens[i] not in PHI3_KEEPS)
+    elif "modern-bert" in name:
+        before = ("[MASK]",)
+    return frozenset(i for i, text in enumerate(tokens) if text in before), behind
+
+
+def _token_ids(values: object, side: str, tokens: Sequence[str]) -> frozenset[int]:
+    """A list of ids, each of them a token."""
+    ids = np.asarray([] if values is None else values)
+    if ids.size == 0:
+        return frozenset()
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise FormatError(f"{PREFIX}{side}_token_ids: expected a list of token ids")
+    if int(ids.min()) < 0 or int(ids.max()) >= len(tokens):
+        raise FormatError(
+            f"{PREFIX}{side}_token_ids goes from {int(ids.min())} to {int(ids.max())}; the "
+            f"vocabulary has {len(tokens):,} tokens"
+        )
+    return frozenset(ids.tolist())
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,67 @@
+"""BPE by a list of merges, over GPT-2's byte alphabet or over plain text, in `tokenizers`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gguf_tools.encoders.vocabulary import (
+    BYTE,
+    NORMAL,
+    SPACE,
+    USER_DEFINED,
+    Vocabulary,
+    is_utf8,
+)
+from gguf_tools.errors import FormatError, printable
+
+
+class MergeEncoder:
+    """BPE by merges."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+
+        pre = vocabulary.pre
+        usable = (NORMAL, USER_DEFINED, BYTE)
+        tokens: dict[str, int] = {}
+        for i, (text, kind) in enumerate(
+            zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True)
+        ):
+            if kind in usable and text not in tokens and is_utf8(text):
+                tokens[text] = i
+        options = {"ignore_merges": pre.ignore_merges, "byte_fallback": pre.raw_bytes}
+        self._tokenizer: Any = Tokenizer(_bpe(tokens, vocabulary.merges, options))
+        cuts: list[Any] = [
+            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns
+        ]
+        if pre.raw_bytes:
+            self._tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        else:
+            cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+            if pre.nfc:
+                self._tokenizer.normalizer = normalizers.NFC()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]) -> Any:
+    from tokenizers.models import BPE
+
+    pairs = []
+    for rank, merge in enumerate(merges):
+        # The first space is part of the first token when the merge begins with it.
+        at = merge.find(" ", 1)
+        if at < 0:
+            raise FormatError(
+                f"tokenizer.ggml.merges: entry {rank:,} is not two tokens but "
+                f"'{printable(merge, 40)}'"
+            )
+        pairs.append((merge[:at], merge[at + 1 :]))
+    try:
+        return BPE(tokens, pairs, **options)
+    except Exception:
+        # Some merge is of tokens that are not in the vocabulary: it could never be used.
+        pairs = [(a, b) for a, b in pairs if a in tokens and b in tokens and a + b in tokens]
+        return BPE(tokens, pairs, **options)
