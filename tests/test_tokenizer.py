@@ -1,6 +1,5 @@
 import codecs
 import json
-import os
 import random
 import unicodedata
 from pathlib import Path
@@ -28,9 +27,6 @@ from tests.tokenizer_files import (
     vocab_of,
     write_folder,
 )
-
-VECTORS = "GGUF_TOOLS_TEST_VECTORS"
-"""Names the folder `models` of a llama.cpp source tree, with ggml-vocab-*.gguf in it."""
 
 RECORDED = Path(__file__).parent / "data" / "tokenizers" / "smollm2.json"
 GGML = "tokenizer.ggml."
@@ -169,26 +165,6 @@ def test_a_large_vocabulary_is_ready_at_once(smollm2_gguf: Path) -> None:
         start = perf_counter()
         Tokenizer(file.metadata).encode("Hello")
         assert perf_counter() - start < 2  # 0.1 s on a quiet machine
-
-
-@pytest.mark.skipif(VECTORS not in os.environ, reason=f"{VECTORS} names no folder")
-def test_llama_cpp_vectors() -> None:
-    """Every vocabulary there with recorded ids: llama, gpt2 and gemma4."""
-    tried = []
-    for path in sorted(Path(os.environ[VECTORS]).glob("ggml-vocab-*.gguf")):
-        texts, ids = path.with_suffix(".gguf.inp"), path.with_suffix(".gguf.out")
-        with GGUFFile(path) as file:
-            if not texts.is_file() or file.metadata[GGML + "model"] == "bert":
-                continue
-            tokenizer = Tokenizer(file.metadata)
-        with texts.open(encoding="utf-8", newline="") as stream:
-            inputs = stream.read().split("\n__ggml_vocab_test__\n")
-        for text, line in zip(inputs, ids.read_text().splitlines(), strict=False):
-            encoded = tokenizer.encode(text, add_special=False)
-            assert encoded == [int(number) for number in line.split()], (path.name, text)
-            assert tokenizer.decode(encoded) == text, (path.name, text)
-        tried.append(path.name)
-    assert len(tried) >= 14
 
 
 # Special tokens.
