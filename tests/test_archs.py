@@ -176,7 +176,7 @@ def test_contradictions_are_named(changes: dict[str, Any], words: str) -> None:
     ("changes", "words"),
     [
         ({"hidden_act": "gelu"}, "expected silu, found gelu"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope is not supported"),
+        ({"rope_scaling": {"type": "spiral", "factor": 4}}, "spiral is not supported"),
         ({"rope_scaling": {"rope_type": "\x1b[2J"}}, r"\\x1b"),
     ],
 )

@@ -17,7 +17,7 @@ from gguf_tools.archs.architecture import (
     TensorRule,
 )
 from gguf_tools.archs.config import MAX_CONTEXT, MAX_LAYERS, HFConfig
-from gguf_tools.archs.rope import llama3_divisors, read_rope
+from gguf_tools.archs.rope import llama3_divisors, long_factors, read_rope, short_factors
 from gguf_tools.archs.transforms import Transform, interleave_heads
 from gguf_tools.errors import UnsupportedModelError, printable
 
@@ -54,7 +54,7 @@ def read_facts(config: HFConfig) -> ModelFacts:
     n_ctx = config.integer(
         "max_position_embeddings", high=MAX_CONTEXT, default=SILENT_CONTEXT.get(class_name, 2048)
     )
-    rope = read_rope(config, n_ctx=n_ctx)
+    rope = read_rope(config, n_ctx=n_ctx, head_dim=head_dim)
     window = None
     if class_name == MISTRAL and config.has("sliding_window"):
         window = config.integer("sliding_window", low=0, high=MAX_CONTEXT) or None
@@ -121,7 +121,11 @@ ARCHITECTURE = Architecture(
             )
         ),
     ),
-    generated=(GeneratedTensor("rope_freqs.weight", rope_divisors),),
+    generated=(
+        GeneratedTensor("rope_freqs.weight", rope_divisors),
+        GeneratedTensor("rope_factors_long.weight", lambda facts: long_factors(facts.rope)),
+        GeneratedTensor("rope_factors_short.weight", lambda facts: short_factors(facts.rope)),
+    ),
     metadata=(
         MetadataRule("block_count", "u32", "n_layers"),
         MetadataRule("context_length", "u32", "n_ctx"),

@@ -9,23 +9,23 @@ from __future__ import annotations
 from runtime.config import ModelConfig
 from runtime.decoders.blocks import Blocks
 from runtime.program import Program
-from runtime.rope import rope_table
+from runtime.rope import rope_factors, rope_table
 from runtime.weights import Weights
 
 
 def build(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     """llama: pairs of neighbours turn, as llama.cpp's converter reorders the rows of q and k."""
-    return _build(weights, config, interleaved=True)
+    return _build(weights, config, n_ctx, interleaved=True)
 
 
 def build_qwen(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     """qwen2 (biases on q, k, v) and qwen3 (norms of q's and k's heads): halves turn."""
-    return _build(weights, config, interleaved=False)
+    return _build(weights, config, n_ctx, interleaved=False)
 
 
-def _build(weights: Weights, config: ModelConfig, *, interleaved: bool) -> Program:
+def _build(weights: Weights, config: ModelConfig, n_ctx: int, *, interleaved: bool) -> Program:
     blocks = Blocks(weights, config)
-    factors = weights.optional_vector("rope_freqs.weight", config.rope_dims // 2)
+    factors = rope_factors(weights, config, n_ctx)
     table = rope_table(config, interleaved=interleaved, factors=factors)
 
     def layer(_: int) -> None:
