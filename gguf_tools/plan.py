@@ -140,7 +140,7 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     facts = architecture.read_facts(config)
     present, skipped = _present(checkpoint, architecture)
     wanted, head = _expected(present, architecture, facts)
-    named = {source for want in wanted for source in want.sources}
+    named = dict.fromkeys(source for want in wanted for source in want.sources)
     missing = [source for want in wanted for source in want.sources if source not in present]
     unexpected = [name for name in present if name not in named]
     if head.dropped_head:
