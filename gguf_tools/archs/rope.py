@@ -24,6 +24,7 @@ class Rotary:
     kinds: tuple[str, ...] = ("default", "linear", "yarn", "dynamic")
     part: float | None = None  # of each head turns, if config.json is silent; None: always all
     part_key: str = "partial_rotary_factor"
+    base: float = DEFAULT_BASE  # if config.json is silent
     base_key: str = "rope_theta"
     original_context: int | None = None  # if config.json is silent; None: the context
 
@@ -86,7 +87,7 @@ def read_rope(
     scaling = config.nested("rope_parameters") or config.nested("rope_scaling")
     if scaling is not None:
         scaling = scaling.nested("full_attention") or scaling
-    base = DEFAULT_BASE
+    base = rotary.base
     for source, key in ((scaling, "rope_theta"), (config, rotary.base_key)):
         if source is not None and source.has(key):
             base = source.real(key, low=1.0, high=1e12)
