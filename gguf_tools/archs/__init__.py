@@ -4,12 +4,19 @@ An architecture names its tensors, says what each one's shape follows from and h
 changed, and which metadata describe it. Nothing here reads a file or touches a weight.
 """
 
-from gguf_tools.archs import llama
+from gguf_tools.archs import gpt2, gptneox, llama, phi3, stablelm, starcoder2
 from gguf_tools.archs.architecture import Architecture
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.errors import UnsupportedModelError, printable
 
-ARCHITECTURES: tuple[Architecture, ...] = (llama.ARCHITECTURE,)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    llama.ARCHITECTURE,
+    phi3.ARCHITECTURE,
+    gpt2.ARCHITECTURE,
+    starcoder2.ARCHITECTURE,
+    stablelm.ARCHITECTURE,
+    gptneox.ARCHITECTURE,
+)
 
 
 def find(config: HFConfig) -> Architecture:

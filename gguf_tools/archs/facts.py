@@ -47,6 +47,11 @@ METADATA = (
     MetadataRule("attention.value_length", "u32", "key_length"),
 )
 
+LAYER_NORM_METADATA = tuple(
+    replace(rule, key="attention.layer_norm_epsilon") if rule.field == "norm_epsilon" else rule
+    for rule in METADATA
+)
+
 
 def read_common(
     config: HFConfig,
@@ -69,12 +74,7 @@ def read_common(
     one there are as many KV heads as heads, heads of dim / n_heads, and a vocabulary that must be
     given. The first of `activations` is assumed too; any other than these is refused.
     """
-    activation = config.text(activation_key, default=activations[0])
-    if activation not in activations:
-        raise UnsupportedModelError(
-            f"{config.where}: {activation_key}: expected {activations[0]}, found "
-            f"{printable(activation)}: GGUF has no other activation for this architecture"
-        )
+    check_activation(config, activation_key, activations)
     dim = config.integer("hidden_size")
     heads = config.integer("num_attention_heads", default=n_heads)
     kv_heads = _kv_heads(config, heads, n_kv_heads)
@@ -96,6 +96,16 @@ def read_common(
         key_length=size if config.has("head_dim") or head_dim is not None else None,
         notes=rope.notes,
     )
+
+
+def check_activation(config: HFConfig, key: str, known: tuple[str, ...]) -> None:
+    """Refuse an activation other than those known, the first of which silence means."""
+    activation = config.text(key, default=known[0])
+    if activation not in known:
+        raise UnsupportedModelError(
+            f"{config.where}: {key}: expected {known[0]}, found {printable(activation)}: GGUF has "
+            "no other activation for this architecture"
+        )
 
 
 def switches(config: HFConfig, *names: str) -> frozenset[str]:

@@ -38,7 +38,7 @@ class Rope:
     """The base, and how positions are stretched."""
 
     base: float = DEFAULT_BASE
-    kind: str = "default"  # one of KINDS
+    kind: str = "default"  # one of KINDS, or none: positions do not turn anything
     factor: float = 1.0
     original_context: int = 0
     low_frequency: float = 1.0  # llama3
@@ -53,6 +53,8 @@ class Rope:
     def metadata(self) -> list[tuple[str, str, str | float | int]]:
         """(key after `ARCHITECTURE.`, type, value) for the file."""
         entries: list[tuple[str, str, str | float | int]] = []
+        if self.kind == "none":
+            return entries
         if self.kind in ("linear", "yarn"):
             entries += [
                 ("rope.scaling.type", "str", self.kind),
@@ -75,6 +77,9 @@ class Rope:
                     entries.append(("rope.scaling.attn_factor", "f32", relative))
         entries.append(("rope.freq_base", "f32", self.base))
         return entries
+
+
+NO_ROPE = Rope(kind="none")
 
 
 def read_rope(

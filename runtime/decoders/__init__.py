@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig
-from runtime.decoders import llama
+from runtime.decoders import gpt, llama, stablelm
 from runtime.program import Program
 from runtime.weights import Weights
 
@@ -17,6 +17,11 @@ DECODERS: dict[str, Build] = {
     "llama": llama.build,
     "qwen2": llama.build_qwen,
     "qwen3": llama.build_qwen,
+    "phi3": llama.build_phi3,
+    "gpt2": gpt.build_gpt2,
+    "starcoder2": gpt.build_starcoder2,
+    "gptneox": gpt.build_gptneox,
+    "stablelm": stablelm.build,
 }
 
 

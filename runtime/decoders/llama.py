@@ -18,6 +18,14 @@ def build(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     return _build(weights, config, n_ctx, interleaved=True)
 
 
+def build_phi3(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
+    """phi3: one tensor of q, k and v, one of gate and up; halves of a part of each head turn.
+
+    A window in the file counts, as in transformers (modeling_phi3.py); llama.cpp leaves it out.
+    """
+    return _build(weights, config, n_ctx, interleaved=False)
+
+
 def build_qwen(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     """qwen2 (biases on q, k, v) and qwen3 (norms of q's and k's heads): halves turn."""
     return _build(weights, config, n_ctx, interleaved=False)
