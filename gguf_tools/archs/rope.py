@@ -43,6 +43,7 @@ class Rope:
     original_context: int = 0
     low_frequency: float = 1.0  # llama3
     high_frequency: float = 4.0  # llama3
+    truncate: bool = True  # yarn
     attention_factor: float | None = None  # yarn (None = what follows from the factor), longrope
     yarn: dict[str, float] = field(default_factory=dict)  # further keys of rope.scaling
     short_factors: tuple[float, ...] = ()  # longrope: divisors within the original context
@@ -69,6 +70,8 @@ class Rope:
         if self.kind == "yarn":
             entries.append(("rope.scaling.original_context_length", "u32", self.original_context))
             entries += [(f"rope.scaling.{key}", "f32", value) for key, value in self.yarn.items()]
+            if not self.truncate:
+                entries.append(("rope.scaling.yarn_truncate", "bool", False))  # a key of ours
             if self.attention_factor is not None:
                 # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies it with this key.
                 implied = 1 + 0.1 * math.log(max(self.factor, 1.0))
@@ -228,14 +231,19 @@ def _read_yarn(scaling: HFConfig, base: float, original: int | None, n_ctx: int)
         extra["yarn_attn_factor"] = attention
     elif _mscale_given(scaling):
         attention = _mscale(scaling, "mscale", factor) / _mscale(scaling, "mscale_all_dim", factor)
+    truncate = scaling.flag("truncate", default=True) is not False
     notes: tuple[str, ...] = ()
-    if scaling.flag("truncate", default=True) is False:
-        notes = ("rotary scaling: GGUF cannot say `truncate: false`; positions differ slightly",)
+    if not truncate:
+        notes = (
+            "rotary scaling: llama.cpp cannot be told `truncate: false`, so that there the model's "
+            "answers differ",
+        )
     return Rope(
         base,
         "yarn",
         factor=factor,
         original_context=original or n_ctx,
+        truncate=truncate,
         attention_factor=attention,
         yarn=extra,
         notes=notes,
