@@ -30,6 +30,7 @@ class ModelFacts:
     tied: bool | None = None  # tie_word_embeddings, if config.json says it
     key_length: int | None = None  # head_dim, if config.json gives one
     sliding_window: int | None = None
+    window_pattern: tuple[bool, ...] | None = None  # which layers have it; None: GGUF knows
     switches: frozenset[str] = field(default_factory=frozenset)  # what is there: "attention_bias"
     n_experts: int | None = None
     more_sizes: Mapping[str, int] = field(default_factory=dict)  # for the shapes of tensor rules

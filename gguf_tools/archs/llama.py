@@ -60,6 +60,11 @@ def rope_divisors(facts: ModelFacts) -> npt.NDArray[np.float32] | None:
     return llama3_divisors(facts.rope, facts.head_dim)
 
 
+LLAMA_METADATA = (
+    MetadataRule("vocab_size", "u32", "n_vocab"),
+    MetadataRule("rope.dimension_count", "u32", "head_dim"),
+)
+
 ARCHITECTURE = Architecture(
     name="llama",
     classes=(LLAMA, MISTRAL),
@@ -87,8 +92,7 @@ ARCHITECTURE = Architecture(
     metadata=(
         *METADATA,
         MetadataRule("attention.sliding_window", "u32", "sliding_window"),
-        MetadataRule("vocab_size", "u32", "n_vocab"),
-        MetadataRule("rope.dimension_count", "u32", "head_dim"),
+        *LLAMA_METADATA,
     ),
     ignored=IGNORED,
 )

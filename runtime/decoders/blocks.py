@@ -126,10 +126,9 @@ class Blocks:
             self.emit(RMSNorm(source, target, weight, epsilon))
 
     def head_norm(self, name: str, target: str, head_dim: int) -> None:
-        """A norm of every head by itself; nothing where the file has no such tensor."""
-        weight = self.weights.optional_vector(f"{self.prefix}{name}.weight", head_dim)
-        if weight is not None:
-            self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+        """A norm of every head by itself, all with the same weights."""
+        weight = self.weights.vector(f"{self.prefix}{name}.weight", head_dim)
+        self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
 
     def head_norms(self, name: str, target: str, n_heads: int) -> None:
         """A norm of every head by itself, each with weights of its own; nothing without tensor."""
