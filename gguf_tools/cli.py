@@ -99,7 +99,8 @@ def info(
             help="Print one JSON object: architecture, parameters, file_size, bits_per_weight, "
             "types (name to count), tensors (name, type, shape, bytes, offset) and metadata "
             "(complete). A shape is in the file's order, the fastest dimension (the length of a "
-            "row) first; an offset counts bytes from the start of the file.",
+            "row) first; an offset counts bytes from the start of the file. Tensors of a split "
+            "model have a part, too, from 1.",
         ),
     ] = False,
     metadata: Annotated[
@@ -227,13 +228,12 @@ def _print_tables(file: "GGUFFile", *, metadata: bool, tensors: bool) -> None:
         console.print()
         console.print(table)
     if tensors:
-        table = new_table(
-            "tensor", "type", "shape", "bytes", "offset", numbers=("shape", "bytes", "offset")
-        )
+        columns = ("bytes", "offset") if len(file.paths) == 1 else ("bytes", "part", "offset")
+        table = new_table("tensor", "type", "shape", *columns, numbers=("shape", *columns))
         for tensor in file.tensors.values():
-            facts = describe_tensor(tensor)
+            facts = describe_tensor(file, tensor)
             shape = " x ".join(str(dim) for dim in facts["shape"])
-            numbers = f"{facts['bytes']:,}", f"{facts['offset']:,}"
+            numbers = tuple(f"{facts[column]:,}" for column in columns)
             row = (printable(facts["name"]), facts["type"], shape, *numbers)
             table.add_row(*(Text(cell) for cell in row))
         console.print()

@@ -27,7 +27,7 @@ from gguf_tools.quants import by_name
 from gguf_tools.quants.quanttype import QuantType
 from gguf_tools.recipes import Choice, block_number, choose_types, sorted_names
 from gguf_tools.safetensors_file import READABLE, LazyTensor, unreadable
-from gguf_tools.values import MetadataValue, Value
+from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
@@ -239,6 +239,8 @@ class _Wanted:
             tensor = views.transposed(tensor)
         if rule.part is not None:
             tensor = views.part(tensor, *rule.part)
+        if rule.regrouped is not None:
+            tensor = views.regrouped(tensor, *rule.regrouped(facts))
         return Matched(self.name, tensor, rule.transform(facts) if rule.transform else None)
 
 
@@ -289,7 +291,7 @@ def _expected(
             source, name = (
                 text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
             )
-            experts = range(facts.sizes["experts"] if "{expert}" in source else 1)
+            experts = range(facts.sizes[rule.shape[0]] if "{expert}" in source else 1)
             sources = tuple(source.replace("{expert}", str(expert)) for expert in experts)
             wanted.append(_Wanted(rule, name, sources))
     return wanted, notes
@@ -380,7 +382,9 @@ def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
     entries: dict[str, MetadataValue] = {}
     for rule in model.architecture.metadata:
         value = model.facts.value(rule.field)
-        if value is not None:
+        if isinstance(value, tuple):
+            entries[f"{name}.{rule.key}"] = Array(rule.type, value)
+        elif value is not None:
             entries[f"{name}.{rule.key}"] = Value(rule.type, value)
     for key, type_, value in model.facts.rope.metadata():
         entries[f"{name}.{key}"] = Value(type_, value)

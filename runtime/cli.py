@@ -1,4 +1,4 @@
-"""The commands on models: `run`, `bench` and `doctor`.
+"""The commands on models: `run`, `bench` and `doctor`; `tokenize` has a file of its own.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from gguf_tools.command import run_command
+from runtime.tokenize_command import tokenize
 
 if TYPE_CHECKING:
     from runtime.sampling import SamplingOptions
@@ -66,9 +67,19 @@ def run(
         bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
     ] = False,
     chat_template: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE", help="A chat template instead of the model's own.", show_default=False
+            metavar="NAME|FILE|TEXT",
+            help="Another chat template: one of the model's own by name, a file, or a text with "
+            "{{ or {% in it.",
+            show_default=False,
+        ),
+    ] = None,
+    think: Annotated[
+        list[Literal["show", "hide", "fold", "on", "off"]] | None,
+        typer.Option(
+            help="Show the model's reasoning (on standard error), hide it, or fold it to a line; "
+            "on, off: have it reason or not. May be repeated. (default: show, as the template does)"
         ),
     ] = None,
     temp: Annotated[
@@ -154,7 +165,14 @@ def run(
 
     from contextlib import ExitStack
 
-    from runtime.chat import ANSWER_LIMIT, BASE_TURN, Chat, answer_once
+    from runtime.chat import (
+        ANSWER_LIMIT,
+        BASE_TURN,
+        Chat,
+        answer_once,
+        parse_think,
+        switch_note,
+    )
     from runtime.conversation import Conversation
     from runtime.embedded import embedded_model
     from runtime.sampling import Sampler, SamplingOptions
@@ -162,7 +180,8 @@ def run(
     from runtime.standard_input import check_text, read_prompt
     from runtime.terminal import compiling, remark
 
-    for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
+    texts = (("-p", prompt), ("--system", system), ("--chat-template", chat_template))
+    for name, value in (*texts, *(("--stop", text) for text in stop or [])):
         check_text(name, value)
     text = read_prompt(prompt)
     with ExitStack() as stack:
@@ -174,7 +193,7 @@ def run(
                 threads=threads,
                 backend=backend,
                 kv_type=kv_type,
-                template_file=chat_template,
+                chat_template=chat_template,
                 raw=raw,
                 on_compile=compiling,
             )
@@ -195,12 +214,17 @@ def run(
             max_tokens=None if max_tokens == -1 else max_tokens or ANSWER_LIMIT,
             policy=context_policy or ("stop" if text is not None else "drop-oldest"),
         )
+        shown, on = parse_think(think or [])
+        if on is not None:
+            conversation.thinking = on
+            if note := switch_note(session):
+                remark(f"note: {note}")
         if text is not None:
-            answer_once(session, conversation, text, show_stats=stats)
+            answer_once(session, conversation, text, think=shown, show_stats=stats)
             return
         if session.template is None and max_tokens is None:
             conversation.max_tokens = BASE_TURN
-        Chat(session, conversation, show_stats=stats).run()
+        Chat(session, conversation, think=shown, show_stats=stats).run()
 
 
 def bench(
@@ -295,7 +319,8 @@ def run_main() -> NoReturn:
 
 def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
-    commands: dict[str, Callable[..., None]] = {"run": run, "bench": bench, "doctor": doctor}
+    known = (run, bench, doctor, tokenize)
+    commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if command is not None:
         del sys.argv[1]

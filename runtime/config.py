@@ -180,6 +180,7 @@ def _read_rope_scaling(own: Metadata, n_ctx_train: int) -> RopeScaling:
         attention_factor=attention,
         beta_fast=scaling.real("yarn_beta_fast", low=0.0, high=1e6, default=32.0),
         beta_slow=scaling.real("yarn_beta_slow", low=0.0, high=1e6, default=1.0),
+        truncate=scaling.flag("yarn_truncate", default=True),
     )
 
 

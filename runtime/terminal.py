@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.conversation import Event, Notice, Progress
 from runtime.generation import STEP
+
+if TYPE_CHECKING:
+    from prompt_toolkit.application import Application
 
 PROMPT = "> "
 
@@ -42,6 +45,49 @@ class Interruptible:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
+
+
+class Terminable:
+    """While it is entered, a request to terminate ends the line editor first, and then is obeyed.
+
+    Its handler raises SystemExit wherever the program is. In one of the editor's tasks, such as the
+    one that loads the history, that would be caught and reported there.
+    """
+
+    def __init__(self, editor: "Application[str]") -> None:
+        self._editor = editor
+        self._before: dict[int, Any] = {}
+        self._number = 0  # of the signal that came
+
+    def __enter__(self) -> "Terminable":
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and callable(before := signal.getsignal(number)):
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if self._number:
+            self._before[self._number](self._number, None)
+
+    def check(self) -> None:
+        """End the editor if it is to end; called when it is ready for that."""
+        future = self._editor.future
+        if self._number and future is not None and not future.done():
+            self._editor.exit(exception=EOFError)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        if self._editor.loop is not None:  # else it has not begun, and will check, or has ended
+            self._editor.loop.call_soon_threadsafe(self.check)
 
 
 def draw_answer(events: Iterator[Event], out: TextIO, interrupted: Callable[[], bool]) -> bool:
@@ -145,6 +191,7 @@ def make_line_reader() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.utils import is_dumb_terminal
 
     keys = KeyBindings()
 
@@ -159,7 +206,14 @@ def make_line_reader() -> Callable[[], str]:
         remark(f"note: the input history is not kept: {error.strerror or error}")
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(PROMPT, history=history, key_bindings=keys)
-    return session.prompt
+    if is_dumb_terminal():  # there is only a prompt, without an editor and its tasks
+        return session.prompt
+
+    def read_line() -> str:
+        with Terminable(session.app) as end:
+            return session.prompt(pre_run=end.check)
+
+    return read_line
 
 
 def history_file() -> Path:

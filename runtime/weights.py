@@ -59,6 +59,12 @@ class Weights:
         data = self.file.raw(name).reshape(n_experts, n_rows, -1)
         return tuple(Matrix(name, info.quant, n_rows, n_columns, expert) for expert in data)
 
+    def table(self, name: str, n_rows: int, n_columns: int) -> Floats:
+        """A float32 matrix that is small and not multiplied with, such as norms of heads."""
+        if self._check(name, (n_rows, n_columns)):
+            return np.ascontiguousarray(self.file.load(name), np.float32)
+        return np.zeros((n_rows, n_columns), np.float32)
+
     def vector(self, name: str, size: int) -> Floats:
         """A float32 vector such as a norm's weight."""
         if self._check(name, (size,)):

@@ -323,7 +323,6 @@ def test_the_history_outlives_the_program(start, tmp_path):
 
 def test_termination_leaves_no_trace(start):
     terminal, _ = start(*GREEDY)
-    time.sleep(1)  # the line editor reads its history just after it shows the prompt
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 128 + signal.SIGTERM
     assert "Traceback" not in terminal.raw

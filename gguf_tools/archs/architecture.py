@@ -10,7 +10,7 @@ from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.rope import Rope
 from gguf_tools.archs.transforms import Transform
 
-Scalar = int | float | bool | str
+Fact = int | float | bool | str | tuple[bool, ...]  # a tuple becomes an array
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class ModelFacts:
     tied: bool | None = None  # tie_word_embeddings, if config.json says it
     key_length: int | None = None  # head_dim, if config.json gives one
     sliding_window: int | None = None
+    window_pattern: tuple[bool, ...] | None = None  # which layers have it; None: GGUF knows
     switches: frozenset[str] = field(default_factory=frozenset)  # what is there: "attention_bias"
     n_experts: int | None = None
     more_sizes: Mapping[str, int] = field(default_factory=dict)  # for the shapes of tensor rules
-    more: Mapping[str, Scalar | None] = field(default_factory=dict)  # for metadata rules
+    more: Mapping[str, Fact | None] = field(default_factory=dict)  # for metadata rules
     notes: tuple[str, ...] = ()  # for the user
 
     @property
@@ -50,11 +51,11 @@ class ModelFacts:
             **self.more_sizes,
         }
 
-    def value(self, field: str) -> Scalar | None:
+    def value(self, field: str) -> Fact | None:
         """A fact by its name, for metadata."""
         if field in self.more:
             return self.more[field]
-        value: Scalar | None = getattr(self, field)
+        value: Fact | None = getattr(self, field)
         return value
 
 
@@ -62,8 +63,8 @@ class ModelFacts:
 class TensorRule:
     """One tensor, or with {layer} in its names one of every layer.
 
-    With {expert} in `source`, the tensors of all experts are stacked. Several rules may take parts
-    of the same source.
+    With {expert} in `source`, as many tensors are stacked as the first size of the shape says.
+    Several rules may take parts of the same source.
     """
 
     source: str  # its name in the checkpoint
@@ -73,6 +74,7 @@ class TensorRule:
     when: str = ""  # the switch that must be on
     transposed: bool = False  # the checkpoint has the last two axes the other way round
     part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
+    regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
         """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
@@ -102,7 +104,7 @@ class MetadataRule:
     """
 
     key: str
-    type: str
+    type: str  # of the elements where the fact is a tuple
     field: str
 
 

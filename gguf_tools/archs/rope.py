@@ -24,6 +24,7 @@ class Rotary:
     kinds: tuple[str, ...] = ("default", "linear", "yarn", "dynamic")
     part: float | None = None  # of each head turns, if config.json is silent; None: always all
     part_key: str = "partial_rotary_factor"
+    base: float = DEFAULT_BASE  # if config.json is silent
     base_key: str = "rope_theta"
     original_context: int | None = None  # if config.json is silent; None: the context
 
@@ -37,11 +38,12 @@ class Rope:
     """The base, and how positions are stretched."""
 
     base: float = DEFAULT_BASE
-    kind: str = "default"  # one of KINDS
+    kind: str = "default"  # one of KINDS, or none: positions do not turn anything
     factor: float = 1.0
     original_context: int = 0
     low_frequency: float = 1.0  # llama3
     high_frequency: float = 4.0  # llama3
+    truncate: bool = True  # yarn
     attention_factor: float | None = None  # yarn (None = what follows from the factor), longrope
     yarn: dict[str, float] = field(default_factory=dict)  # further keys of rope.scaling
     short_factors: tuple[float, ...] = ()  # longrope: divisors within the original context
@@ -52,6 +54,8 @@ class Rope:
     def metadata(self) -> list[tuple[str, str, str | float | int]]:
         """(key after `ARCHITECTURE.`, type, value) for the file."""
         entries: list[tuple[str, str, str | float | int]] = []
+        if self.kind == "none":
+            return entries
         if self.kind in ("linear", "yarn"):
             entries += [
                 ("rope.scaling.type", "str", self.kind),
@@ -66,6 +70,8 @@ class Rope:
         if self.kind == "yarn":
             entries.append(("rope.scaling.original_context_length", "u32", self.original_context))
             entries += [(f"rope.scaling.{key}", "f32", value) for key, value in self.yarn.items()]
+            if not self.truncate:
+                entries.append(("rope.scaling.yarn_truncate", "bool", False))  # a key of ours
             if self.attention_factor is not None:
                 # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies it with this key.
                 implied = 1 + 0.1 * math.log(max(self.factor, 1.0))
@@ -74,6 +80,9 @@ class Rope:
                     entries.append(("rope.scaling.attn_factor", "f32", relative))
         entries.append(("rope.freq_base", "f32", self.base))
         return entries
+
+
+NO_ROPE = Rope(kind="none")
 
 
 def read_rope(
@@ -86,7 +95,7 @@ def read_rope(
     scaling = config.nested("rope_parameters") or config.nested("rope_scaling")
     if scaling is not None:
         scaling = scaling.nested("full_attention") or scaling
-    base = DEFAULT_BASE
+    base = rotary.base
     for source, key in ((scaling, "rope_theta"), (config, rotary.base_key)):
         if source is not None and source.has(key):
             base = source.real(key, low=1.0, high=1e12)
@@ -222,14 +231,19 @@ def _read_yarn(scaling: HFConfig, base: float, original: int | None, n_ctx: int)
         extra["yarn_attn_factor"] = attention
     elif _mscale_given(scaling):
         attention = _mscale(scaling, "mscale", factor) / _mscale(scaling, "mscale_all_dim", factor)
+    truncate = scaling.flag("truncate", default=True) is not False
     notes: tuple[str, ...] = ()
-    if scaling.flag("truncate", default=True) is False:
-        notes = ("rotary scaling: GGUF cannot say `truncate: false`; positions differ slightly",)
+    if not truncate:
+        notes = (
+            "rotary scaling: llama.cpp cannot be told `truncate: false`, so that there the model's "
+            "answers differ",
+        )
     return Rope(
         base,
         "yarn",
         factor=factor,
         original_context=original or n_ctx,
+        truncate=truncate,
         attention_factor=attention,
         yarn=extra,
         notes=notes,

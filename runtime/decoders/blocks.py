@@ -110,6 +110,10 @@ class Blocks:
         self.buffers[name] = max(width, self.buffers.get(name, 0))
         return name
 
+    def has(self, name: str) -> bool:
+        """Whether this layer has such a matrix or norm."""
+        return self.weights.has(f"{self.prefix}{name}.weight")
+
     # --- parts ---------------------------------------------------------------------------
 
     def norm(self, name: str, source: str = "x", target: str = "normed") -> None:
@@ -122,10 +126,16 @@ class Blocks:
             self.emit(RMSNorm(source, target, weight, epsilon))
 
     def head_norm(self, name: str, target: str, head_dim: int) -> None:
-        """A norm of every head by itself; nothing where the file has no such tensor."""
-        weight = self.weights.optional_vector(f"{self.prefix}{name}.weight", head_dim)
-        if weight is not None:
-            self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+        """A norm of every head by itself, all with the same weights."""
+        weight = self.weights.vector(f"{self.prefix}{name}.weight", head_dim)
+        self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+
+    def head_norms(self, name: str, target: str, n_heads: int) -> None:
+        """A norm of every head by itself, each with weights of its own; nothing without tensor."""
+        full, head_dim = f"{self.prefix}{name}.weight", self.buffers[target] // n_heads
+        if self.weights.has(full):
+            weight = self.weights.table(full, n_heads, head_dim)
+            self.emit(LayerNorm(target, target, weight, None, self.config.norm_epsilon))
 
     def linear(
         self, name: str, source: str, target: str, n_rows: int, n_columns: int | None = None
