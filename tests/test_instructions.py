@@ -54,6 +54,16 @@ def test_layer_norm(width: int, rng: np.random.Generator) -> None:
         agree(program_of(steps, width, buffers={"normed": width}), EXACT)
 
 
+@pytest.mark.parametrize("size", [5, 16, 40])
+def test_layer_norms_of_heads(size: int, rng: np.random.Generator) -> None:
+    """With a weight for all, or one for each."""
+    one = LayerNorm("x", "x", random_vector(rng, size, 1), random_vector(rng, size), 1e-5)
+    shape = (3, size)
+    weight, bias = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    for norm in (one, LayerNorm("x", "x", weight, bias, 1e-5)):
+        agree(program_of([norm], 3 * size), EXACT)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_columns(width: int, rng: np.random.Generator) -> None:
     bias = random_vector(rng, width)

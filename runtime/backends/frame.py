@@ -52,11 +52,11 @@ class Frame:
         return Place(self.memory.arena.zeros(stride * self.memory.n_threads), stride, stride)
 
     def vector(self, values: Floats | None) -> int:
-        """The address of a vector with room for whole groups of 32; 0 for none."""
+        """The address of a vector (or rows of one) with room for 32 more; 0 for none."""
         if values is None:
             return 0
         if id(values) not in self._vectors:
-            self._vectors[id(values)] = self.memory.arena.padded(values)
+            self._vectors[id(values)] = self.memory.arena.padded(values.reshape(-1))
         return self._vectors[id(values)]
 
     # --- operations ----------------------------------------------------------------------

@@ -197,9 +197,12 @@ class Lowering:
         self._norm(table, step, kernel, (*constants, float(step.epsilon)), groups)
 
     def _layer_norm(self, table: Table, step: LayerNorm) -> None:
+        size = step.weight.shape[-1]
+        groups = self.frame.width(step.source) // size
+        along = size * 4 if step.weight.ndim == 2 else 0
         vectors = (self.frame.vector(step.weight), self.frame.vector(step.bias))
-        constants = (*vectors, len(step.weight), float(step.epsilon))
-        self._norm(table, step, elementwise.layer_norm, constants, 1)
+        constants = (*vectors, along, size, groups, float(step.epsilon))
+        self._norm(table, step, elementwise.layer_norm, constants, groups)
 
     def _norm(
         self,

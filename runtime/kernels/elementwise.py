@@ -47,7 +47,8 @@ def _square_sum(x, n):
 
 
 @jit
-def _norm(x, weight, out, n, epsilon):
+def _scale_to_one(x, weight, out, n, epsilon):
+    """out = x / sqrt(mean of squares + epsilon) * weight"""
     s1 = float32(1.0) / np.sqrt(_square_sum(x, n) / float32(n) + epsilon)
     s = splat_f32x16(s1)
     for i in range(0, n - 15, 16):
@@ -68,29 +69,39 @@ def rms_norm(op, state, thread, first, last):
         along = (item - t * groups) * width * 4
         x = source + t * arg(op, 2) + along
         y = target + t * arg(op, 5) + along
-        _norm(x, arg(op, 6), y, width, float_arg(op, 9))
+        _scale_to_one(x, arg(op, 6), y, width, float_arg(op, 9))
+
+
+@jit
+def _centre(x, y, n):
+    """y = x minus its mean"""
+    mean1 = _sum(x, n) / float32(n)
+    mean = splat_f32x16(mean1)
+    for i in range(0, n - 15, 16):
+        st(y + i * 4, ld_f32x16(x + i * 4) - mean)
+    for i in range(n & ~15, n):
+        st_f32(y + i * 4, ld_f32(x + i * 4) - mean1)
 
 
 @kernel("iiiii")
 def layer_norm(op, state, thread, first, last):
-    """source 0-2, target 3-5, weight 6, bias 7 (0: none; both padded to 32), width 8, epsilon 9;
-    unit: a token"""
-    n = arg(op, 8)
-    for t in range(first, last):
-        x = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
-        y = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
-        mean1 = _sum(x, n) / float32(n)
-        mean = splat_f32x16(mean1)
-        for i in range(0, n - 15, 16):
-            st(y + i * 4, ld_f32x16(x + i * 4) - mean)
-        for i in range(n & ~15, n):
-            st_f32(y + i * 4, ld_f32(x + i * 4) - mean1)
-        s = splat_f32x16(float32(1.0) / np.sqrt(_square_sum(y, n) / float32(n) + float_arg(op, 9)))
-        for i in range(0, n, 16):
-            st(y + i * 4, ld_f32x16(y + i * 4) * s * ld_f32x16(arg(op, 6) + i * 4))
+    """source 0-2, target 3-5, weight 6, bias 7 (0: none), bytes of both from group to group 8,
+    width 9, groups per token 10, epsilon 11; unit: a group"""
+    n = arg(op, 9)
+    groups = arg(op, 10)
+    for item in range(first, last):
+        t = item // groups
+        g = item - t * groups
+        y = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5) + g * n * 4
+        _centre(arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2) + g * n * 4, y, n)
+        weight = arg(op, 6) + g * arg(op, 8)
+        _scale_to_one(y, weight, y, n, float_arg(op, 11))
         if arg(op, 7):
-            for i in range(0, n, 16):
-                st(y + i * 4, ld_f32x16(y + i * 4) + ld_f32x16(arg(op, 7) + i * 4))
+            bias = arg(op, 7) + g * arg(op, 8)
+            for i in range(0, n - 15, 16):
+                st(y + i * 4, ld_f32x16(y + i * 4) + ld_f32x16(bias + i * 4))
+            for i in range(n & ~15, n):
+                st_f32(y + i * 4, ld_f32(y + i * 4) + ld_f32(bias + i * 4))
 
 
 @kernel("iiiii")
