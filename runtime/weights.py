@@ -80,6 +80,12 @@ class Weights:
                 )
         return matrices
 
+    def table(self, name: str, n_rows: int, n_columns: int) -> Floats:
+        """A float32 matrix that is small and not multiplied with, such as norms of heads."""
+        if self._check(name, (n_rows, n_columns)):
+            return np.ascontiguousarray(self.file.load(name), np.float32)
+        return np.zeros((n_rows, n_columns), np.float32)
+
     def vector(self, name: str, size: int) -> Floats:
         """A float32 vector such as a norm's weight."""
         if self._check(name, (size,)):
