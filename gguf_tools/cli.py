@@ -55,6 +55,14 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail, and leave no file, unless the file's tokenizer encodes a set of test texts "
+            "exactly as the checkpoint's does. Without it a difference is only told.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -70,23 +78,26 @@ def convert(
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
+    from gguf_tools.vocab.agreement import TokenizerCheck
 
     chosen = find_file_type(file_type)
     start = time.monotonic()
     plan = plan_conversion(model_dir, chosen)
     target = output if output is not None else Path(output_name(model_dir, chosen.name))
     protect_checkpoint(model_dir, target)
-    seconds = None
+    seconds = agreement = None
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        _write(plan, target, threads=threads or default_threads(), force=force)
+        checked = TokenizerCheck(model_dir, target, strict=strict)
+        _write(plan, target, threads=threads or default_threads(), force=force, check=checked.run)
+        agreement = checked.agreement
         seconds = time.monotonic() - start
-    _print_pairs(closing_rows(plan, target, seconds))
+    _print_pairs(closing_rows(plan, target, seconds, agreement))
     sys.stdout.flush()
-    for note in plan.notes:
+    for note in (*plan.notes, *(agreement.lines() if agreement else ())):
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -147,7 +158,9 @@ def _application(*commands: Callable[..., None]) -> typer.Typer:
     return application
 
 
-def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
+def _write(
+    plan: "Plan", target: Path, *, threads: int, force: bool, check: Callable[[Path], None]
+) -> None:
     """Convert, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -175,7 +188,7 @@ def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=total)
-        for step in write_file(plan, target, threads=threads, force=force):
+        for step in write_file(plan, target, threads=threads, force=force, check=check):
             name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
             bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
 

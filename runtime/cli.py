@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingOptions
 
 
+THINK_WORDS = ("show", "hide", "fold", "on", "off")
+
+
 def sampling(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel="Sampling", show_default=False)
 
@@ -76,10 +79,11 @@ def run(
         ),
     ] = None,
     think: Annotated[
-        list[Literal["show", "hide", "fold", "on", "off"]] | None,
+        list[str] | None,
         typer.Option(
+            metavar="|".join(THINK_WORDS),
             help="Show the model's reasoning (on standard error), hide it, or fold it to a line; "
-            "on, off: have it reason or not. May be repeated. (default: show, as the template does)"
+            "on or off: have it reason or not. May be repeated. (default: show)",
         ),
     ] = None,
     temp: Annotated[
@@ -160,7 +164,7 @@ def run(
         "repeat_penalty": repeat_penalty,
         "repeat_last_n": repeat_last_n,
     }
-    _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [])
+    _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [], think=think or [])
     _check_gpu_layers(gpu_layers)
 
     from contextlib import ExitStack
@@ -352,13 +356,21 @@ def _parse_counts(name: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _check_usage(
-    overrides: Mapping[str, Any], *, seed: int | None, max_tokens: int | None, stop: list[str]
+    overrides: Mapping[str, Any],
+    *,
+    seed: int | None,
+    max_tokens: int | None,
+    stop: list[str],
+    think: list[str],
 ) -> None:
     """Refuse values out of range before anything is loaded."""
     if max_tokens is not None and max_tokens != -1 and max_tokens < 1:
         raise typer.BadParameter(
             f"--max-tokens is at least 1, or -1 for no limit, not {max_tokens}"
         )
+    for word in think:
+        if word not in THINK_WORDS:
+            raise typer.BadParameter(f"--think is one of {', '.join(THINK_WORDS)}, not {word}")
     if not all(stop):
         raise typer.BadParameter("--stop needs a text that is not empty")
     if seed is not None and seed < -1:

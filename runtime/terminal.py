@@ -11,13 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from runtime.answer import Piece, Thought, ThoughtEnd
 from runtime.conversation import Event, Notice, Progress
 from runtime.generation import STEP
 
 if TYPE_CHECKING:
     from prompt_toolkit.application import Application
+
+ThinkMode = Literal["show", "hide", "fold"]
+THINK_MODES: tuple[ThinkMode, ...] = ("show", "hide", "fold")
 
 PROMPT = "> "
 
@@ -90,33 +94,42 @@ class Terminable:
             self._editor.loop.call_soon_threadsafe(self.check)
 
 
-def draw_answer(events: Iterator[Event], out: TextIO, interrupted: Callable[[], bool]) -> bool:
+def draw_answer(
+    events: Iterator[Event], out: TextIO, interrupted: Callable[[], bool], *, think: ThinkMode
+) -> bool:
     """Write the answer to `out` as it comes, ending with a newline; whether there was any text.
 
-    Remarks and, on a terminal, the progress of a long reading go to standard error.
+    Reasoning, remarks and, on a terminal, the progress of a long reading go to standard error.
     """
     last = ""
-    progress = ProgressLine()
+    line = StatusLine()
+    thoughts = Thoughts(think, line)
     try:
         for event in events:
             if isinstance(event, Progress):
-                progress.show(event)
+                if event.total > STEP:
+                    line.show(f"reading {event.done} of {event.total} tokens")
             elif isinstance(event, Notice):
-                progress.erase()
+                line.erase()
                 if last not in ("", "\n"):
                     out.write("\n")
                     out.flush()
                     last = "\n"
                 remark(f"note: {event.text}")
-            elif text := visible(event.text):
-                progress.erase()
+            elif isinstance(event, Thought):
+                thoughts.add(event)
+            elif isinstance(event, ThoughtEnd):
+                thoughts.end(event)
+            elif isinstance(event, Piece) and (text := visible(event.text)):
+                line.erase()
                 last = text[-1]  # first: Ctrl-C may come at any time
                 out.write(text)
                 out.flush()
             if interrupted():
                 break
     finally:
-        progress.erase()
+        line.erase()
+        thoughts.end(None)
         close = getattr(events, "close", None)
         if close is not None:
             close()
@@ -126,15 +139,51 @@ def draw_answer(events: Iterator[Event], out: TextIO, interrupted: Callable[[], 
     return bool(last)
 
 
-class ProgressLine:
-    """`reading 512 of 4000 tokens`, drawn over itself while a long prompt is read."""
+class Thoughts:
+    """The model's reasoning on standard error: shown faint, folded to one line, or hidden.
+
+    A terminal that does not show it counts its tokens meanwhile.
+    """
+
+    def __init__(self, mode: ThinkMode, line: "StatusLine") -> None:
+        self._mode = mode
+        self._line = line
+        self._last = ""  # character shown
+
+    def add(self, thought: Thought) -> None:
+        if self._mode != "show":
+            self._line.show(f"thinking: {thought.n_tokens} tokens")
+        elif text := visible(thought.text):
+            self._line.erase()
+            if not self._last and not is_colourful(sys.stderr):
+                sys.stderr.write("(thinking)\n")
+            self._last = text[-1]
+            sys.stderr.write(faint(text))
+            sys.stderr.flush()
+
+    def end(self, end: ThoughtEnd | None) -> None:
+        """What is said when it is over, or None when it was cut short."""
+        self._line.erase()
+        if self._last not in ("", "\n"):
+            sys.stderr.write("\n")
+        plain = bool(self._last) and not is_colourful(sys.stderr)
+        if end is not None and (self._mode == "fold" or plain):
+            remark(f"(thought for {end.seconds:.1f} s, {end.n_tokens} tokens)")
+        elif end is not None and self._last:
+            sys.stderr.write("\n")
+        sys.stderr.flush()
+        self._last = ""
+
+
+class StatusLine:
+    """A line on a terminal that is drawn over itself while something goes on."""
 
     def __init__(self) -> None:
         self._shown = False
 
-    def show(self, progress: Progress) -> None:
-        if progress.total > STEP and is_terminal(sys.stderr):
-            sys.stderr.write(f"\rreading {progress.done} of {progress.total} tokens")
+    def show(self, text: str) -> None:
+        if is_terminal(sys.stderr):
+            sys.stderr.write(f"\r{text}")
             sys.stderr.flush()
             self._shown = True
 
@@ -152,12 +201,14 @@ def visible(text: str) -> str:
 
 def remark(text: str) -> None:
     """Say something that is not the model's text: on standard error, faint on a terminal."""
-    text = visible(text)
     sys.stdout.flush()
-    if is_terminal(sys.stderr) and not os.environ.get("NO_COLOR"):
-        text = f"\x1b[2m{text}\x1b[0m"
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(faint(visible(text)) + "\n")
     sys.stderr.flush()
+
+
+def faint(text: str) -> str:
+    """`text` for standard error, drawn faint where that is possible."""
+    return f"\x1b[2m{text}\x1b[0m" if is_colourful(sys.stderr) else text
 
 
 def compiling(done: int, total: int) -> None:
@@ -182,6 +233,11 @@ def use_utf8(stream: Any) -> None:
 def is_terminal(stream: TextIO) -> bool:
     """Whether `stream` is a terminal that understands escape sequences."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def is_colourful(stream: TextIO) -> bool:
+    """Whether text may be drawn faint on `stream`; NO_COLOR forbids it."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def make_line_reader() -> Callable[[], str]:
