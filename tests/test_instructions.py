@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gguf_tools.jit import CACHE_FOLDER, Kernel
 from runtime.backends.cpu import CPUBackend
 from runtime.kernels import attention, elementwise, experts, gates
 from runtime.program import (
@@ -376,6 +377,14 @@ def test_only_what_is_needed_is_compiled(rng: np.random.Generator) -> None:
     assert experts.expert_matmul in CPUBackend.kernels(mixed)
     assert gates.gate_gelu not in CPUBackend.kernels(mixed)
     assert elementwise.layer_norm not in CPUBackend.kernels(mixed)
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("kernel", [*gates.GATES.values(), *gates.ALONE.values()], ids=repr)
+def test_gates_can_be_kept_on_disk(kernel: Kernel, recwarn: pytest.WarningsRecorder) -> None:
+    """numba only warns about kernels that it cannot write down."""
+    kernel._build(cache=CACHE_FOLDER is not None)
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_all_that_runs_was_announced(rng: np.random.Generator) -> None:

@@ -107,5 +107,5 @@ def owned_buffers(program: Program) -> set[str]:
 def _is_cheap(step: Instruction, program: Program) -> bool:
     """Whether each thread may as well do it for itself, given one token."""
     if isinstance(step, (RMSNorm, LayerNorm)):
-        return step.weight.shape[-1] == program.buffers[step.target]
+        return int(step.weight.shape[-1]) == program.buffers[step.target]
     return isinstance(step, (Attend, Route))

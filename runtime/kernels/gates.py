@@ -4,6 +4,8 @@ Operations on columns, as those of elementwise.py. Where a function only bends a
 NaN.
 """
 
+from typing import Any
+
 from numba import float32
 
 from gguf_tools.jit import Kernel, jit, kernel
@@ -55,91 +57,99 @@ def swiglu_oai(x, up):
     return over_exp(x, splat_f32x16(float32(1.702)) * x) * (up + splat_f32x16(float32(1.0)))
 
 
-@jit
-def silu_times(x, up):
-    return silu(x) * up
+def _alone(function: Any) -> Any:
+    """A loop that applies `function` to columns."""
+
+    @jit
+    def loop(op, state, thread, first, last):
+        end = min(last * ROWS, arg(op, 3))
+        for t in range(n_tokens(state)):
+            y = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
+            for i in range(first * ROWS, end, 16):
+                st(y + i * 4, function(ld_f32x16(y + i * 4)))
+
+    return loop
 
 
-@jit
-def gelu_times(x, up):
-    return gelu(x) * up
+def _gate(function: Any) -> Any:
+    """A loop that applies `function` of gate and up to columns."""
+
+    @jit
+    def loop(op, state, thread, first, last):
+        end = min(last * ROWS, arg(op, 9))
+        for t in range(n_tokens(state)):
+            g = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
+            u = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
+            y = arg(op, 6) + thread * arg(op, 7) + t * arg(op, 8)
+            for i in range(first * ROWS, end, 16):
+                st(y + i * 4, function(ld_f32x16(g + i * 4), ld_f32x16(u + i * 4)))
+
+    return loop
 
 
-@jit
-def gelu_erf_times(x, up):
-    return gelu_erf(x) * up
+def _times_up(function: Any) -> Any:
+    @jit
+    def product(gate, up):
+        return function(gate) * up
+
+    return product
 
 
-@jit
-def relu_times(x, up):
-    return relu(x) * up
+_gate_silu, _activate_silu = _gate(_times_up(silu)), _alone(silu)
+_gate_gelu, _activate_gelu = _gate(_times_up(gelu)), _alone(gelu)
+_gate_gelu_erf, _activate_gelu_erf = _gate(_times_up(gelu_erf)), _alone(gelu_erf)
+_gate_relu, _activate_relu = _gate(_times_up(relu)), _alone(relu)
+_gate_swiglu_oai = _gate(swiglu_oai)
 
-
-@jit
-def _gate(op, state, thread, first, last, function):
-    """target 6-8 = function(gate 0-2, up 3-5); width 9; unit: 32 columns"""
-    end = min(last * ROWS, arg(op, 9))
-    for t in range(n_tokens(state)):
-        g = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
-        u = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
-        y = arg(op, 6) + thread * arg(op, 7) + t * arg(op, 8)
-        for i in range(first * ROWS, end, 16):
-            st(y + i * 4, function(ld_f32x16(g + i * 4), ld_f32x16(u + i * 4)))
+# Gates: target 6-8 = function(gate 0-2) * up 3-5; width 9; unit: 32 columns
 
 
 @kernel("iiiii")
 def gate_silu(op, state, thread, first, last):
-    _gate(op, state, thread, first, last, silu_times)
+    _gate_silu(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def gate_gelu(op, state, thread, first, last):
-    _gate(op, state, thread, first, last, gelu_times)
+    _gate_gelu(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def gate_gelu_erf(op, state, thread, first, last):
-    _gate(op, state, thread, first, last, gelu_erf_times)
+    _gate_gelu_erf(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def gate_relu(op, state, thread, first, last):
-    _gate(op, state, thread, first, last, relu_times)
+    _gate_relu(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def gate_swiglu_oai(op, state, thread, first, last):
-    _gate(op, state, thread, first, last, swiglu_oai)
+    _gate_swiglu_oai(op, state, thread, first, last)
 
 
-@jit
-def _activate(op, state, thread, first, last, function):
-    """target 0-2 = function(target); width 3; unit: 32 columns"""
-    end = min(last * ROWS, arg(op, 3))
-    for t in range(n_tokens(state)):
-        y = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
-        for i in range(first * ROWS, end, 16):
-            st(y + i * 4, function(ld_f32x16(y + i * 4)))
+# Alone: target 0-2 = function(target); width 3; unit: 32 columns
 
 
 @kernel("iiiii")
 def activate_silu(op, state, thread, first, last):
-    _activate(op, state, thread, first, last, silu)
+    _activate_silu(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def activate_gelu(op, state, thread, first, last):
-    _activate(op, state, thread, first, last, gelu)
+    _activate_gelu(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def activate_gelu_erf(op, state, thread, first, last):
-    _activate(op, state, thread, first, last, gelu_erf)
+    _activate_gelu_erf(op, state, thread, first, last)
 
 
 @kernel("iiiii")
 def activate_relu(op, state, thread, first, last):
-    _activate(op, state, thread, first, last, relu)
+    _activate_relu(op, state, thread, first, last)
 
 
 GATES: dict[str, Kernel] = {
