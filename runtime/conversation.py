@@ -43,6 +43,9 @@ class Template(Protocol):
     @property
     def takes_system(self) -> bool: ...
 
+    @property
+    def takes_empty(self) -> bool: ...
+
     def render(
         self, messages: list[dict[str, str]], *, variables: Mapping[str, Any] | None = None
     ) -> str: ...
@@ -195,6 +198,11 @@ class Conversation:
             yield from self._tell_once(
                 "this template takes no system prompt: it stands before the first message"
             )
+        if not self.template.takes_empty and any(not turn.answer.strip() for turn in turns):
+            yield from self._tell_once(
+                "this template takes no empty answer: a turn without one is left out"
+            )
+            turns = [turn for turn in turns if turn.answer.strip()]
         variables = {} if self._thinking is None else thinking_variables(self._thinking)
         text = self.template.render(self._messages(turns, user), variables=variables)
         if not text:

@@ -53,6 +53,7 @@ class Traits:
     text: frozenset[str]  # roles whose content it takes as a text
     parts: frozenset[str]  # roles whose content it takes as a list of parts
     can_think: bool  # whether `enable_thinking` makes a difference
+    empty: bool  # whether it takes an answer without text, as an interrupted one is
 
 
 class ChatTemplate:
@@ -92,6 +93,11 @@ class ChatTemplate:
         return str(answer["text"])
 
     @property
+    def takes_empty(self) -> bool:
+        """Whether an answer may be empty; some templates refuse that."""
+        return self.traits.empty
+
+    @property
     def takes_system(self) -> bool:
         """Whether a system message gets into the prompt; some templates refuse or ignore it."""
         return "system" in self.traits.text | self.traits.parts
@@ -109,13 +115,14 @@ class ChatTemplate:
                     for m in probe
                 ]
                 parts |= self._roles_shown(mixed) & {role}
-        on, off = (
-            self._render(probe[1:2], {**thinking_variables(on), "add_generation_prompt": True})
-            for on in (True, False)
-        )
+        on, off = (self._render(probe[1:2], thinking_variables(on)) for on in (True, False))
         if not text | parts:  # it wants something else, and says so when it is used
             text = frozenset(PROBES)
-        return Traits(text, parts, can_think=on != off)
+        user, answer = probe[1:3]
+        empty = self._render([user, {**answer, "content": ""}, user], {})
+        filled = self._render([user, answer, user], {})
+        takes_empty = "error" not in empty or "error" in filled
+        return Traits(text, parts, can_think=on != off, empty=takes_empty)
 
     def _roles_shown(self, messages: list[dict[str, Any]]) -> frozenset[str]:
         """The roles whose probes are in the prompt as they should be.
@@ -123,7 +130,7 @@ class ChatTemplate:
         A template that knows no parts may print the list of them, with quotation marks.
         """
         for start in (0, 1):  # with the system message, and without
-            text = self._render(messages[start:], {"add_generation_prompt": True}).get("text", "")
+            text = self._render(messages[start:], {}).get("text", "")
             found = {
                 role
                 for role, word in PROBES.items()
@@ -151,6 +158,7 @@ class ChatTemplate:
         values = {
             **self._tokens,
             **dict.fromkeys(NO_LISTS),
+            "add_generation_prompt": True,
             **variables,
             "messages": list(messages),
         }

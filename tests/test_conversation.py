@@ -497,6 +497,19 @@ def test_interrupted_reasoning_stays(tokenizer):
     assert heard(conversation.say("More"))[0] == "Yes."
 
 
+def test_a_turn_without_answer_is_left_out_where_the_template_wants_one(tokenizer):
+    strict = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}"
+    chat = strict + "{% endif %}{% endfor %}" + CHAT
+    model = Reciting(tokenizer, "<think>Who is it?", "Yes.", "No.")
+    conversation = make(model, tokenizer, chat=chat)
+    heard(conversation.say("Tell"))
+    assert conversation.turns[0].answer == ""
+    answer, notices = heard(conversation.say("More"))
+    assert answer == "Yes." and any("no empty answer" in notice for notice in notices)
+    assert "Tell" not in tokenizer.decode(conversation.turns[-1].prompt_ids)
+    assert heard(conversation.say("And?"))[0] == "No."
+
+
 def test_an_answer_that_is_cut_in_its_reasoning(tokenizer):
     model = Reciting(tokenizer, "<think>Who is it? What do they want?</think>A dog.")
     conversation = make(model, tokenizer, max_tokens=12)
