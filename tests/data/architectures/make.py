@@ -95,11 +95,14 @@ def make(case: Case, folder: Path) -> None:
 
 
 def model_class(case: Case) -> Any:
-    return transformers.AutoModelForImageTextToText if case.vision else transformers.AutoModelForCausalLM
+    if case.vision:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def load(case: Case, folder: Path, dtype: torch.dtype) -> Any:
-    return model_class(case).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return model_class(case).from_pretrained(folder, dtype=dtype, **plain).eval()
 
 
 def says(config: Any) -> dict[str, str]:
