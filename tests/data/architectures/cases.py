@@ -47,8 +47,17 @@ SIZES = {
 }
 
 
+SMALL = {  # of the second and further models of a family
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 def case(name: str, model_type: str, *, config: dict[str, Any], **facts: Any) -> Case:
-    return Case(name, {"model_type": model_type, **SIZES, **config}, **facts)
+    sizes = {**SIZES, **SMALL} if "-" in name else SIZES
+    return Case(name, {"model_type": model_type, **sizes, **config}, **facts)
 
 
 def rope(kind: str = "default", base: float = 10000.0, **scaling: Any) -> dict[str, Any]:
@@ -79,7 +88,7 @@ GEMMA3 = {
     **GEMMA,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "intermediate_size": 64,
+    "intermediate_size": 48,
     "num_hidden_layers": 7,  # five of them with a window, one without, one with
     "sliding_window": WINDOW,
     "query_pre_attn_scalar": 32,
@@ -113,13 +122,12 @@ GEMMAS = (
         config={**GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
         lengths=(1, 7, 33, 80),
         older_form=True,
-        like="gemma3",
     ),
     Case(
         "gemma3-vision",
         {
             "model_type": "gemma3",
-            "text_config": {**SIZES, **GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
+            "text_config": {**SIZES, **SMALL, **GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
             "vision_config": VISION,
             "mm_tokens_per_image": 4,
             "tie_word_embeddings": True,
@@ -254,7 +262,7 @@ ANCESTORS = (
         "stablelm",
         config={
             "use_qkv_bias": True,
-            "num_key_value_heads": 4,
+            "num_key_value_heads": 2,
             "rope_parameters": rope(partial_rotary_factor=0.5),
         },
         older_form=True,
@@ -268,9 +276,9 @@ ANCESTORS = (
             "rope_parameters": rope(partial_rotary_factor=0.25),
         },
     ),
-    case("gpt-neox", "gpt_neox", config={"rope_parameters": rope(partial_rotary_factor=0.25)}),
+    case("gptneox", "gpt_neox", config={"rope_parameters": rope(partial_rotary_factor=0.25)}),
     case(
-        "gpt-neox-sequential",
+        "gptneox-sequential",
         "gpt_neox",
         config={
             "use_parallel_residual": False,
@@ -307,7 +315,7 @@ LLAMAS = (
     case(
         "llama-biases",
         "llama",
-        config={"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+        config={"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
         older_form=True,
     ),
     case(
@@ -316,16 +324,17 @@ LLAMAS = (
         config={"rope_parameters": rope("linear", factor=4.0)},
         lengths=BEYOND_ORIGINAL,
         older_form=True,
-        like="llama",
     ),
     case(
         "llama-llama3",
         "llama",
         config={
-            "rope_parameters": rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **STRETCHED)
+            "rope_parameters": rope(
+                "llama3", low_freq_factor=1.0, high_freq_factor=4.0, **STRETCHED
+            )
         },
         lengths=BEYOND_ORIGINAL,
-        like="llama",
+        like="llama-linear",
     ),
     case(
         "llama-yarn",
@@ -333,7 +342,7 @@ LLAMAS = (
         config={"rope_parameters": rope("yarn", **STRETCHED)},
         lengths=BEYOND_ORIGINAL,
         older_form=True,
-        like="llama",
+        like="llama-linear",
     ),
     case(
         "llama-dynamic",  # beyond its context the base changes, which GGUF does not know
@@ -341,7 +350,7 @@ LLAMAS = (
         config={"rope_parameters": rope("dynamic", factor=2.0)},
         lengths=BEYOND_ORIGINAL,
         older_form=True,
-        like="llama",
+        like="llama-linear",
     ),
     case(
         "mistral",
@@ -367,7 +376,7 @@ DEEPSEEK = {
 }
 LATE = (
     case(
-        "gpt-oss",
+        "gptoss",
         "gpt_oss",
         config={
             "head_dim": 32,
@@ -389,7 +398,12 @@ LATE = (
     case(
         "deepseek3",
         "deepseek_v3",
-        config={**DEEPSEEK, "q_lora_rank": 24, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        config={
+            **DEEPSEEK,
+            "q_lora_rank": 24,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
         top_k=2,
     ),
 )
