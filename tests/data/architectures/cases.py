@@ -57,7 +57,8 @@ SMALL = {  # of the second and further models of a family
 
 def case(name: str, model_type: str, *, config: dict[str, Any], **facts: Any) -> Case:
     sizes = {**SIZES, **SMALL} if "-" in name else SIZES
-    return Case(name, {"model_type": model_type, **sizes, **config}, **facts)
+    config = {"model_type": model_type, **sizes, **config}
+    return Case(name, {key: value for key, value in config.items() if value is not ...}, **facts)
 
 
 def rope(kind: str = "default", base: float = 10000.0, **scaling: Any) -> dict[str, Any]:
@@ -276,12 +277,17 @@ ANCESTORS = (
             "rope_parameters": rope(partial_rotary_factor=0.25),
         },
     ),
-    case("gptneox", "gpt_neox", config={"rope_parameters": rope(partial_rotary_factor=0.25)}),
+    case(
+        "gptneox",
+        "gpt_neox",
+        config={"num_key_value_heads": ..., "rope_parameters": rope(partial_rotary_factor=0.25)},
+    ),
     case(
         "gptneox-sequential",
         "gpt_neox",
         config={
             "use_parallel_residual": False,
+            "num_key_value_heads": ...,
             "rope_parameters": rope(partial_rotary_factor=0.5),
         },
         older_form=True,
