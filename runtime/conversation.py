@@ -108,7 +108,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.stats = AnswerStats(n_ctx=model.n_ctx)
         self._system = system
-        self._thinking: bool | None = None
+        self._thinking: str | None = None
         self._changed = ""  # why earlier turns may have to be read again
         self._told: set[str] = set()  # notices that come up with every turn and are given once
 
@@ -123,14 +123,17 @@ class Conversation:
         self._changed = "the system prompt changed"
 
     @property
-    def thinking(self) -> bool | None:
-        """Whether the model is to reason before it answers; None leaves that to the template."""
+    def thinking(self) -> str | None:
+        """Whether the model is to reason before it answers: on, off, or how much: low to high.
+
+        None leaves that to the template.
+        """
         return self._thinking
 
     @thinking.setter
-    def thinking(self, on: bool | None) -> None:
-        self._thinking = on
-        self._changed = f"reasoning was switched {'on' if on else 'off'}"
+    def thinking(self, word: str | None) -> None:
+        self._thinking = word
+        self._changed = f"reasoning was set to {word}"
 
     def clear(self) -> None:
         """Forget all turns."""

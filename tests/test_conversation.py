@@ -560,13 +560,13 @@ def test_reasoning_is_switched(tokenizer):
     conversation = make(model, tokenizer, chat=SWITCHED)
     heard(conversation.say("Tell"))
     n_prompt = len(conversation.turns[0].prompt_ids)
-    conversation.thinking = False
+    conversation.thinking = "off"
     reasoning, answer, notices, _ = thoughts(conversation.say("More"))
     assert (reasoning, answer) == ("", "A cat.")
-    assert len(notices) == 1 and "because reasoning was switched off" in notices[0]
+    assert len(notices) == 1 and "because reasoning was set to off" in notices[0]
     assert conversation.turns[1].prompt_text.endswith("[assistant]<think></think>")
     assert conversation.turns[1].prompt_ids[:n_prompt] == conversation.turns[0].prompt_ids
-    conversation.thinking = True
+    conversation.thinking = "on"
     assert thoughts(conversation.say("And?"))[:2] == ("Hm.", "A cow.")
     assert conversation.turns[2].prompt_text.endswith("[assistant]")
 

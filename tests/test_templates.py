@@ -419,8 +419,9 @@ def test_what_templates_do(real_templates: dict[str, str]) -> None:
     def traits(name: str) -> Traits:
         return ChatTemplate(real_templates[f"{name}.jinja"]).traits
 
-    assert traits("Qwen-Qwen3-0.6B").can_think
-    assert not traits("Qwen-Qwen2.5-7B-Instruct").can_think
+    assert traits("Qwen-Qwen3-0.6B").switches == {"on", "off"}
+    assert traits("openai-gpt-oss-120b").switches == {"low", "medium", "high"}
+    assert not traits("Qwen-Qwen2.5-7B-Instruct").switches
     assert not traits("mistralai-Ministral-3-14B-Reasoning-2512").empty
     assert traits("google-gemma-4-31B-it").parts == {"user", "assistant"}
 
