@@ -9,6 +9,7 @@ from gguf_tools.errors import GGUFError, printable
 from runtime.conversation import AnswerStats, Conversation, Event
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.session import Session, count
+from runtime.templates import EFFORTS
 from runtime.terminal import (
     THINK_MODES,
     Interruptible,
@@ -22,6 +23,8 @@ from runtime.terminal import (
 
 ANSWER_LIMIT = 1024  # tokens, unless told otherwise: small models may repeat themselves for ever
 BASE_TURN = 256  # tokens that a model without template writes before it is the user's turn again
+
+SWITCHES = ("on", "off", *EFFORTS)  # of reasoning
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ COMMANDS = (
     Command("regen", "", "write the last answer again"),
     Command("undo", "", "take back the last message and its answer"),
     Command("system", "[TEXT | off]", "show or set the system prompt"),
-    Command("think", "[show | hide | fold | on | off | last]", "show reasoning, or have it or not"),
+    Command("think", "[show | hide | fold]", "how reasoning is shown; /think last: the last one"),
+    Command("think", "[on | off | low | medium | high]", "whether the model reasons, or how much"),
     Command("set", "[NAME VALUE]", "show or set how tokens are drawn: /set temp 0.5"),
     Command("stats", "[on | off]", "figures of the last answer; or show them after each"),
 )
@@ -204,17 +208,17 @@ class Chat:
         elif rest in THINK_MODES:
             self.think, _ = parse_think([rest])
             remark(f"reasoning: {rest}")
-        elif rest in ("on", "off"):
-            conversation.thinking = rest == "on"
-            remark(switch_note(self.session) or f"reasoning is switched {rest}")
+        elif rest in SWITCHES:
+            conversation.thinking = rest
+            remark(switch_note(self.session, rest) or f"reasoning is set to {rest}")
         elif rest == "last":
             turns = conversation.turns
             remark((turns[-1].reasoning.strip() if turns else "") or "there was no reasoning")
         elif rest:
-            remark(f"/think {', '.join(THINK_MODES)}, on, off or last")
+            remark(f"/think {', '.join((*THINK_MODES, *SWITCHES))} or last")
         else:
-            switch = {None: "left to the template", True: "on", False: "off"}
-            remark(f"reasoning: {self.think}; it is {switch[conversation.thinking]}")
+            switch = conversation.thinking or "left to the template"
+            remark(f"reasoning: {self.think}; it is {switch}")
         return True
 
     def _set_option(self, rest: str) -> bool:
@@ -269,21 +273,19 @@ class Chat:
         return True
 
 
-def parse_think(words: Sequence[str]) -> tuple[ThinkMode, bool | None]:
-    """How reasoning is shown, and whether it is switched on or off, if at all; the last counts."""
+def parse_think(words: Sequence[str]) -> tuple[ThinkMode, str | None]:
+    """How reasoning is shown, and the word of SWITCHES, if any; the last of each counts."""
     shown: ThinkMode = "show"
-    on = None
     for word in words:
         shown = next((mode for mode in THINK_MODES if mode == word), shown)
-        on = {"on": True, "off": False}.get(word, on)
-    return shown, on
+    return shown, next((word for word in reversed(words) if word in SWITCHES), None)
 
 
-def switch_note(session: Session) -> str:
-    """What to say when reasoning is switched on or off, and that does nothing."""
-    if session.template is None or session.template.traits.can_think:
+def switch_note(session: Session, word: str) -> str:
+    """What to say when reasoning is set to a word of SWITCHES, and that does nothing."""
+    if session.template is None or word in session.template.traits.switches:
         return ""
-    return "this template has no switch for reasoning: the model does as it was trained to"
+    return f"this template does not ask whether reasoning is {word}: it makes no difference"
 
 
 def no_answer(conversation: Conversation) -> str:

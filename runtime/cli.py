@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.sampling import SamplingOptions
 
 
-THINK_WORDS = ("show", "hide", "fold", "on", "off")
+THINK_WORDS = ("show", "hide", "fold", "on", "off", "low", "medium", "high")
 
 
 def sampling(help: str) -> Any:
@@ -81,9 +81,10 @@ def run(
     think: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="|".join(THINK_WORDS),
-            help="Show the model's reasoning (on standard error), hide it, or fold it to a line; "
-            "on or off: have it reason or not. May be repeated. (default: show)",
+            metavar="WORD",
+            help="show the model's reasoning (on standard error), hide it, or fold it to a line; "
+            "on, off: have it reason or not; low, medium, high: how much. May be repeated. "
+            "(default: show)",
         ),
     ] = None,
     temp: Annotated[
@@ -218,10 +219,10 @@ def run(
             max_tokens=None if max_tokens == -1 else max_tokens or ANSWER_LIMIT,
             policy=context_policy or ("stop" if text is not None else "drop-oldest"),
         )
-        shown, on = parse_think(think or [])
-        if on is not None:
-            conversation.thinking = on
-            if note := switch_note(session):
+        shown, switch = parse_think(think or [])
+        if switch is not None:
+            conversation.thinking = switch
+            if note := switch_note(session, switch):
                 remark(f"note: {note}")
         if text is not None:
             answer_once(session, conversation, text, think=shown, show_stats=stats)

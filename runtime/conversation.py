@@ -43,6 +43,9 @@ class Template(Protocol):
     @property
     def takes_system(self) -> bool: ...
 
+    @property
+    def takes_empty(self) -> bool: ...
+
     def render(
         self, messages: list[dict[str, str]], *, variables: Mapping[str, Any] | None = None
     ) -> str: ...
@@ -105,7 +108,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.stats = AnswerStats(n_ctx=model.n_ctx)
         self._system = system
-        self._thinking: bool | None = None
+        self._thinking: str | None = None
         self._changed = ""  # why earlier turns may have to be read again
         self._told: set[str] = set()  # notices that come up with every turn and are given once
 
@@ -120,14 +123,17 @@ class Conversation:
         self._changed = "the system prompt changed"
 
     @property
-    def thinking(self) -> bool | None:
-        """Whether the model is to reason before it answers; None leaves that to the template."""
+    def thinking(self) -> str | None:
+        """Whether the model is to reason before it answers: on, off, or how much: low to high.
+
+        None leaves that to the template.
+        """
         return self._thinking
 
     @thinking.setter
-    def thinking(self, on: bool | None) -> None:
-        self._thinking = on
-        self._changed = f"reasoning was switched {'on' if on else 'off'}"
+    def thinking(self, word: str | None) -> None:
+        self._thinking = word
+        self._changed = f"reasoning was set to {word}"
 
     def clear(self) -> None:
         """Forget all turns."""
@@ -195,6 +201,11 @@ class Conversation:
             yield from self._tell_once(
                 "this template takes no system prompt: it stands before the first message"
             )
+        if not self.template.takes_empty and any(not turn.answer.strip() for turn in turns):
+            yield from self._tell_once(
+                "this template takes no empty answer: a turn without one is left out"
+            )
+            turns = [turn for turn in turns if turn.answer.strip()]
         variables = {} if self._thinking is None else thinking_variables(self._thinking)
         text = self.template.render(self._messages(turns, user), variables=variables)
         if not text:

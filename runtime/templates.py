@@ -39,6 +39,8 @@ NAMES_KEY = "tokenizer.chat_templates"
 TEMPLATE_KEY = "tokenizer.chat_template"
 DEFAULT = "default"
 
+EFFORTS = ("low", "medium", "high")  # of reasoning
+
 PROBES = {"system": "probesystem", "user": "probeuser", "assistant": "probeassistant"}
 
 MAX_SOURCE = 4 << 20  # characters
@@ -52,7 +54,8 @@ class Traits:
 
     text: frozenset[str]  # roles whose content it takes as a text
     parts: frozenset[str]  # roles whose content it takes as a list of parts
-    can_think: bool  # whether `enable_thinking` makes a difference
+    switches: frozenset[str]  # words that `thinking_variables` makes a difference for
+    empty: bool  # whether it takes an answer without text, as an interrupted one is
 
 
 class ChatTemplate:
@@ -92,6 +95,11 @@ class ChatTemplate:
         return str(answer["text"])
 
     @property
+    def takes_empty(self) -> bool:
+        """Whether an answer may be empty; some templates refuse that."""
+        return self.traits.empty
+
+    @property
     def takes_system(self) -> bool:
         """Whether a system message gets into the prompt; some templates refuse or ignore it."""
         return "system" in self.traits.text | self.traits.parts
@@ -109,13 +117,21 @@ class ChatTemplate:
                     for m in probe
                 ]
                 parts |= self._roles_shown(mixed) & {role}
-        on, off = (
-            self._render(probe[1:2], {**thinking_variables(on), "add_generation_prompt": True})
-            for on in (True, False)
-        )
+        switches: set[str] = set()
+        for words in (("on", "off"), EFFORTS):
+            prompts = {
+                self._render(probe[1:2], thinking_variables(word)).get("text")
+                for word in (words[0], words[-1])
+            }
+            if len(prompts - {None}) == 2:
+                switches.update(words)
         if not text | parts:  # it wants something else, and says so when it is used
             text = frozenset(PROBES)
-        return Traits(text, parts, can_think=on != off)
+        user, answer = probe[1:3]
+        empty = self._render([user, {**answer, "content": ""}, user], {})
+        filled = self._render([user, answer, user], {})
+        takes_empty = "error" not in empty or "error" in filled
+        return Traits(text, parts, frozenset(switches), takes_empty)
 
     def _roles_shown(self, messages: list[dict[str, Any]]) -> frozenset[str]:
         """The roles whose probes are in the prompt as they should be.
@@ -123,7 +139,7 @@ class ChatTemplate:
         A template that knows no parts may print the list of them, with quotation marks.
         """
         for start in (0, 1):  # with the system message, and without
-            text = self._render(messages[start:], {"add_generation_prompt": True}).get("text", "")
+            text = self._render(messages[start:], {}).get("text", "")
             found = {
                 role
                 for role, word in PROBES.items()
@@ -151,6 +167,7 @@ class ChatTemplate:
         values = {
             **self._tokens,
             **dict.fromkeys(NO_LISTS),
+            "add_generation_prompt": True,
             **variables,
             "messages": list(messages),
         }
@@ -180,9 +197,16 @@ class ChatTemplate:
         return self._ready_worker().ask(request)
 
 
-def thinking_variables(on: bool) -> dict[str, Any]:
-    """What tells a template to have the model reason, or not; families differ in the name."""
-    return {"enable_thinking": on, "thinking": on}
+def thinking_variables(word: str) -> dict[str, Any]:
+    """What has the model reason (`on`), not at all (`off`), or as much as a word of EFFORTS says.
+
+    Families differ in the names.
+    """
+    variables = dict.fromkeys(("enable_thinking", "thinking"), word != "off")
+    if word not in EFFORTS:
+        return variables
+    names = ("reasoning_effort", "reasoning_strength", "thinking_effort")
+    return {**variables, **dict.fromkeys(names, word)}
 
 
 def named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

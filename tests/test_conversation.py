@@ -497,6 +497,19 @@ def test_interrupted_reasoning_stays(tokenizer):
     assert heard(conversation.say("More"))[0] == "Yes."
 
 
+def test_a_turn_without_answer_is_left_out_where_the_template_wants_one(tokenizer):
+    strict = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}"
+    chat = strict + "{% endif %}{% endfor %}" + CHAT
+    model = Reciting(tokenizer, "<think>Who is it?", "Yes.", "No.")
+    conversation = make(model, tokenizer, chat=chat)
+    heard(conversation.say("Tell"))
+    assert conversation.turns[0].answer == ""
+    answer, notices = heard(conversation.say("More"))
+    assert answer == "Yes." and any("no empty answer" in notice for notice in notices)
+    assert "Tell" not in tokenizer.decode(conversation.turns[-1].prompt_ids)
+    assert heard(conversation.say("And?"))[0] == "No."
+
+
 def test_an_answer_that_is_cut_in_its_reasoning(tokenizer):
     model = Reciting(tokenizer, "<think>Who is it? What do they want?</think>A dog.")
     conversation = make(model, tokenizer, max_tokens=12)
@@ -547,13 +560,13 @@ def test_reasoning_is_switched(tokenizer):
     conversation = make(model, tokenizer, chat=SWITCHED)
     heard(conversation.say("Tell"))
     n_prompt = len(conversation.turns[0].prompt_ids)
-    conversation.thinking = False
+    conversation.thinking = "off"
     reasoning, answer, notices, _ = thoughts(conversation.say("More"))
     assert (reasoning, answer) == ("", "A cat.")
-    assert len(notices) == 1 and "because reasoning was switched off" in notices[0]
+    assert len(notices) == 1 and "because reasoning was set to off" in notices[0]
     assert conversation.turns[1].prompt_text.endswith("[assistant]<think></think>")
     assert conversation.turns[1].prompt_ids[:n_prompt] == conversation.turns[0].prompt_ids
-    conversation.thinking = True
+    conversation.thinking = "on"
     assert thoughts(conversation.say("And?"))[:2] == ("Hm.", "A cow.")
     assert conversation.turns[2].prompt_text.endswith("[assistant]")
 

@@ -95,17 +95,24 @@ def make(case: Case, folder: Path) -> None:
 
 
 def model_class(case: Case) -> Any:
-    return transformers.AutoModelForImageTextToText if case.vision else transformers.AutoModelForCausalLM
+    if case.vision:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def load(case: Case, folder: Path, dtype: torch.dtype) -> Any:
-    return model_class(case).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return model_class(case).from_pretrained(folder, dtype=dtype, **plain).eval()
 
 
 def says(config: Any) -> dict[str, str]:
     """What the computation follows from, whatever form config.json has."""
     values = config.get_text_config().to_dict()
-    return {key: json.dumps(value, sort_keys=True) for key, value in values.items() if key not in RESTATED}
+    return {
+        key: json.dumps(value, sort_keys=True)
+        for key, value in values.items()
+        if key not in RESTATED
+    }
 
 
 # --- weights
@@ -185,7 +192,7 @@ def choose_prompt(model: Any, case: Case, length: int, rng: np.random.Generator)
         return rng.integers(0, N_TOKENS, length).tolist()
     routed: list[torch.Tensor] = []
     hooks = [
-        module.register_forward_hook(lambda _m, _a, out: routed.append(router_logits(out)))
+        module.register_forward_hook(lambda m, _, out: routed.append(scores_of(m, out)))
         for name, module in model.named_modules()
         if name.endswith((".gate", ".router")) and "shared" not in name
     ]
@@ -205,8 +212,12 @@ def choose_prompt(model: Any, case: Case, length: int, rng: np.random.Generator)
     return ids
 
 
-def router_logits(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def scores_of(router: Any, output: Any) -> torch.Tensor:
+    """What experts are chosen by: (tokens, experts)."""
+    logits = output[0] if isinstance(output, tuple) else output
+    if hasattr(router, "e_score_correction_bias"):  # DeepSeek V3
+        return logits.sigmoid() + router.e_score_correction_bias
+    return logits
 
 
 def margin(scores: torch.Tensor, case: Case) -> torch.Tensor:
@@ -235,6 +246,8 @@ def older_form(config: dict[str, Any]) -> dict[str, Any]:
         config["torch_dtype"] = config.pop("dtype")
     if "text_config" in config:
         config["text_config"] = older_form(config["text_config"])
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
     rope = config.pop("rope_parameters", None)
     if not rope:
         return config
