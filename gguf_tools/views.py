@@ -75,6 +75,11 @@ def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
     return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
 
 
+def vector(tensor: LazyTensor) -> LazyTensor:
+    """The only row of a matrix."""
+    return LazyTensor(tensor.name, tensor.shape[1:], tensor.dtype, tensor.load)
+
+
 def transposed(tensor: LazyTensor) -> LazyTensor:
     """The last two axes exchanged. A whole matrix is read for each of its bands."""
     *outer, height, width = tensor.shape

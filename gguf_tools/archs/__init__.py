@@ -11,9 +11,11 @@ from gguf_tools.archs import (
     gptneox,
     granite,
     llama,
+    mixtral,
     olmo2,
     phi3,
     qwen,
+    qwenmoe,
     smollm3,
     stablelm,
     starcoder2,
@@ -24,8 +26,11 @@ from gguf_tools.errors import UnsupportedModelError, printable
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     llama.ARCHITECTURE,
+    mixtral.ARCHITECTURE,
     qwen.QWEN2,
     qwen.QWEN3,
+    qwenmoe.QWEN2MOE,
+    qwenmoe.QWEN3MOE,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma3.ARCHITECTURE,

@@ -17,6 +17,8 @@ DECODERS: dict[str, Build] = {
     "llama": llama.build,
     "qwen2": llama.build_qwen2,
     "qwen3": llama.build_qwen3,
+    "qwen2moe": llama.build_qwen2moe,
+    "qwen3moe": llama.build_qwen3moe,
     "smollm3": llama.build_smollm3,
     "granite": llama.build_granite,
     "olmo2": olmo2.build,
