@@ -22,7 +22,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="MODEL_DIR",
-            help="The folder of a Hugging Face checkpoint: config.json, tokenizer, safetensors.",
+            help="The folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors), "
+            "or hf:OWNER/REPO to fetch it from the hub.",
             show_default=False,
         ),
     ],
@@ -75,12 +76,15 @@ def convert(
 
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_checkpoint
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
     from gguf_tools.vocab.agreement import TokenizerCheck
 
     chosen = find_file_type(file_type)
+    model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
     plan = plan_conversion(model_dir, chosen)
     target = output if output is not None else Path(output_name(model_dir, chosen.name))
@@ -102,7 +106,12 @@ def convert(
 
 
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
+        ),
+    ],
     json: Annotated[
         bool,
         typer.Option(
@@ -123,13 +132,34 @@ def info(
     ] = False,
 ) -> None:
     """Show what is in a GGUF file."""
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
 
-    with GGUFFile(file) as opened:
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
         if json:
             _print_json(opened)
         else:
             _print_tables(opened, metadata=metadata, tensors=tensors)
+
+
+def models() -> None:
+    """List the models that have short names, and what is kept of them and of the hub's."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gguf_tools.errors import printable
+    from gguf_tools.models_by_name import list_models
+
+    # Into a pipe nothing is folded: one line for each model.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "model", "download", "kept in"):
+        table.add_column(column, overflow="fold")
+    for row in list_models():
+        table.add_row(*(Text(printable(cell, limit=1000)) for cell in row))
+    console.print(table)
 
 
 def convert_main() -> None:
@@ -139,7 +169,7 @@ def convert_main() -> None:
 
 def main() -> None:
     """`python -m gguf_tools`: the commands by name; without a name it is `convert`."""
-    commands = (convert, info)
+    commands = (convert, info, models)
     names = [command.__name__ for command in commands]
     if len(sys.argv) > 1 and sys.argv[1] not in names and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, convert.__name__)

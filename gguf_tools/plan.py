@@ -6,8 +6,8 @@ and adds up the sizes. No weight is read, but for a head that may be a copy of t
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -139,6 +139,7 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
     facts = architecture.read_facts(config)
     present, skipped = _present(checkpoint, architecture)
+    facts = replace(facts, switches=facts.switches | _layout(present, architecture))
     wanted, head = _expected(present, architecture, facts)
     named = dict.fromkeys(source for want in wanted for source in want.sources)
     missing = [source for want in wanted for source in want.sources if source not in present]
@@ -186,7 +187,11 @@ def build_plan(
     """Types, sizes and metadata of the output file."""
     facts = model.facts
     recipe_facts = RecipeFacts(
-        model.architecture.name, facts.n_layers, facts.n_heads, facts.n_kv_heads
+        model.architecture.name,
+        facts.n_layers,
+        facts.n_heads,
+        facts.n_kv_heads,
+        facts.n_experts or 0,
     )
     by_tensor = {tensor.name: tensor for tensor in model.tensors}
     shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
@@ -235,6 +240,10 @@ class _Wanted:
         tensor = present[self.sources[0]]
         if "{expert}" in rule.source:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
+        if rule.one_row:
+            tensor = views.vector(tensor)
+        if rule.every is not None:
+            tensor = views.every(tensor, *rule.every)
         if rule.transposed:
             tensor = views.transposed(tensor)
         if rule.part is not None:
@@ -275,6 +284,14 @@ def _present(
         f"text model only, without {', '.join(map(printable, beginnings))}"
     )
     return present, (note,)
+
+
+def _layout(present: Iterable[str], architecture: Architecture) -> set[str]:
+    """The switch of the layout that the checkpoint has."""
+    for switch, ending in architecture.layouts:
+        if any(name.endswith(ending) for name in present):
+            return {switch}
+    return set()
 
 
 def _expected(

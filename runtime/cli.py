@@ -39,8 +39,9 @@ def run(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="MODEL.gguf",
-            help="The model to run; the small embedded one when none is named.",
+            metavar="MODEL",
+            help="A GGUF file, a name such as smollm2, or hf:OWNER/REPO[:FILE or type]; the small "
+            "embedded model when none is named.",
             show_default=False,
         ),
     ] = None,
@@ -170,6 +171,8 @@ def run(
 
     from contextlib import ExitStack
 
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from runtime.chat import (
         ANSWER_LIMIT,
         BASE_TURN,
@@ -190,7 +193,10 @@ def run(
         check_text(name, value)
     text = read_prompt(prompt)
     with ExitStack() as stack:
-        path = model if model is not None else stack.enter_context(embedded_model())
+        if model is None:
+            path = stack.enter_context(embedded_model())
+        else:
+            path = find_with_bar(find_model, model)
         session = stack.enter_context(
             open_session(
                 path,
@@ -233,7 +239,12 @@ def run(
 
 
 def bench(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
+        ),
+    ],
     prompt: Annotated[
         str | None,
         sweep("Tokens of a prompt to read, such as 128,512, or none. (default: 512)"),
@@ -270,6 +281,8 @@ def bench(
     if markdown and json:
         raise typer.BadParameter("--markdown and --json exclude each other")
     import runtime.bench as measuring
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
     from runtime.bandwidth import measure_bandwidth
     from runtime.bench_terminal import draw_progress, draw_table
@@ -277,7 +290,7 @@ def bench(
 
     prompts, generated = _parse_counts("--prompt", prompt), _parse_counts("--gen", gen)
     depths, counts = _parse_counts("--depth", depth), _parse_counts("--threads", threads)
-    with GGUFFile(file) as opened:
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
         cases = measuring.make_cases(
             read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
         )

@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(gguf_tools.cli.convert)
 app.command()(gguf_tools.cli.info)
+app.command()(gguf_tools.cli.models)
 app.command()(runtime.cli.run)
 app.command()(runtime.cli.bench)
 app.command()(runtime.cli.doctor)

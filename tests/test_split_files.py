@@ -166,8 +166,8 @@ def test_the_commands_take_split_models(stories260k_gguf: Path, tmp_path: Path) 
     assert answers[0].stdout == answers[1].stdout and "girl" in answers[1].stdout
     measured = command("runtime", "bench", first, "--prompt", "8", "--gen", "2", "--repeat", "1")
     assert measured.returncode == 0, measured.stderr
-    for module, name in (("gguf_tools", "info"), ("runtime", "run"), ("runtime", "bench")):
-        wrong = command(module, name, second)
+    for module, *name in (("gguf_tools", "info"), ("runtime", "bench"), ("runtime", "-p", "x")):
+        wrong = command(module, *name, second)
         assert wrong.returncode == 1
         assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
         assert "open stories-00001-of-00003.gguf" in wrong.stderr

@@ -30,6 +30,7 @@ def thinker(stories260k_gguf, tmp_path_factory):
         data = data.replace(size + old, size + new)
     path = tmp_path_factory.mktemp("thinker") / "thinker.gguf"
     path.write_bytes(data)
+    run(path, "-p", "Once", *OPTIONS)  # a first run says that it compiles
     return path
 
 

@@ -9,11 +9,14 @@ from gguf_tools.archs import (
     gemma3,
     gpt2,
     gptneox,
+    gptoss,
     granite,
     llama,
+    mixtral,
     olmo2,
     phi3,
     qwen,
+    qwenmoe,
     smollm3,
     stablelm,
     starcoder2,
@@ -24,8 +27,11 @@ from gguf_tools.errors import UnsupportedModelError, printable
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     llama.ARCHITECTURE,
+    mixtral.ARCHITECTURE,
     qwen.QWEN2,
     qwen.QWEN3,
+    qwenmoe.QWEN2MOE,
+    qwenmoe.QWEN3MOE,
     gemma.GEMMA,
     gemma.GEMMA2,
     gemma3.ARCHITECTURE,
@@ -37,6 +43,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     starcoder2.ARCHITECTURE,
     stablelm.ARCHITECTURE,
     gptneox.ARCHITECTURE,
+    gptoss.ARCHITECTURE,
 )
 
 

@@ -47,6 +47,7 @@ class ModelFacts:
             "q": self.n_heads * self.head_dim,
             "kv": self.n_kv_heads * self.head_dim,
             "head": self.head_dim,
+            "heads": self.n_heads,
             "experts": self.n_experts or 0,
             **self.more_sizes,
         }
@@ -75,16 +76,22 @@ class TensorRule:
     transposed: bool = False  # the checkpoint has the last two axes the other way round
     part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
     regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
+    every: tuple[int, int] | None = None  # (index, count): every count-th element of source rows
+    one_row: bool = False  # the checkpoint has this vector as a matrix of one row
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
         """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
         shape = [facts.sizes[size] for size in self.shape]
         if "{expert}" in self.source:
             shape = shape[1:]
+        if self.one_row:
+            shape.insert(0, 1)
         if self.part is not None:
             shape[-2] *= self.part[1]
         if self.transposed:
             shape[-2:] = shape[:-3:-1]
+        if self.every is not None:
+            shape[-1] *= self.every[1]
         return tuple(shape)
 
 
@@ -124,3 +131,6 @@ class Architecture:
     ignored: tuple[str, ...]  # endings of names that are buffers, not weights
     renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names, and what the rules call them
     skipped: tuple[str, ...] = ()  # beginnings of names that the file has no place for; said
+    # Ways in which checkpoints name the same weights: a switch, and the ending of a name that shows
+    # it. The first that is there is switched on.
+    layouts: tuple[tuple[str, str], ...] = ()

@@ -40,12 +40,18 @@ def read_qwen3(config: HFConfig) -> ModelFacts:
     return with_windows(config, facts)
 
 
-def with_windows(config: HFConfig, facts: ModelFacts) -> ModelFacts:
-    """With `use_sliding_window`, layers have one as `layer_types` says, or the last ones."""
+def with_windows(
+    config: HFConfig, facts: ModelFacts, *, silent: tuple[bool, ...] | None = None
+) -> ModelFacts:
+    """With `use_sliding_window`, layers have one as `layer_types` says.
+
+    Where it is silent they have one as `silent` says, or the last ones.
+    """
     if not config.flag("use_sliding_window", default=False):
         return facts
-    first = config.integer("max_window_layers", low=0, default=28)
-    silent = tuple(layer >= first for layer in range(facts.n_layers))
+    if silent is None:
+        first = config.integer("max_window_layers", low=0, default=28)
+        silent = tuple(layer >= first for layer in range(facts.n_layers))
     pattern = read_pattern(config, facts.n_layers, silent=silent)
     window = read_window(config, default=4096)
     if window is None or not any(pattern):

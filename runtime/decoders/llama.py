@@ -1,16 +1,18 @@
 """Llama-like decoders: norm, grouped-query attention with rope, norm, gated feed-forward.
 
 The order follows ggml's graphs (llama.cpp, src/models/llama.cpp, qwen2.cpp, qwen3.cpp,
-smollm3.cpp, granite.cpp).
+qwen2moe.cpp, qwen3moe.cpp, smollm3.cpp, granite.cpp).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from runtime.config import ModelConfig
-from runtime.decoders.blocks import Blocks
+from runtime.config import MAX_SIZE, ModelConfig
+from runtime.decoders.blocks import Blocks, Experts
+from runtime.decoders.experts import has_experts, read_experts
 from runtime.decoders.windows import layer_windows
 from runtime.program import Program, Scale
 from runtime.rope import rope_factors, rope_table
@@ -21,8 +23,14 @@ SMOLLM3_PERIOD = 4  # the last layer of each has no rotary positions
 
 
 def build(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
-    """llama: pairs of neighbours turn, as llama.cpp's converter reorders the rows of q and k."""
-    return _build(weights, config, n_ctx, interleaved=True)
+    """llama: pairs of neighbours turn, as llama.cpp's converter reorders the rows of q and k.
+
+    Mixtral is a llama with experts.
+    """
+    experts = None
+    if has_experts(config):
+        experts = replace(read_experts(config, normalize=True), ffn_dim=config.ffn_dim)
+    return _build(weights, config, n_ctx, interleaved=True, experts=experts)
 
 
 def build_phi3(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
@@ -42,6 +50,24 @@ def build_qwen3(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     """qwen3: norms of q's and k's heads; halves turn."""
     windows = layer_windows(config, period=NO_WINDOWS)
     return _build(weights, config, n_ctx, windows=windows, head_norms=True)
+
+
+def build_qwen2moe(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
+    """qwen2moe: as qwen2, with experts and one more that all tokens use, behind a gate."""
+    width = config.own.integer(
+        "expert_shared_feed_forward_length", low=1, high=MAX_SIZE, default=config.ffn_dim
+    )
+    experts = read_experts(config, normalize=False)
+    experts = replace(experts, shared_ffn_dim=width, shared_gate=True)
+    windows = layer_windows(config, period=NO_WINDOWS)
+    return _build(weights, config, n_ctx, windows=windows, experts=experts)
+
+
+def build_qwen3moe(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
+    """qwen3moe: as qwen3, with experts."""
+    windows = layer_windows(config, period=NO_WINDOWS)
+    experts = read_experts(config, normalize=True)
+    return _build(weights, config, n_ctx, windows=windows, head_norms=True, experts=experts)
 
 
 def build_smollm3(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
@@ -81,6 +107,7 @@ def _build(
     windows: Sequence[int] | None = None,  # of each layer; None: the model's on all
     rotating: Sequence[bool] | None = None,  # which layers have positions; None: all
     head_norms: bool = False,
+    experts: Experts | None = None,
     score_scale: float | None = None,
     embedding_scale: float = 1.0,
     residual_scale: float = 1.0,
@@ -107,7 +134,10 @@ def _build(
         blocks.attend(window=window, scale=score_scale)
         add()
         blocks.norm("ffn_norm")
-        blocks.gated_ffn()
+        if experts is None:
+            blocks.gated_ffn()
+        else:
+            blocks.moe_ffn(experts)
         add()
 
     finish = [Scale("logits", logit_scale)] if logit_scale != 1.0 else []
