@@ -5,8 +5,9 @@ config.json promises must be there in its shape, and nothing else. `build_plan` 
 and adds up the sizes. No weight is read, but for a head that may be a copy of the embedding.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -139,6 +140,9 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
     facts = architecture.read_facts(config)
     present, skipped = _present(checkpoint, architecture)
+    if architecture.predictors:
+        present, ahead = _without_predictors(present, facts.n_layers)
+        skipped += ahead
     facts = replace(facts, switches=facts.switches | _layout(present, architecture))
     wanted, head = _expected(present, architecture, facts)
     named = dict.fromkeys(source for want in wanted for source in want.sources)
@@ -244,6 +248,8 @@ class _Wanted:
             tensor = views.vector(tensor)
         if rule.every is not None:
             tensor = views.every(tensor, *rule.every)
+        if rule.cut is not None:
+            tensor = views.cut(tensor, *rule.cut(facts))
         if rule.transposed:
             tensor = views.transposed(tensor)
         if rule.part is not None:
@@ -286,6 +292,23 @@ def _present(
     return present, (note,)
 
 
+def _without_predictors(
+    present: Mapping[str, LazyTensor], n_layers: int
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """The tensors of the model's own layers, and a note if there were others."""
+    numbers = {name: re.match(r"model\.layers\.(\d{1,9})\.", name) for name in present}
+    own = {
+        name: tensor
+        for name, tensor in present.items()
+        if (number := numbers[name]) is None or int(number[1]) < n_layers
+    }
+    n_left_out = len(present) - len(own)
+    if not n_left_out:
+        return own, ()
+    note = f"{n_left_out:,} tensors of layers that predict further tokens are left out"
+    return own, (note,)
+
+
 def _layout(present: Iterable[str], architecture: Architecture) -> set[str]:
     """The switch of the layout that the checkpoint has."""
     for switch, ending in architecture.layouts:
@@ -303,7 +326,9 @@ def _expected(
     for rule in architecture.tensors:
         if rule.when and rule.when not in facts.switches:
             continue
-        layers = range(facts.n_layers) if "{layer}" in rule.source else range(1)
+        layers: Sequence[int] = range(facts.n_layers) if "{layer}" in rule.source else range(1)
+        if rule.layers is not None:
+            layers = rule.layers(facts)
         for layer in layers:
             source, name = (
                 text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
