@@ -1,69 +1,8 @@
-"""The models of this folder: what each one's configuration is, and what it is there to show."""
+"""The models of this folder: their configurations, and what each is there to show."""
 
-from dataclasses import dataclass
 from typing import Any
 
-VOCAB = 288  # the tokenizer has 280
-CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """One folder."""
-
-    name: str
-    config: dict[str, Any]
-    lengths: tuple[int, ...] = (1, 7, 33)  # of its prompts
-    original_context: int = 0  # of longrope: prompts within it are answered with it as context
-    top_k: int = 0  # experts chosen
-    older_form: bool = False  # config.json as transformers 4 wrote it
-    omitted: tuple[str, ...] = ()  # from config.json, being what transformers assumes
-    like: str = ""  # the case whose weights it has
-    gemma: bool = False  # norms are stored less one
-    vision: bool = False
-    embedding_spread: float = 1.0
-
-    @property
-    def weights(self) -> str:
-        return self.like or self.name
-
-    def context_for(self, length: int) -> int:
-        small = 0 < length <= self.original_context
-        return self.original_context if small else CONTEXT
-
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
-
-
-SMALL = {  # of the second and further models of a family
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-def case(name: str, model_type: str, *, config: dict[str, Any], **facts: Any) -> Case:
-    sizes = {**SIZES, **SMALL} if "-" in name else SIZES
-    config = {"model_type": model_type, **sizes, **config}
-    return Case(name, {key: value for key, value in config.items() if value is not ...}, **facts)
-
-
-def rope(kind: str = "default", base: float = 10000.0, **scaling: Any) -> dict[str, Any]:
-    return {"rope_type": kind, "rope_theta": base, **scaling}
-
+from case import CONTEXT, SIZES, SMALL, VOCAB, Case, case, rope
 
 QWEN = (
     case("qwen2", "qwen2", config={}),
@@ -72,6 +11,17 @@ QWEN = (
         "qwen2",
         config={"tie_word_embeddings": True, "rope_parameters": rope(base=1e6)},
         older_form=True,
+    ),
+    case(
+        "qwen2-window",
+        "qwen2",
+        config={
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,  # the first sees all
+        },
+        lengths=(1, 7, 33, 48),
     ),
     case("qwen3", "qwen3", config={"head_dim": 32}),
     case(
@@ -99,6 +49,13 @@ GEMMA3_STRETCHED = {
     "sliding_attention": rope(base=1e4),
     "full_attention": rope("linear", base=1e6, factor=8.0),
 }
+WIDE = {  # as the 27B models, whose heads are not hidden_size / num_attention_heads wide
+    **GEMMA,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "sliding_window": WINDOW,
+}
 VISION = {
     "model_type": "siglip_vision_model",
     "hidden_size": 16,
@@ -123,6 +80,18 @@ GEMMAS = (
         config={**GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
         lengths=(1, 7, 33, 80),
         older_form=True,
+    ),
+    gemma(
+        "gemma3-pattern",  # and a scale of queries that nothing else tells
+        "gemma3_text",
+        config={
+            **GEMMA3,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 50,
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": GEMMA3_ROPE,
+        },
     ),
     Case(
         "gemma3-vision",
@@ -154,6 +123,23 @@ GEMMAS = (
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 10.0,
         },
+    ),
+    gemma(
+        "gemma2-27b",  # the queries' scale follows from the number of layers
+        "gemma2",
+        config={**WIDE, "num_hidden_layers": 46, "query_pre_attn_scalar": 16},
+        deep=True,
+    ),
+    gemma(
+        "gemma3-27b",
+        "gemma3_text",
+        config={
+            **WIDE,
+            "num_hidden_layers": 62,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": GEMMA3_STRETCHED,
+        },
+        deep=True,
     ),
     gemma("gemma", "gemma", config={**GEMMA, "num_key_value_heads": 1}, lengths=(1, 7, 33)),
 )
@@ -250,6 +236,22 @@ ANCESTORS = (
             "eos_token_id": 1,
         },
     ),
+    Case(
+        "gpt2-bare",  # as the published ones
+        {
+            "model_type": "gpt2",
+            "vocab_size": VOCAB,
+            "n_positions": CONTEXT,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_inner": 96,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+        },
+        bare="transformer.",
+        buffers="h.{layer}.attn.",
+    ),
     case("starcoder2", "starcoder2", config={"sliding_window": WINDOW}, lengths=BEYOND_WINDOW),
     case(
         "starcoder2-tied",
@@ -290,12 +292,26 @@ ANCESTORS = (
             "num_key_value_heads": ...,
             "rope_parameters": rope(partial_rotary_factor=0.5),
         },
+        buffers="gpt_neox.layers.{layer}.attention.",  # as Pythia's
         older_form=True,
     ),
 )
 
 MODERN = (
     case("olmo2", "olmo2", config={"rope_parameters": rope(base=5e5)}),
+    case(
+        "olmo2-windows",  # which is OLMo 3
+        "olmo3",
+        config={
+            "num_hidden_layers": 5,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "sliding_attention": rope(base=5e5),
+                "full_attention": rope("yarn", base=5e5, **STRETCHED),
+            },
+        },
+        lengths=BEYOND_ORIGINAL,
+    ),
     case(
         "granite",
         "granite",
@@ -409,6 +425,8 @@ LATE = (
             "q_lora_rank": 24,
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
         },
         top_k=2,
     ),
