@@ -210,9 +210,8 @@ def build_plan(
         )
         for name in sorted_names(shapes)
     )
-    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
     metadata = {
-        **_general_metadata(model, n_parameters, sampling),
+        **_general_metadata(model, tensors, sampling),
         **_model_metadata(model),
         **vocab_metadata,
         # Last, where llama-quantize puts them: its file and ours are then the same to the byte.
@@ -244,8 +243,6 @@ class _Wanted:
         tensor = present[self.sources[0]]
         if "{expert}" in rule.source:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
-        if rule.one_row:
-            tensor = views.vector(tensor)
         if rule.every is not None:
             tensor = views.every(tensor, *rule.every)
         if rule.cut is not None:
@@ -394,9 +391,10 @@ def _constant(name: str, values: npt.NDArray[np.float32]) -> LazyTensor:
 
 
 def _general_metadata(
-    model: MatchedModel, n_parameters: int, sampling: Mapping[str, MetadataValue]
+    model: MatchedModel, tensors: Sequence[TensorPlan], sampling: Mapping[str, MetadataValue]
 ) -> dict[str, MetadataValue]:
     """general.*, in the order of llama.cpp's converter."""
+    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
     folder = model.checkpoint.folder
     card = read_card(folder)
     name = model_id(folder)
@@ -412,11 +410,22 @@ def _general_metadata(
         ("version", parts.version),
         ("finetune", parts.fine_tune),
         ("basename", parts.base),
-        ("size_label", parts.size or size_label(n_parameters)),
+        ("size_label", parts.size or _size_label(tensors)),
     ):
         if text:
             entries[f"general.{key}"] = Value("str", text)
     return {**entries, **card_metadata(card)}
+
+
+def _size_label(tensors: Sequence[TensorPlan]) -> str:
+    """`135M`, or `8x7B`: as many experts, and what a model with a single one has."""
+    stacked = [t.source for t in tensors if "_exps." in t.name and len(t.shape) >= 3]
+    single = sum(source.n_elements // source.shape[0] for source in stacked)
+    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
+    if not stacked:
+        return size_label(n_parameters)
+    others = n_parameters - sum(source.n_elements for source in stacked)
+    return f"{stacked[0].shape[0]}x{size_label(others + single)}"
 
 
 def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:

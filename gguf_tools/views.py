@@ -102,11 +102,6 @@ def every(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
     return LazyTensor(tensor.name, (*outer, width // count), tensor.dtype, load)
 
 
-def vector(tensor: LazyTensor) -> LazyTensor:
-    """The only row of a matrix."""
-    return LazyTensor(tensor.name, tensor.shape[1:], tensor.dtype, tensor.load)
-
-
 def transposed(tensor: LazyTensor) -> LazyTensor:
     """The last two axes exchanged. A whole matrix is read for each of its bands."""
     *outer, height, width = tensor.shape

@@ -49,6 +49,7 @@ class ModelFacts:
             "head": self.head_dim,
             "heads": self.n_heads,
             "experts": self.n_experts or 0,
+            "one": 1,
             **self.more_sizes,
         }
 
@@ -79,15 +80,12 @@ class TensorRule:
     cut: Callable[[ModelFacts], tuple[int, int, int, int]] | None = None  # views.cut
     layers: Callable[[ModelFacts], Sequence[int]] | None = None  # those that have it; None: all
     every: tuple[int, int] | None = None  # (index, count): every count-th element of source rows
-    one_row: bool = False  # the checkpoint has this vector as a matrix of one row
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
         """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
         shape = [facts.sizes[size] for size in self.shape]
         if "{expert}" in self.source:
             shape = shape[1:]
-        if self.one_row:
-            shape.insert(0, 1)
         if self.part is not None:
             shape[-2] *= self.part[1]
         if self.transposed:
