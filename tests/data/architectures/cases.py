@@ -175,6 +175,7 @@ EXPERTS = (
         "qwen3moe",
         "qwen3_moe",
         config={
+            **SMALL,
             **MOE,
             "head_dim": 32,
             "num_experts": 8,
@@ -325,9 +326,9 @@ MODERN = (
         older_form=True,
     ),
     case(
+        "smollm3",  # its fourth layer without rope
         "smollm3",
-        "smollm3",
-        config={"num_hidden_layers": 5, "tie_word_embeddings": True},  # the fourth without rope
+        config={"intermediate_size": 48, "tie_word_embeddings": True, "num_hidden_layers": 4},
     ),
 )
 
@@ -401,6 +402,7 @@ LATE = (
         "gptoss",
         "gpt_oss",
         config={
+            "hidden_size": 32,
             "head_dim": 32,
             "intermediate_size": 32,
             "num_local_experts": 6,
@@ -421,6 +423,7 @@ LATE = (
         "deepseek3",
         "deepseek_v3",
         config={
+            "hidden_size": 32,
             **DEEPSEEK,
             "q_lora_rank": 24,
             "norm_topk_prob": True,
