@@ -158,6 +158,7 @@ def mixture(
     n_experts: int = 6,
     n_used: int = 2,
     quant: str = "F32",
+    quant_up: str | None = None,
     biases: bool = False,
     skew: np.ndarray | None = None,
     activation: str = "silu",
@@ -171,7 +172,8 @@ def mixture(
         return [ExpertBias(target, "routes", n_used, values)] if biases else []
 
     def product(source: str, target: str, n_rows: int, k: int) -> list:
-        matrices = random_experts(rng, n_experts, n_rows, k, quant)
+        kind = quant_up or quant if target == "up" else quant
+        matrices = random_experts(rng, n_experts, n_rows, k, kind)
         return [ExpertMatMul(source, target, "routes", n_used, matrices), *bias(target, n_rows)]
 
     steps = [

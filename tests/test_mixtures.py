@@ -105,6 +105,13 @@ def test_mixtures_of_formats(quant: str, rng: np.random.Generator) -> None:
     agree(mixture(rng, quant=quant, **sizes), tolerance)
 
 
+@pytest.mark.parametrize("quants", [("Q4_K", "Q5_K"), ("Q8_0", "Q5_0"), ("F16", "Q6_K")])
+def test_mixtures_of_several_formats(quants: tuple[str, str], rng: np.random.Generator) -> None:
+    """Which need the same activations in different forms."""
+    sizes = {"dim": 256, "ffn_dim": 256, "n_experts": 4}
+    agree(mixture(rng, quant=quants[0], quant_up=quants[1], **sizes), 0.03)
+
+
 def test_experts_in_tensors_of_their_own(rng: np.random.Generator) -> None:
     """As old files have them: anywhere in memory."""
     program = mixture(rng, quant="Q8_0")

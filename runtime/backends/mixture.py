@@ -166,7 +166,7 @@ class Mixture:
         shape = (0, matrix.data.shape[1], matrix.n_rows, matrix.n_columns)
         product = np.zeros(HEADER + ARGUMENTS, np.int64)
         if kernels.group:
-            form, place = self._byte_columns(table, step, kernels, pairs)
+            form, place, few = self._byte_columns(table, step, kernels, pairs)
             words = bytes_arguments(shape, kernels, place, (0, 0))
             kernel, target, counted = matmul.matmul_bytes, BYTES_TARGET, BYTES_COLUMNS
             strides = place[4:]
@@ -176,7 +176,7 @@ class Mixture:
                 shape, kernels, matrix.quant.block_bytes, (base, 0, stride), (0, 0)
             )
             kernel, target, counted = matmul.matmul_floats, FLOATS_TARGET, FLOATS_COLUMNS
-            strides = (stride, 0)
+            strides, few = (stride, 0), (base, stride)
         product[HEADER : HEADER + len(words)] = words
         place_of_target = frame.places[step.target]
         arguments = (
@@ -193,6 +193,8 @@ class Mixture:
             target,
             *counted,
             *strides,
+            kernels.matvec.address,
+            *few,
         )
         accesses = [
             reads(f"columns {form}"),
@@ -220,15 +222,30 @@ class Mixture:
 
     def _byte_columns(
         self, table: Table, step: ExpertMatMul, kernels: FormatKernels, pairs: int
-    ) -> tuple[str, tuple[int, ...]]:
-        """The source's rows as bytes, a column for each pair: their form and where they are."""
-        k = step.experts[0].n_columns
-        form = f"{kernels.group}/{kernels.bias}/sorted"
+    ) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+        """The source's rows as bytes, one for each pair: their form, columns for the tile, and
+        rows for matvec, which experts with few pairs have instead (address, bytes per row)."""
+        k, activation = step.experts[0].n_columns, kernels.activation
+        assert activation.quantise is not None
+        form = f"{kernels.group}/{kernels.bias}/{activation.name}/sorted"
         width, n_columns = self._widest()
         place = byte_columns(self.frame, self.forms, form, kernels, width, n_columns)
-        arguments = (*self._sources(step, pairs), *place, k, kernels.group, kernels.bias)
+        room = self.forms.place(f"{form}/few")
+        if room is None:
+            stride = form_bytes(activation, width)
+            base = self.frame.memory.arena.zeros(n_columns * stride)
+            room = self.forms.add(f"{form}/few", (base, stride))
+        few = (room[0], room[1])
+        routes = self.frame.places[step.routes]
+        arguments = (
+            *self._sources(step, pairs),
+            *place,
+            *(k, kernels.group, kernels.bias),
+            *(self._sorted[step.routes], routes.base, routes.token_stride),
+            *(activation.quantise.address, *few),
+        )
         self._make_columns(table, step, form, experts.quantise_sorted, arguments)
-        return form, place
+        return form, place, few
 
     def _float_columns(self, table: Table, step: ExpertMatMul, pairs: int) -> tuple[str, int, int]:
         """The source's rows, one for each pair: their form, address, bytes per row."""
@@ -257,6 +274,7 @@ class Mixture:
             return
         accesses = [
             *self.frame.access(step.source, WHOLE),
+            *self.frame.access(step.routes, WHOLE),
             reads(f"sorted {step.routes}"),
             writes(f"columns {form}", items(step.n_used)),
         ]

@@ -5,6 +5,7 @@ One token: each of its slots is a matvec with one expert's matrix, found in a ta
 Many tokens: pairs of a token and one of its slots are sorted by expert; their activations are
 gathered in that order, and each expert's product is that of matmul.py on a run of columns. Its
 results go to this thread's scratch, 32 rows at a time, and from there to where the pairs belong.
+An expert with FEW pairs takes them one by one, as for one token: that costs less than a tile.
 
 A row of routes is as program.Route says: n_used experts' numbers, then their weights. A buffer of
 slots holds n_used rows of n_rows one after the other. Its columns are shared out either as those
@@ -44,6 +45,7 @@ from runtime.kernels.matmul import scratch_bytes as product_scratch_bytes
 
 SOFTMAX, SIGMOID, CHOSEN = range(3)  # how scores become weights; CHOSEN: softmax of those chosen
 GATINGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "chosen": CHOSEN}
+FEW = 4  # pairs of an expert, at most: by measurement, of Q4_K and Q8_0
 OUTPUT_BYTES = ROWS * 4  # of one column's results in scratch
 
 
@@ -248,12 +250,27 @@ def _pair(op, i):
     return arg(op, 0) + t * arg(op, 2) + (pair - t * arg(op, 3)) * arg(op, 4) * 4
 
 
+@jit
+def _count(op, i):
+    """How many pairs the expert of the i-th sorted pair has: n_used 3, pairs 5, starts 15, routes
+    16, bytes per token 17"""
+    pair = ld_i64(arg(op, 5) + i * 8)
+    t = pair // arg(op, 3)
+    expert = _expert(arg(op, 16) + t * arg(op, 17), pair - t * arg(op, 3))
+    place = arg(op, 15) + expert * 8
+    return ld_i64(place + 8) - ld_i64(place)
+
+
 @kernel("iiiii")
 def quantise_sorted(op, state, thread, first, last):
     """source 0-2, n_used 3, floats per slot 4 (0: one row for all), pairs 5, q 6, scales 7,
-    corrections 8, sums 9, bytes per pair of q 10 and of the others 11, k 12, group 13, bias 14;
-    unit: a pair"""
+    corrections 8, sums 9, bytes per pair of q 10 and of the others 11, k 12, group 13, bias 14,
+    starts 15, routes 16, bytes per token 17; for experts with few pairs: quantiser 18, target 19,
+    bytes per pair 20; unit: a pair"""
     for i in range(first, last):
+        if _count(op, i) <= FEW:
+            call3(arg(op, 18), _pair(op, i), arg(op, 19) + i * arg(op, 20), arg(op, 12))
+            continue
         meta = i * arg(op, 11)
         quantise_column(
             _pair(op, i),
@@ -291,13 +308,23 @@ def _move(x, y, n):
         st_f32(y + i * 4, ld_f32(x + i * 4))
 
 
+@jit
+def _place(op, i):
+    """Where the results of the i-th sorted pair belong, in order of expert_matmul's arguments."""
+    pair = ld_i64(arg(op, 4) + (arg(op, 3) + 1 + i) * 8)
+    t = pair // arg(op, 5)
+    slot = pair - t * arg(op, 5)
+    return arg(op, 8) + t * arg(op, 9) + slot * arg(op, 6) * 4
+
+
 @kernel("iiiii")
 def expert_matmul(op, state, thread, first, last):
     """product 0: an operation of matmul_bytes or matmul_floats, of which are set here: w, columns
     and target; kernel 1, addresses of experts 2, experts 3, sorted 4, n_used 5, rows 6, scratch
     of the product 7, target 8, bytes per token 9, number of the argument that holds the target
     10, of the first that counts columns 11, how many do 12, bytes per column of the first 13 and
-    of the others 14; unit: 32 columns of all slots"""
+    of the others 14; for experts with few pairs: kernel 15, activations 16, bytes per pair 17;
+    unit: 32 columns of all slots"""
     mine = (scratch(state, thread) + arg(op, 7) + 63) & ~63
     own_state = mine + OP_BYTES
     out = (own_state + STATE_FIELDS * 8 + 63) & ~63
@@ -306,9 +333,9 @@ def expert_matmul(op, state, thread, first, last):
     for i in range(STATE_FIELDS):
         st_i64(own_state + i * 8, ld_i64(state + i * 8))
     n_experts = arg(op, 3)
-    n_used = arg(op, 5)
     n_rows = arg(op, 6)
-    pairs = arg(op, 4) + (n_experts + 1) * 8
+    row_bytes = arg(mine, 1)
+    k = arg(mine, 3)
     _set(mine, arg(op, 10) + 1, OUTPUT_BYTES)
     for unit in range(first, last):
         row = unit * ROWS
@@ -319,8 +346,15 @@ def expert_matmul(op, state, thread, first, last):
             count = ld_i64(arg(op, 4) + e * 8 + 8) - begin
             if count == 0:
                 continue
+            weights = ld_i64(arg(op, 2) + e * 8)
+            if count <= FEW:
+                for i in range(begin, begin + count):
+                    x = arg(op, 16) + i * arg(op, 17)
+                    y = _place(op, i)
+                    call7(arg(op, 15), weights, row_bytes, row, row + n, x, y, k)
+                continue
             st_i64(own_state + 8 * N_TOKENS, count)
-            _set(mine, 0, ld_i64(arg(op, 2) + e * 8))
+            _set(mine, 0, weights)
             for i in range(arg(op, 12)):
                 which = arg(op, 11) + i
                 stride = arg(op, 14)
@@ -329,10 +363,7 @@ def expert_matmul(op, state, thread, first, last):
                 _set(mine, which, arg(arg(op, 0), which) + begin * stride)
             call5(arg(op, 1), mine, own_state, thread, unit, unit + 1)
             for i in range(count):
-                pair = ld_i64(pairs + (begin + i) * 8)
-                t = pair // n_used
-                place = (pair - t * n_used) * n_rows + row
-                _move(out + i * OUTPUT_BYTES, arg(op, 8) + t * arg(op, 9) + place * 4, n)
+                _move(out + i * OUTPUT_BYTES, _place(op, begin + i) + row * 4, n)
 
 
 # --- one or many -----------------------------------------------------------------------------
