@@ -22,7 +22,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="MODEL_DIR",
-            help="The folder of a Hugging Face checkpoint: config.json, tokenizer, safetensors.",
+            help="The folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors), "
+            "or hf:OWNER/REPO to fetch it from the hub.",
             show_default=False,
         ),
     ],
@@ -55,6 +56,14 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail, and leave no file, unless the file's tokenizer encodes a set of test texts "
+            "exactly as the checkpoint's does. Without it a difference is only told.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -67,31 +76,42 @@ def convert(
 
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_checkpoint
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
+    from gguf_tools.vocab.agreement import TokenizerCheck
 
     chosen = find_file_type(file_type)
+    model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
     plan = plan_conversion(model_dir, chosen)
     target = output if output is not None else Path(output_name(model_dir, chosen.name))
     protect_checkpoint(model_dir, target)
-    seconds = None
+    seconds = agreement = None
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        _write(plan, target, threads=threads or default_threads(), force=force)
+        checked = TokenizerCheck(model_dir, target, strict=strict)
+        _write(plan, target, threads=threads or default_threads(), force=force, check=checked.run)
+        agreement = checked.agreement
         seconds = time.monotonic() - start
-    _print_pairs(closing_rows(plan, target, seconds))
+    _print_pairs(closing_rows(plan, target, seconds, agreement))
     sys.stdout.flush()
-    for note in plan.notes:
+    for note in (*plan.notes, *(agreement.lines() if agreement else ())):
         print(f"note: {note}", file=sys.stderr)
 
 
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
+        ),
+    ],
     json: Annotated[
         bool,
         typer.Option(
@@ -99,7 +119,8 @@ def info(
             help="Print one JSON object: architecture, parameters, file_size, bits_per_weight, "
             "types (name to count), tensors (name, type, shape, bytes, offset) and metadata "
             "(complete). A shape is in the file's order, the fastest dimension (the length of a "
-            "row) first; an offset counts bytes from the start of the file.",
+            "row) first; an offset counts bytes from the start of the file. Tensors of a split "
+            "model have a part, too, from 1.",
         ),
     ] = False,
     metadata: Annotated[
@@ -111,13 +132,34 @@ def info(
     ] = False,
 ) -> None:
     """Show what is in a GGUF file."""
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
 
-    with GGUFFile(file) as opened:
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
         if json:
             _print_json(opened)
         else:
             _print_tables(opened, metadata=metadata, tensors=tensors)
+
+
+def models() -> None:
+    """List the models that have short names, and what is kept of them and of the hub's."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gguf_tools.errors import printable
+    from gguf_tools.models_by_name import list_models
+
+    # Into a pipe nothing is folded: one line for each model.
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "model", "download", "kept in"):
+        table.add_column(column, overflow="fold")
+    for row in list_models():
+        table.add_row(*(Text(printable(cell, limit=1000)) for cell in row))
+    console.print(table)
 
 
 def convert_main() -> None:
@@ -127,7 +169,7 @@ def convert_main() -> None:
 
 def main() -> None:
     """`python -m gguf_tools`: the commands by name; without a name it is `convert`."""
-    commands = (convert, info)
+    commands = (convert, info, models)
     names = [command.__name__ for command in commands]
     if len(sys.argv) > 1 and sys.argv[1] not in names and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, convert.__name__)
@@ -146,7 +188,9 @@ def _application(*commands: Callable[..., None]) -> typer.Typer:
     return application
 
 
-def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
+def _write(
+    plan: "Plan", target: Path, *, threads: int, force: bool, check: Callable[[Path], None]
+) -> None:
     """Convert, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -174,7 +218,7 @@ def _write(plan: "Plan", target: Path, *, threads: int, force: bool) -> None:
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", total=total)
-        for step in write_file(plan, target, threads=threads, force=force):
+        for step in write_file(plan, target, threads=threads, force=force, check=check):
             name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
             bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
 
@@ -227,13 +271,12 @@ def _print_tables(file: "GGUFFile", *, metadata: bool, tensors: bool) -> None:
         console.print()
         console.print(table)
     if tensors:
-        table = new_table(
-            "tensor", "type", "shape", "bytes", "offset", numbers=("shape", "bytes", "offset")
-        )
+        columns = ("bytes", "offset") if len(file.paths) == 1 else ("bytes", "part", "offset")
+        table = new_table("tensor", "type", "shape", *columns, numbers=("shape", *columns))
         for tensor in file.tensors.values():
-            facts = describe_tensor(tensor)
+            facts = describe_tensor(file, tensor)
             shape = " x ".join(str(dim) for dim in facts["shape"])
-            numbers = f"{facts['bytes']:,}", f"{facts['offset']:,}"
+            numbers = tuple(f"{facts[column]:,}" for column in columns)
             row = (printable(facts["name"]), facts["type"], shape, *numbers)
             table.add_row(*(Text(cell) for cell in row))
         console.print()

@@ -6,7 +6,7 @@ No more than a few bands are in memory, however large a tensor is.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,17 @@ def plan_conversion(folder: str | os.PathLike[str], file_type: FileType) -> Plan
 
 
 def convert(
-    plan: Plan, path: str | os.PathLike[str], *, threads: int, force: bool = False
+    plan: Plan,
+    path: str | os.PathLike[str],
+    *,
+    threads: int,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Iterator[Progress]:
-    """Write the file; what is yielded has been written. The file appears when all is done."""
+    """Write the file; what is yielded has been written. The file appears when all is done.
+
+    `check` is called with the finished file before it gets its name; if it raises, no file is left.
+    """
     if threads < 1:
         raise ValueError(f"expected at least one thread, got {threads}")
     with GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force) as writer:
@@ -65,6 +73,8 @@ def convert(
             writer.write(progress.tensor.name, blocks)
             del blocks
             yield progress
+        if check is not None:
+            check(writer.part)
 
 
 def protect_checkpoint(folder: Path, output: Path) -> None:

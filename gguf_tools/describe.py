@@ -37,7 +37,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         "file_size": file.file_size,
         "bits_per_weight": bits_per_weight(file),
         "types": count_types(file),
-        "tensors": [describe_tensor(tensor) for tensor in file.tensors.values()],
+        "tensors": [describe_tensor(file, tensor) for tensor in file.tensors.values()],
         "metadata": {key: to_json(value) for key, value in file.metadata.items()},
     }
 
@@ -67,15 +67,19 @@ def count_types(file: GGUFFile) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def describe_tensor(tensor: TensorInfo) -> dict[str, Any]:
-    """A tensor as it is in the file: dimensions fastest first, offset from the file's start."""
-    return {
+def describe_tensor(file: GGUFFile, tensor: TensorInfo) -> dict[str, Any]:
+    """A tensor as it is in the file: dimensions fastest first, offset from the file's start.
+
+    Of a split model, `part` says in which file, from 1.
+    """
+    facts = {
         "name": tensor.name,
         "type": tensor.quant.name,
         "shape": list(reversed(tensor.shape)),
         "bytes": tensor.nbytes,
         "offset": tensor.offset,
     }
+    return facts if len(file.paths) == 1 else {**facts, "part": tensor.part + 1}
 
 
 def to_json(value: Any) -> Any:
@@ -103,7 +107,8 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{parameters:,} ({short_count(parameters)})"
     else:
         yield "parameters", "none (no tensors in this file)"
-    yield "file size", f"{file.file_size:,} bytes ({short_size(file.file_size)})"
+    where = f" in {len(file.paths)} files" if len(file.paths) > 1 else ""
+    yield "file size", f"{file.file_size:,} bytes ({short_size(file.file_size)}){where}"
     bits = bits_per_weight(file)
     if bits is not None:
         yield "bits per weight", f"{bits:.4f}"

@@ -7,7 +7,7 @@ Python's unbounded integers, before anything is allocated, looped over or handed
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
@@ -70,6 +70,7 @@ class TensorInfo:
     shape: tuple[int, ...]  # NumPy order, outermost first: token_embd is (n_vocab, dim)
     offset: int  # bytes from the start of the file
     nbytes: int
+    part: int = 0  # of a split model: which of its files, from 0
 
     @property
     def n_elements(self) -> int:
@@ -86,6 +87,15 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         return self.nbytes // self.n_rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a part of a split model says of itself."""
+
+    number: int  # from 0
+    count: int  # parts, more than one
+    n_tensors: int | None  # in all parts together
 
 
 class HeaderParser:
@@ -106,12 +116,13 @@ class HeaderParser:
         self.metadata: dict[str, Any] = {}
         self.metadata_types: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.split: Split | None = None
 
     def parse(self) -> None:
         n_tensors, n_keys = self._parse_counts()
         for index in range(n_keys):
             self._parse_entry(index)
-        self._refuse_splits()
+        self.split = self._find_split()
         self.alignment = self._find_alignment()
         offsets = [self._parse_tensor(index) for index in range(n_tensors)]
         self.data_offset = self.pos + -self.pos % self.alignment
@@ -278,20 +289,22 @@ class HeaderParser:
             self._refuse(where, expected, f"{alignment:,}")
         return int(alignment)
 
-    def _refuse_splits(self) -> None:
-        """A part of a split model cannot be used alone."""
-        count = self.metadata.get("split.count", 1)
-        if not isinstance(count, int):
-            kind = self.metadata_types["split.count"]
-            self._refuse("metadata split.count", "a whole number", kind)
-        if count > 1:
-            part = self.metadata.get("split.no")
-            which = f"part {part + 1} of {count}" if isinstance(part, int) else f"one of {count}"
-            self._refuse(
-                "metadata split.count",
-                "a whole model in one file",
-                f"{which}; merge the parts first (llama-gguf-split --merge)",
-            )
+    def _find_split(self) -> Split | None:
+        """What the file says of being a part; None for a whole model."""
+        count = self._split_number("split.count")
+        if count is None or count <= 1:
+            return None
+        number = self._split_number("split.no")
+        if number is None or not 0 <= number < count:
+            found = "none" if number is None else f"{number:,}"
+            self._refuse("metadata split.no", f"a number from 0 to {count - 1:,}", found)
+        return Split(number, count, self._split_number("split.tensors.count"))
+
+    def _split_number(self, key: str) -> int | None:
+        value = self.metadata.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            self._refuse(f"metadata {key}", "a whole number", self.metadata_types[key])
+        return value
 
     # --- tensors
 
@@ -346,7 +359,7 @@ class HeaderParser:
             expected = f"its {tensor.nbytes:,} bytes within the file of {self.size:,} bytes"
             found = f"bytes {start:,} to {start + tensor.nbytes:,}: the file is cut off or damaged"
             self._refuse(where, expected, found)
-        self.tensors[name] = TensorInfo(name, tensor.quant, tensor.shape, start, tensor.nbytes)
+        self.tensors[name] = replace(tensor, offset=start)
 
     def _refuse_overlaps(self) -> None:
         ordered = sorted(self.tensors.values(), key=lambda tensor: tensor.offset)
@@ -415,7 +428,10 @@ class HeaderParser:
 
 def _describe_version(version: int) -> str:
     if version & 0xFFFF == 0 and version:
-        return "its bytes swapped: the file was made for a big-endian machine"
+        return (
+            "its bytes swapped: the file was made for a big-endian machine; "
+            "download or convert the model again for this one"
+        )
     if version == 1:
         return "1, which is no longer in use; convert the model again"
     return f"{version}" + ("; a newer version of this program may know it" if version > 3 else "")

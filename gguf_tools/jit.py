@@ -32,32 +32,16 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
+from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 from gguf_tools.child import python_command
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
-CACHE_VARIABLE = "GGUF_TOOLS_CACHE"
-"""Environment variable that moves the cache folder; `off` keeps compiled kernels in memory only."""
-
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
 
 _PACKAGES = Path(__file__).resolve().parent.parent
 _KERNEL_SOURCES = ("gguf_tools/*.py", "gguf_tools/quants/**/*.py", "runtime/kernels/*.py")
 _NUMBA_TYPES = {"i": types.int64, "f": types.float32}
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
-
-
-def cache_root() -> Path | None:
-    """The user's cache folder for this program (not made yet), or None when switched off."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return None if chosen.lower() == "off" else Path(chosen)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gguf-tools"
 
 
 def _digest() -> str:

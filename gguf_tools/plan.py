@@ -6,8 +6,8 @@ and adds up the sizes. No weight is read, but for a head that may be a copy of t
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -27,7 +27,7 @@ from gguf_tools.quants import by_name
 from gguf_tools.quants.quanttype import QuantType
 from gguf_tools.recipes import Choice, block_number, choose_types, sorted_names
 from gguf_tools.safetensors_file import READABLE, LazyTensor, unreadable
-from gguf_tools.values import MetadataValue, Value
+from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
@@ -139,8 +139,9 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
     facts = architecture.read_facts(config)
     present, skipped = _present(checkpoint, architecture)
+    facts = replace(facts, switches=facts.switches | _layout(present, architecture))
     wanted, head = _expected(present, architecture, facts)
-    named = {source for want in wanted for source in want.sources}
+    named = dict.fromkeys(source for want in wanted for source in want.sources)
     missing = [source for want in wanted for source in want.sources if source not in present]
     unexpected = [name for name in present if name not in named]
     if head.dropped_head:
@@ -186,7 +187,11 @@ def build_plan(
     """Types, sizes and metadata of the output file."""
     facts = model.facts
     recipe_facts = RecipeFacts(
-        model.architecture.name, facts.n_layers, facts.n_heads, facts.n_kv_heads
+        model.architecture.name,
+        facts.n_layers,
+        facts.n_heads,
+        facts.n_kv_heads,
+        facts.n_experts or 0,
     )
     by_tensor = {tensor.name: tensor for tensor in model.tensors}
     shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
@@ -235,10 +240,14 @@ class _Wanted:
         tensor = present[self.sources[0]]
         if "{expert}" in rule.source:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
+        if rule.one_row:
+            tensor = views.vector(tensor)
         if rule.transposed:
             tensor = views.transposed(tensor)
         if rule.part is not None:
             tensor = views.part(tensor, *rule.part)
+        if rule.regrouped is not None:
+            tensor = views.regrouped(tensor, *rule.regrouped(facts))
         return Matched(self.name, tensor, rule.transform(facts) if rule.transform else None)
 
 
@@ -275,6 +284,14 @@ def _present(
     return present, (note,)
 
 
+def _layout(present: Iterable[str], architecture: Architecture) -> set[str]:
+    """The switch of the layout that the checkpoint has."""
+    for switch, ending in architecture.layouts:
+        if any(name.endswith(ending) for name in present):
+            return {switch}
+    return set()
+
+
 def _expected(
     present: Mapping[str, LazyTensor], architecture: Architecture, facts: ModelFacts
 ) -> tuple[list[_Wanted], _HeadNotes]:
@@ -289,7 +306,7 @@ def _expected(
             source, name = (
                 text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
             )
-            experts = range(facts.sizes["experts"] if "{expert}" in source else 1)
+            experts = range(facts.sizes[rule.shape[0]] if "{expert}" in source else 1)
             sources = tuple(source.replace("{expert}", str(expert)) for expert in experts)
             wanted.append(_Wanted(rule, name, sources))
     return wanted, notes
@@ -380,7 +397,9 @@ def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
     entries: dict[str, MetadataValue] = {}
     for rule in model.architecture.metadata:
         value = model.facts.value(rule.field)
-        if value is not None:
+        if isinstance(value, tuple):
+            entries[f"{name}.{rule.key}"] = Array(rule.type, value)
+        elif value is not None:
             entries[f"{name}.{rule.key}"] = Value(rule.type, value)
     for key, type_, value in model.facts.rope.metadata():
         entries[f"{name}.{key}"] = Value(type_, value)

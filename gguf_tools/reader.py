@@ -1,9 +1,15 @@
-"""Open a GGUF file: its metadata, and its tensors as views into the mapped bytes."""
+"""Open a GGUF file: its metadata, and its tensors as views into the mapped bytes.
+
+A model that is split into several files is opened by its first part. That one has the metadata;
+tensors are in all of them.
+"""
 
 import errno
 import mmap
 import os
 import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +17,7 @@ import numpy as np
 
 from gguf_tools.errors import FormatError, GGUFError, printable
 from gguf_tools.header import HeaderParser, TensorInfo
+from gguf_tools.parts import parse_part_name
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -20,18 +27,18 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._map: mmap.mmap | None = None
-        mapping = _map_file(self.path)
-        header = HeaderParser(mapping, printable(self.path, limit=1000))
-        header.parse()
-        self._map = mapping
-        self.file_size = len(mapping)
+        first = _open_part(self.path)
+        parts = [first, *_other_parts(first)]
+        header = first.header
+        self._maps: tuple[mmap.mmap, ...] = tuple(part.mapping for part in parts)
+        self.paths = tuple(part.path for part in parts)  # one, or those of all parts
+        self.file_size = sum(len(part.mapping) for part in parts)
         self.version = header.version
         self.alignment = header.alignment
         self.data_offset = header.data_offset
         self.metadata = header.metadata
         self.metadata_types = header.metadata_types
-        self.tensors = header.tensors
+        self.tensors = _join_tensors(parts)
 
     def __enter__(self) -> "GGUFFile":
         return self
@@ -46,20 +53,109 @@ class GGUFFile:
 
     def close(self) -> None:
         """Let go of the mapping; it is gone once the last view into it is."""
-        self._map = None
+        self._maps = ()
 
     def raw(self, name: str) -> np.ndarray:
         """The blocks of a tensor as they are in the file, uint8 (n_rows, row_bytes), read-only."""
-        if self._map is None:
+        if not self._maps:
             raise ValueError("the file is closed")
         tensor = self.tensors[name]
-        data = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
+        data = np.frombuffer(self._maps[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
         return data.reshape(tensor.n_rows, tensor.row_bytes)
 
     def load(self, name: str) -> np.ndarray:
         """The weights of a tensor, dequantised to float32."""
         tensor = self.tensors[name]
         return tensor.quant.dequantize(self.raw(name)).reshape(tensor.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A mapped file whose header has been checked."""
+
+    path: Path
+    shown: str
+    mapping: mmap.mmap
+    header: HeaderParser
+
+
+def _open_part(path: Path) -> _Part:
+    mapping = _map_file(path)
+    shown = printable(path, limit=1000)
+    header = HeaderParser(mapping, shown)
+    header.parse()
+    return _Part(path, shown, mapping, header)
+
+
+def _other_parts(first: _Part) -> Iterator[_Part]:
+    """The second and all other parts of a split model, each checked against the first."""
+    split = first.header.split
+    if split is None:
+        return
+    name = parse_part_name(first.path.name)
+    if split.number > 0:
+        known = name is not None and name.count == split.count
+        which = printable(name.sibling(1), limit=1000) if name and known else "its first part"
+        raise FormatError(
+            f"{first.shown}: expected a whole model or the first part of a split one, found part "
+            f"{split.number + 1} of {split.count}; open {which} instead, which finds the others"
+        )
+    if name is None or name.count != split.count or name.number != 1:
+        raise FormatError(
+            f"{first.shown}: found part 1 of {split.count} of a split model, whose other parts "
+            f"are found by its name: expected one that ends in -00001-of-{split.count:05}.gguf; "
+            "rename the parts as they were"
+        )
+    for number in range(2, split.count + 1):
+        path = first.path.with_name(str(name.sibling(number)))
+        if not path.exists():
+            raise GGUFError(
+                f"{first.shown}: the model is split into {split.count} files, and part {number}, "
+                f"{printable(path.name, limit=1000)}, is not beside it; download it to there"
+            )
+        part = _open_part(path)
+        _check_part(part, number - 1, first)
+        yield part
+
+
+def _check_part(part: _Part, number: int, first: _Part) -> None:
+    """Refuse a part that says of itself that it belongs elsewhere."""
+    asked, found = first.header.split, part.header.split
+    assert asked is not None
+    if found is None or (found.number, found.count) != (number, asked.count):
+        says = "a whole model" if found is None else f"part {found.number + 1} of {found.count}"
+        raise FormatError(
+            f"{part.shown}: expected part {number + 1} of {asked.count} of a split model, found "
+            f"{says}; download the parts again"
+        )
+    ours, theirs = (each.header.metadata.get("general.architecture") for each in (first, part))
+    if theirs is not None and theirs != ours:
+        raise FormatError(
+            f"{part.shown}: expected a part of the same model as {first.shown}, found another "
+            f"architecture, {printable(theirs)} instead of {printable(ours)}; download the parts "
+            "again"
+        )
+
+
+def _join_tensors(parts: list[_Part]) -> dict[str, TensorInfo]:
+    """The tensors of all parts, as many as the first part says there are."""
+    first = parts[0]
+    tensors = dict(first.header.tensors)
+    for index, part in enumerate(parts[1:], 1):
+        for name, tensor in part.header.tensors.items():
+            if name in tensors:
+                raise FormatError(
+                    f"{part.shown}: tensor {printable(name)}: expected a new name, found one "
+                    f"that {parts[tensors[name].part].shown} has, too; download the parts again"
+                )
+            tensors[name] = replace(tensor, part=index)
+    split = first.header.split
+    if split is not None and split.n_tensors not in (None, len(tensors)):
+        raise FormatError(
+            f"{first.shown}: metadata split.tensors.count: expected {len(tensors):,}, the tensors "
+            f"of all parts, found {split.n_tensors:,}; download the parts again"
+        )
+    return tensors
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -9,6 +9,7 @@ from pathlib import Path
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.plan import Plan
+from gguf_tools.vocab.agreement import Agreement
 
 Row = tuple[str, str]  # label and text
 
@@ -27,7 +28,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         )
 
 
-def closing_rows(plan: Plan, output: Path, seconds: float | None) -> Iterator[Row]:
+def closing_rows(
+    plan: Plan, output: Path, seconds: float | None, agreement: Agreement | None = None
+) -> Iterator[Row]:
     """The table at the end; without `seconds` nothing was written."""
     size = plan.total_size
     yield "file", printable(output, limit=1000) + ("" if seconds is not None else " (not written)")
@@ -47,5 +50,7 @@ def closing_rows(plan: Plan, output: Path, seconds: float | None) -> Iterator[Ro
         label = ""
     if not plan.fallbacks:
         yield label, "none"
+    if agreement is not None:
+        yield "tokenizer", agreement.describe()
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
@@ -429,6 +430,27 @@ def make_constant(name: str, values: Sequence[int], result: Vector) -> Any:
 
     constant.__name__ = constant.__qualname__ = name
     return intrinsic(constant)
+
+
+def make_table(name: str, read: Callable[[], bytes]) -> Any:
+    """An operation without operands that gives the address of what `read` gives.
+
+    `read` is called when a kernel is compiled; the bytes are a constant of that kernel, on disk,
+    too.
+    """
+
+    def table(typingctx):
+        def emit(context, b, sig, args):
+            data = bytearray(read())
+            kind = ir.ArrayType(I8, len(data))
+            place = cgutils.global_constant(b, name, ir.Constant(kind, data))
+            place.align = 64
+            return b.ptrtoint(place, I64)
+
+        return types.int64(), emit
+
+    table.__name__ = table.__qualname__ = name
+    return intrinsic(table)
 
 
 @intrinsic

@@ -43,9 +43,41 @@ def part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
     return LazyTensor(tensor.name, (*outer, each, width), tensor.dtype, load)
 
 
+def regrouped(tensor: LazyTensor, n_groups: int, n_parts: int) -> LazyTensor:
+    """Rows of n_groups groups of n_parts parts, with all first parts first, then all second...
+
+    The elements of a vector are regrouped as a matrix's rows are.
+    """
+    height = tensor.shape[0] // (n_groups * n_parts)  # rows of one part of one group
+
+    def load(begin: int, end: int) -> Floats:
+        bands = []
+        while begin < end:
+            index, row = divmod(begin, height)
+            last = min(end - index * height, height)
+            part, group = divmod(index, n_groups)
+            start = (group * n_parts + part) * height
+            bands.append(tensor.load(start + row, start + last))
+            begin += last - row
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    def load_vector(begin: int, end: int) -> Floats:
+        vector = tensor.load(begin, end)
+        groups = vector.reshape(n_groups, n_parts, height)
+        return np.ascontiguousarray(groups.swapaxes(0, 1)).reshape(vector.shape)
+
+    loader = load if len(tensor.shape) > 1 else load_vector
+    return LazyTensor(tensor.name, tensor.shape, tensor.dtype, loader)
+
+
 def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
     """The first n rows of a matrix."""
     return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
+
+
+def vector(tensor: LazyTensor) -> LazyTensor:
+    """The only row of a matrix."""
+    return LazyTensor(tensor.name, tensor.shape[1:], tensor.dtype, tensor.load)
 
 
 def transposed(tensor: LazyTensor) -> LazyTensor:

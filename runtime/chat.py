@@ -1,7 +1,7 @@
 """Answers to a person: one and done, or a chat with commands between the messages."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,8 +9,11 @@ from gguf_tools.errors import GGUFError, printable
 from runtime.conversation import AnswerStats, Conversation, Event
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.session import Session, count
+from runtime.templates import EFFORTS
 from runtime.terminal import (
+    THINK_MODES,
     Interruptible,
+    ThinkMode,
     draw_answer,
     make_line_reader,
     remark,
@@ -20,6 +23,8 @@ from runtime.terminal import (
 
 ANSWER_LIMIT = 1024  # tokens, unless told otherwise: small models may repeat themselves for ever
 BASE_TURN = 256  # tokens that a model without template writes before it is the user's turn again
+
+SWITCHES = ("on", "off", *EFFORTS)  # of reasoning
 
 
 @dataclass(frozen=True)
@@ -38,21 +43,23 @@ COMMANDS = (
     Command("regen", "", "write the last answer again"),
     Command("undo", "", "take back the last message and its answer"),
     Command("system", "[TEXT | off]", "show or set the system prompt"),
+    Command("think", "[show | hide | fold]", "how reasoning is shown; /think last: the last one"),
+    Command("think", "[on | off | low | medium | high]", "whether the model reasons, or how much"),
     Command("set", "[NAME VALUE]", "show or set how tokens are drawn: /set temp 0.5"),
     Command("stats", "[on | off]", "figures of the last answer; or show them after each"),
 )
 
 
 def answer_once(
-    session: Session, conversation: Conversation, text: str, *, show_stats: bool
+    session: Session, conversation: Conversation, text: str, *, think: ThinkMode, show_stats: bool
 ) -> None:
     """Answer `text`: the answer alone on standard output, ended by a newline."""
     for note in session.notes:
         remark(f"note: {note}")
     use_utf8(sys.stdout)
-    if not draw_answer(conversation.say(text), sys.stdout, lambda: False):
+    if not draw_answer(conversation.say(text), sys.stdout, lambda: False, think=think):
         print(flush=True)
-        remark("note: the model ended its answer at once")
+        remark(f"note: {no_answer(conversation)}")
     if note := end_note(conversation):
         remark(note)
     if show_stats:
@@ -62,9 +69,12 @@ def answer_once(
 class Chat:
     """A conversation at the terminal, until the user leaves."""
 
-    def __init__(self, session: Session, conversation: Conversation, *, show_stats: bool) -> None:
+    def __init__(
+        self, session: Session, conversation: Conversation, *, think: ThinkMode, show_stats: bool
+    ) -> None:
         self.session = session
         self.conversation = conversation
+        self.think: ThinkMode = think
         self.show_stats = show_stats
         self._handlers: dict[str, Callable[[str], bool]] = {
             "help": self._help,
@@ -74,6 +84,7 @@ class Chat:
             "regen": self._regenerate,
             "undo": self._undo,
             "system": self._set_system,
+            "think": self._set_think,
             "set": self._set_option,
             "stats": self._set_stats,
         }
@@ -126,13 +137,13 @@ class Chat:
     def _answer(self, events: Iterator[Event]) -> None:
         n_turns = len(self.conversation.turns)
         with Interruptible() as keys:
-            drawn = draw_answer(events, sys.stdout, lambda: keys.pressed)
+            drawn = draw_answer(events, sys.stdout, lambda: keys.pressed, think=self.think)
         stats = self.conversation.stats
         if stats.reason == "interrupted":
             kept = len(self.conversation.turns) > n_turns or drawn
             remark("(stopped)" if kept else "(stopped; the message is taken back)")
         elif not drawn:
-            remark("(the model ended its answer at once)")
+            remark(f"({no_answer(self.conversation)})")
         if note := end_note(self.conversation):
             remark(note)
         if self.show_stats:
@@ -190,6 +201,26 @@ class Chat:
             remark(f"system prompt: {visible(conversation.system)}")
         return True
 
+    def _set_think(self, rest: str) -> bool:
+        conversation = self.conversation
+        if conversation.template is None:
+            remark("plain text is continued here: only a chat template has a place for reasoning")
+        elif rest in THINK_MODES:
+            self.think, _ = parse_think([rest])
+            remark(f"reasoning: {rest}")
+        elif rest in SWITCHES:
+            conversation.thinking = rest
+            remark(switch_note(self.session, rest) or f"reasoning is set to {rest}")
+        elif rest == "last":
+            turns = conversation.turns
+            remark((turns[-1].reasoning.strip() if turns else "") or "there was no reasoning")
+        elif rest:
+            remark(f"/think {', '.join((*THINK_MODES, *SWITCHES))} or last")
+        else:
+            switch = conversation.thinking or "left to the template"
+            remark(f"reasoning: {self.think}; it is {switch}")
+        return True
+
     def _set_option(self, rest: str) -> bool:
         conversation = self.conversation
         name, _, value = rest.replace("=", " ").partition(" ")
@@ -240,6 +271,28 @@ class Chat:
             remark(stats_line(self.conversation.stats, self.session))
             remark(count(len(self.conversation.turns), "turn") + " in this conversation")
         return True
+
+
+def parse_think(words: Sequence[str]) -> tuple[ThinkMode, str | None]:
+    """How reasoning is shown, and the word of SWITCHES, if any; the last of each counts."""
+    shown: ThinkMode = "show"
+    for word in words:
+        shown = next((mode for mode in THINK_MODES if mode == word), shown)
+    return shown, next((word for word in reversed(words) if word in SWITCHES), None)
+
+
+def switch_note(session: Session, word: str) -> str:
+    """What to say when reasoning is set to a word of SWITCHES, and that does nothing."""
+    if session.template is None or word in session.template.traits.switches:
+        return ""
+    return f"this template does not ask whether reasoning is {word}: it makes no difference"
+
+
+def no_answer(conversation: Conversation) -> str:
+    """Why there is no answer, when there is none."""
+    if conversation.turns and conversation.turns[-1].reasoning.strip():
+        return "there is only reasoning, and no answer"
+    return "the model ended its answer at once"
 
 
 def stats_line(stats: AnswerStats, session: Session) -> str:

@@ -1,4 +1,4 @@
-"""The commands on models: `run`, `bench` and `doctor`.
+"""The commands on models: `run`, `bench` and `doctor`; `tokenize` has a file of its own.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from gguf_tools.command import run_command
+from runtime.tokenize_command import tokenize
 
 if TYPE_CHECKING:
     from runtime.sampling import SamplingOptions
+
+
+THINK_WORDS = ("show", "hide", "fold", "on", "off", "low", "medium", "high")
 
 
 def sampling(help: str) -> Any:
@@ -35,8 +39,9 @@ def run(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="MODEL.gguf",
-            help="The model to run; the small embedded one when none is named.",
+            metavar="MODEL",
+            help="A GGUF file, a name such as smollm2, or hf:OWNER/REPO[:FILE or type]; the small "
+            "embedded model when none is named.",
             show_default=False,
         ),
     ] = None,
@@ -66,9 +71,21 @@ def run(
         bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
     ] = False,
     chat_template: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE", help="A chat template instead of the model's own.", show_default=False
+            metavar="NAME|FILE|TEXT",
+            help="Another chat template: one of the model's own by name, a file, or a text with "
+            "{{ or {% in it.",
+            show_default=False,
+        ),
+    ] = None,
+    think: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORD",
+            help="show the model's reasoning (on standard error), hide it, or fold it to a line; "
+            "on, off: have it reason or not; low, medium, high: how much. May be repeated. "
+            "(default: show)",
         ),
     ] = None,
     temp: Annotated[
@@ -149,12 +166,21 @@ def run(
         "repeat_penalty": repeat_penalty,
         "repeat_last_n": repeat_last_n,
     }
-    _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [])
+    _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [], think=think or [])
     _check_gpu_layers(gpu_layers)
 
     from contextlib import ExitStack
 
-    from runtime.chat import ANSWER_LIMIT, BASE_TURN, Chat, answer_once
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
+    from runtime.chat import (
+        ANSWER_LIMIT,
+        BASE_TURN,
+        Chat,
+        answer_once,
+        parse_think,
+        switch_note,
+    )
     from runtime.conversation import Conversation
     from runtime.embedded import embedded_model
     from runtime.sampling import Sampler, SamplingOptions
@@ -162,11 +188,15 @@ def run(
     from runtime.standard_input import check_text, read_prompt
     from runtime.terminal import compiling, remark
 
-    for name, value in (("-p", prompt), ("--system", system), *(("--stop", s) for s in stop or [])):
+    texts = (("-p", prompt), ("--system", system), ("--chat-template", chat_template))
+    for name, value in (*texts, *(("--stop", text) for text in stop or [])):
         check_text(name, value)
     text = read_prompt(prompt)
     with ExitStack() as stack:
-        path = model if model is not None else stack.enter_context(embedded_model())
+        if model is None:
+            path = stack.enter_context(embedded_model())
+        else:
+            path = find_with_bar(find_model, model)
         session = stack.enter_context(
             open_session(
                 path,
@@ -174,7 +204,7 @@ def run(
                 threads=threads,
                 backend=backend,
                 kv_type=kv_type,
-                template_file=chat_template,
+                chat_template=chat_template,
                 raw=raw,
                 on_compile=compiling,
             )
@@ -195,16 +225,26 @@ def run(
             max_tokens=None if max_tokens == -1 else max_tokens or ANSWER_LIMIT,
             policy=context_policy or ("stop" if text is not None else "drop-oldest"),
         )
+        shown, switch = parse_think(think or [])
+        if switch is not None:
+            conversation.thinking = switch
+            if note := switch_note(session, switch):
+                remark(f"note: {note}")
         if text is not None:
-            answer_once(session, conversation, text, show_stats=stats)
+            answer_once(session, conversation, text, think=shown, show_stats=stats)
             return
         if session.template is None and max_tokens is None:
             conversation.max_tokens = BASE_TURN
-        Chat(session, conversation, show_stats=stats).run()
+        Chat(session, conversation, think=shown, show_stats=stats).run()
 
 
 def bench(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF model.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
+        ),
+    ],
     prompt: Annotated[
         str | None,
         sweep("Tokens of a prompt to read, such as 128,512, or none. (default: 512)"),
@@ -241,6 +281,8 @@ def bench(
     if markdown and json:
         raise typer.BadParameter("--markdown and --json exclude each other")
     import runtime.bench as measuring
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
     from runtime.bandwidth import measure_bandwidth
     from runtime.bench_terminal import draw_progress, draw_table
@@ -248,7 +290,7 @@ def bench(
 
     prompts, generated = _parse_counts("--prompt", prompt), _parse_counts("--gen", gen)
     depths, counts = _parse_counts("--depth", depth), _parse_counts("--threads", threads)
-    with GGUFFile(file) as opened:
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
         cases = measuring.make_cases(
             read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
         )
@@ -295,7 +337,8 @@ def run_main() -> NoReturn:
 
 def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
-    commands: dict[str, Callable[..., None]] = {"run": run, "bench": bench, "doctor": doctor}
+    known = (run, bench, doctor, tokenize)
+    commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if command is not None:
         del sys.argv[1]
@@ -327,13 +370,21 @@ def _parse_counts(name: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def _check_usage(
-    overrides: Mapping[str, Any], *, seed: int | None, max_tokens: int | None, stop: list[str]
+    overrides: Mapping[str, Any],
+    *,
+    seed: int | None,
+    max_tokens: int | None,
+    stop: list[str],
+    think: list[str],
 ) -> None:
     """Refuse values out of range before anything is loaded."""
     if max_tokens is not None and max_tokens != -1 and max_tokens < 1:
         raise typer.BadParameter(
             f"--max-tokens is at least 1, or -1 for no limit, not {max_tokens}"
         )
+    for word in think:
+        if word not in THINK_WORDS:
+            raise typer.BadParameter(f"--think is one of {', '.join(THINK_WORDS)}, not {word}")
     if not all(stop):
         raise typer.BadParameter("--stop needs a text that is not empty")
     if seed is not None and seed < -1:

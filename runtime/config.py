@@ -25,9 +25,10 @@ class RopeScaling:
     kind: str = "none"  # one of SCALINGS
     factor: float = 1.0
     original_context: int = 0
-    attention_factor: float = 1.0
+    attention_factor: float = 1.0  # cosines and sines are multiplied with it, and YaRN's own
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True  # yarn: the ramp begins and ends at whole pairs
 
 
 @dataclass(frozen=True)
@@ -154,21 +155,35 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 def _read_rope_scaling(own: Metadata, n_ctx_train: int) -> RopeScaling:
     scaling = own.under("rope.scaling.")
-    kind = scaling.text("type", default="none")
-    if own.has("rope.scale_linear") and not scaling.has("type"):  # before August 2023
-        factor = own.real("rope.scale_linear", low=1e-3, high=1e6)
-        return RopeScaling("linear" if factor != 1.0 else "none", factor)
+    kind = scaling.text("type", default="linear")
     if kind not in SCALINGS:
         raise scaling.refuse("type", f"one of {', '.join(SCALINGS)}", kind)
     # A factor of 0 stands for "not scaled" in files made by llama.cpp.
-    factor = scaling.real("factor", low=0.0, high=1e6, default=0.0) or 1.0
+    if scaling.has("factor"):
+        factor = scaling.real("factor", low=0.0, high=1e6) or 1.0
+    else:  # before August 2023
+        factor = own.real("rope.scale_linear", low=0.0, high=1e6, default=0.0) or 1.0
+    if kind == "linear" and factor == 1.0:
+        kind = "none"
+    attention = scaling.real("attn_factor", low=1e-3, high=1e3, default=1.0)
+    if kind == "yarn" and scaling.has("yarn_attn_factor") and not scaling.has("attn_factor"):
+        # llama.cpp's converter keeps config.json's attention_factor here, which its runtime does
+        # not read: it stands for the whole of YaRN's own.
+        whole = scaling.real("yarn_attn_factor", low=1e-3, high=1e3)
+        attention = whole / yarn_magnitude(factor)
     return RopeScaling(
         kind=kind,
         factor=factor,
         original_context=scaling.integer(
             "original_context_length", low=1, high=MAX_CONTEXT, default=n_ctx_train
         ),
-        attention_factor=scaling.real("attn_factor", low=1e-3, high=1e3, default=1.0),
+        attention_factor=attention,
         beta_fast=scaling.real("yarn_beta_fast", low=0.0, high=1e6, default=32.0),
         beta_slow=scaling.real("yarn_beta_slow", low=0.0, high=1e6, default=1.0),
+        truncate=scaling.flag("yarn_truncate", default=True),
     )
+
+
+def yarn_magnitude(factor: float) -> float:
+    """What YaRN multiplies cosines and sines with, of itself."""
+    return 1 + 0.1 * math.log(factor) if factor > 1 else 1.0

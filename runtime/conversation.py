@@ -11,36 +11,43 @@ rest is encoded. When that fails, as it must when the system prompt changes or a
 earlier answers, a notice says how many tokens were read again and why.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gguf_tools.errors import ContextFullError, GGUFError, TemplateError
-from runtime.generation import (
-    LanguageModel,
-    StopReason,
-    StopStrings,
-    n_reusable,
-    read_prompt,
-    write,
-)
+from runtime.answer import AnswerEvent, AnswerStream
+from runtime.generation import LanguageModel, StopReason, n_reusable, read_prompt, write
+from runtime.reasoning import Splitter
 from runtime.sampling import Sampler
-from runtime.tokenizer import StreamDecoder, Tokenizer, encode_chat
-from runtime.turns import Turn, continuation_ids, cut_back, joined, rest_of
+from runtime.templates import thinking_variables
+from runtime.tokenizer import Tokenizer, encode_chat
+from runtime.turns import Turn, continuation_ids, held_part, joined
 
 ContextPolicy = Literal["stop", "drop-oldest"]
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # as templates call it
+
 EndReason = StopReason | Literal["stop string", "interrupted"]
 
 
 class Template(Protocol):
     """What a conversation needs of a template; `runtime.templates.ChatTemplate` is one."""
 
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def takes_system(self) -> bool: ...
+
+    @property
+    def takes_empty(self) -> bool: ...
+
     def render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+        self, messages: list[dict[str, str]], *, variables: Mapping[str, Any] | None = None
     ) -> str: ...
 
 
@@ -53,20 +60,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The next piece of the answer's text; empty while a character is not complete."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Notice:
     """Something the user should know, in words."""
 
     text: str
 
 
-Event = Progress | Piece | Notice
+Event = Progress | Notice | AnswerEvent
 
 
 @dataclass
@@ -108,8 +108,9 @@ class Conversation:
         self.turns: list[Turn] = []
         self.stats = AnswerStats(n_ctx=model.n_ctx)
         self._system = system
-        self._system_as_message = False
+        self._thinking: str | None = None
         self._changed = ""  # why earlier turns may have to be read again
+        self._told: set[str] = set()  # notices that come up with every turn and are given once
 
     @property
     def system(self) -> str | None:
@@ -120,6 +121,19 @@ class Conversation:
     def system(self, text: str | None) -> None:
         self._system = text
         self._changed = "the system prompt changed"
+
+    @property
+    def thinking(self) -> str | None:
+        """Whether the model is to reason before it answers: on, off, or how much: low to high.
+
+        None leaves that to the template.
+        """
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, word: str | None) -> None:
+        self._thinking = word
+        self._changed = f"reasoning was set to {word}"
 
     def clear(self) -> None:
         """Forget all turns."""
@@ -172,8 +186,7 @@ class Conversation:
             self._changed = "the oldest turns were dropped"
         kept = n_reusable(self.model.tokens, ids)
         if self.turns and n_held > kept + 1:
-            why = self._changed or "the template does not repeat the earlier turns as they were"
-            yield Notice(f"re-read {len(ids) - kept} of {len(ids)} tokens because {why}")
+            yield from self._read_again(len(ids) - kept, len(ids))
         self._changed = ""
         self.turns = [*turns, Turn(user, text, ids)]
 
@@ -184,26 +197,17 @@ class Conversation:
             for turn in turns:
                 text = joined(text, turn.user) + turn.answer
             return joined(text, user)
-        try:
-            return self._render_messages(turns, user)
-        except TemplateError:
-            if self._system is None or self._system_as_message:
-                raise
-            # Some templates refuse a system message: the first message can carry its text.
-            self._system_as_message = True
-            try:
-                text = self._render_messages(turns, user)
-            except TemplateError:
-                self._system_as_message = False
-                text = ""
-            if not text:
-                raise
-        yield Notice("this template takes no system prompt: it stands before the first message")
-        return text
-
-    def _render_messages(self, turns: Sequence[Turn], user: str) -> str:
-        assert self.template is not None
-        text = self.template.render(self._messages(turns, user))
+        if self._system is not None and not self.template.takes_system:
+            yield from self._tell_once(
+                "this template takes no system prompt: it stands before the first message"
+            )
+        if not self.template.takes_empty and any(not turn.answer.strip() for turn in turns):
+            yield from self._tell_once(
+                "this template takes no empty answer: a turn without one is left out"
+            )
+            turns = [turn for turn in turns if turn.answer.strip()]
+        variables = {} if self._thinking is None else thinking_variables(self._thinking)
+        text = self.template.render(self._messages(turns, user), variables=variables)
         if not text:
             raise TemplateError("the chat template renders nothing of this conversation")
         return text
@@ -214,11 +218,14 @@ class Conversation:
         messages: list[dict[str, str]] = []
         for turn in turns:
             messages.append({"role": "user", "content": guarded(turn.user)})
-            messages.append({"role": "assistant", "content": guarded(turn.answer.strip())})
+            answer = {"role": "assistant", "content": guarded(turn.answer.strip())}
+            if reasoning := guarded(turn.reasoning.strip()):
+                answer |= dict.fromkeys(REASONING_NAMES, reasoning)
+            messages.append(answer)
         messages.append({"role": "user", "content": guarded(user)})
         if self._system is not None:
             system = guarded(self._system)
-            if self._system_as_message:
+            if self.template is not None and not self.template.takes_system:
                 messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
             else:
                 messages.insert(0, {"role": "system", "content": system})
@@ -229,14 +236,31 @@ class Conversation:
         if not self.turns:
             return self._encode_whole(text), 0
         last = self.turns[-1]
-        held = last.prompt_ids + last.answer_ids
-        rest = rest_of(text, last, self.tokenizer)
-        added = None if rest is None else continuation_ids(self.tokenizer, rest)
-        n_held = min(len(held), len(self.model.tokens))
+        n_held = min(len(last.prompt_ids) + len(last.answer_ids), len(self.model.tokens))
+        held, rest = held_part(text, last, self.tokenizer)
+        added = continuation_ids(self.tokenizer, rest) if held else None
         return (self._encode_whole(text) if added is None else held + added), n_held
 
     def _encode_whole(self, text: str) -> list[int]:
         return encode_chat(self.tokenizer, text)
+
+    # What is said of it.
+
+    def _read_again(self, n: int, total: int) -> Iterator[Notice]:
+        said = f"re-read {n} of {total} tokens because "
+        if self._changed:
+            yield Notice(said + self._changed)
+        elif self.turns[-1].reasoning:
+            why = "the template leaves earlier reasoning out, here and in later turns"
+            yield from self._tell_once(why, before=said)
+        else:
+            why = "the template does not repeat the earlier turns as they were"
+            yield from self._tell_once(why, before=said)
+
+    def _tell_once(self, text: str, *, before: str = "") -> Iterator[Notice]:
+        if text not in self._told:
+            self._told.add(text)
+            yield Notice(before + text)
 
     # Room in the context.
 
@@ -290,30 +314,25 @@ class Conversation:
         """Write the answer of the last turn."""
         turn = self.turns[-1]
         stats = self.stats
-        decoder, stops = StreamDecoder(self.tokenizer), StopStrings(self.stop)
+        splitter = None
+        if self.template is not None:
+            splitter = Splitter(self.template.source, turn.prompt_text)
+        stream = AnswerStream(turn, self.tokenizer, stop=self.stop, splitter=splitter)
         try:
             while True:
                 logits = yield from self._read(turn.prompt_ids + turn.answer_ids)
-                reason = yield from self._write(turn, logits, decoder, stops)
+                reason = yield from self._write(turn, logits, stream)
                 if reason != "context full" or not (yield from self._make_room()):
                     break
-            if stops.found is None:
-                text = stops.feed(decoder.finish()) + stops.finish()
-                yield self._piece(turn, text)
-                turn.covered = turn.answer
+            if not stream.stopped:
+                yield from stream.finish()
             stats.reason = reason
         finally:
-            if stats.reason == "interrupted" or stops.found is not None:
-                cut_back(turn, self.tokenizer)
-            if stats.reason == "interrupted" and not turn.answer:
+            if stats.reason == "interrupted" or stream.stopped:
+                stream.cut_back()
+            if stats.reason == "interrupted" and not turn.written:
                 self.turns.remove(turn)
             stats.n_context = len(self.model.tokens)
-
-    def _piece(self, turn: Turn, text: str) -> Piece:
-        """Append to the answer; an answer to a message is shown without white space before it."""
-        at_start = self.template is not None and not turn.answer.strip()
-        turn.answer += text
-        return Piece(text.lstrip() if at_start else text)
 
     def _read(self, ids: Sequence[int]) -> Generator[Event, None, NDArray[np.float32]]:
         reader = read_prompt(self.model, ids)
@@ -336,8 +355,7 @@ class Conversation:
         self,
         turn: Turn,
         logits: NDArray[np.float32],
-        decoder: StreamDecoder,
-        stops: StopStrings,
+        stream: AnswerStream,
     ) -> Generator[Event, None, EndReason]:
         stats = self.stats
         left = None if self.max_tokens is None else self.max_tokens - len(turn.answer_ids)
@@ -356,8 +374,7 @@ class Conversation:
             finally:
                 stats.write_seconds += perf_counter() - start
                 stats.n_steps = n_steps + len(self.model.tokens) - n_held
-            turn.answer_ids.append(token)
             stats.n_written += 1
-            yield self._piece(turn, stops.feed(decoder.feed(token)))
-            if stops.found is not None:
+            yield from stream.feed(token)
+            if stream.stopped:
                 return "stop string"

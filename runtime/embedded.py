@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gguf_tools
+from gguf_tools.cache_folder import cache_root
 from gguf_tools.errors import GGUFError, OutputError
-from gguf_tools.jit import cache_root
 
 NAME = "stories260k"
 FILE_TYPE = "Q8_0"

@@ -63,12 +63,15 @@ class RMSNorm:
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """target = (source - mean) / sqrt(variance + epsilon) * weight + bias"""
+    """target = (source - mean) / sqrt(variance + epsilon) * weight + bias, over groups.
+
+    A group has as many elements as a row of `weight`; where that is a matrix, group i has row i.
+    """
 
     source: str
     target: str
-    weight: Floats
-    bias: Floats | None
+    weight: Floats  # (size,) or (n_groups, size)
+    bias: Floats | None  # as weight
     epsilon: float
 
 

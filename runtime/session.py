@@ -1,7 +1,7 @@
 """From a path to everything a conversation needs: file, model, tokenizer, template."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,11 @@ from gguf_tools.describe import count_parameters, short_count, short_size
 from gguf_tools.errors import FormatError, GGUFError, TemplateError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.model import Model
-from runtime.templates import ChatTemplate
+from runtime.templates import ChatTemplate, named_templates
 from runtime.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 1 << 20
+TEMPLATE_MARKS = ("{{", "{%")  # a text with one of them is no name of a file
 
 # What a template contains, and the family it then belongs to; the first that fits.
 TEMPLATE_FAMILIES = (
@@ -65,18 +66,22 @@ def open_session(
     threads: int | None = None,
     backend: str = "cpu",
     kv_type: str = "f16",
-    template_file: Path | None = None,
+    chat_template: str | None = None,
     raw: bool = False,
     on_compile: Callable[[int, int], None] | None = None,
 ) -> Iterator[Session]:
     """Open the model at `path` for a conversation, and close it afterwards.
+
+    `chat_template` is the name of one of the file's own, the path of another, or a template.
 
     `on_compile(done, total)` hears of kernels being compiled, on a first run.
     """
     refuse_checkpoint(path)
     with GGUFFile(path) as file:
         tokenizer = Tokenizer(file.metadata)
-        template, template_name = _choose_template(tokenizer, template_file, raw=raw)
+        template, template_name = _choose_template(
+            tokenizer, named_templates(file.metadata), chat_template, raw=raw
+        )
         with Model.load(
             file,
             n_ctx=n_ctx,
@@ -141,23 +146,26 @@ def template_family(source: str) -> str:
 
 
 def _choose_template(
-    tokenizer: Tokenizer, template_file: Path | None, *, raw: bool
+    tokenizer: Tokenizer, own: Mapping[str, str], wanted: str | None, *, raw: bool
 ) -> tuple[ChatTemplate | None, str]:
-    """The template to use, if any, and its name for the user."""
+    """The template to use, if any, and its name for the user; `own` are the file's."""
     if raw:
         return None, "none (--raw): plain text is continued"
-    if template_file is not None:
-        source, origin = _read_template(template_file), printable(template_file, 1000)
-    elif tokenizer.chat_template is not None:
-        source, origin = tokenizer.chat_template, "of the file"
-    else:
+    if wanted is None and not own:
         return None, "none in the file: plain text is continued"
+    name = next(iter(own)) if wanted is None else wanted
+    if name in own:
+        source, origin = own[name], "of the file" if len(own) == 1 else _among(name, own)
+    elif any(mark in name for mark in TEMPLATE_MARKS):
+        source, origin = name, "given as a text"
+    else:
+        source, origin = _read_template(Path(name), own), printable(name, 1000)
     bos, eos = (_token_text(tokenizer, i) for i in (tokenizer.bos_id, tokenizer.eos_id))
     try:
         template = ChatTemplate(source, bos_token=bos, eos_token=eos)
     except TemplateError as error:
         raise TemplateError(
-            f"{error}; --chat-template FILE gives another one, --raw continues plain text"
+            f"{error}; --chat-template gives another one, --raw continues plain text"
         ) from error
     return template, f"{template_family(source)}, {origin}"
 
@@ -166,9 +174,20 @@ def _token_text(tokenizer: Tokenizer, token_id: int | None) -> str:
     return "" if token_id is None else tokenizer.token_text(token_id)
 
 
-def _read_template(path: Path) -> str:
+def _among(name: str, own: Mapping[str, str]) -> str:
+    others = ", ".join(printable(other, 40) for other in own if other != name)
+    return f"'{printable(name, 40)}' of the file (--chat-template chooses: {others})"
+
+
+def _read_template(path: Path, own: Mapping[str, str]) -> str:
     shown = printable(path, 1000)
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        names = ", ".join(printable(name, 40) for name in own)
+        raise TemplateError(
+            f"--chat-template {shown}: no such file, and the model's own templates are "
+            f"{names or 'none'}"
+        )
+    if not path.is_file():
         raise TemplateError(f"{shown}: a chat template is a text file, and this is none")
     with path.open("rb") as stream:
         data = stream.read(MAX_TEMPLATE_BYTES + 1)

@@ -17,7 +17,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -32,10 +35,27 @@ MEMORY_BYTES = 200 << 20  # resident, where the system does not limit the proces
 POLL_SECONDS = 0.05
 
 NO_LISTS = ("tools", "documents")  # names that templates look for and that are not given here
+NAMES_KEY = "tokenizer.chat_templates"
+TEMPLATE_KEY = "tokenizer.chat_template"
+DEFAULT = "default"
+
+EFFORTS = ("low", "medium", "high")  # of reasoning
+
+PROBES = {"system": "probesystem", "user": "probeuser", "assistant": "probeassistant"}
 
 MAX_SOURCE = 4 << 20  # characters
 OUTPUT_ROOM = 1 << 20  # characters beyond
 OUTPUT_FACTOR = 8  # times the conversation's own
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a template does with a conversation, found by rendering some."""
+
+    text: frozenset[str]  # roles whose content it takes as a text
+    parts: frozenset[str]  # roles whose content it takes as a list of parts
+    switches: frozenset[str]  # words that `thinking_variables` makes a difference for
+    empty: bool  # whether it takes an answer without text, as an interrupted one is
 
 
 class ChatTemplate:
@@ -62,26 +82,105 @@ class ChatTemplate:
     ) -> str:
         """The prompt for `messages`, each with a `role` and a `content`.
 
-        `variables` are further names for the template to see, such as `enable_thinking`.
+        A content is a text or a list of parts, `{"type": "text", "text": ...}`; a template that
+        knows only one of the two gets that. `variables` are further names for the template to see,
+        such as `enable_thinking`.
         """
+        answer = self._render(
+            [self._adapted(message) for message in messages],
+            {**(variables or {}), "add_generation_prompt": add_generation_prompt},
+        )
+        if "error" in answer:
+            raise _failure(answer)
+        return str(answer["text"])
+
+    @property
+    def takes_empty(self) -> bool:
+        """Whether an answer may be empty; some templates refuse that."""
+        return self.traits.empty
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether a system message gets into the prompt; some templates refuse or ignore it."""
+        return "system" in self.traits.text | self.traits.parts
+
+    @cached_property
+    def traits(self) -> Traits:
+        """How the template takes messages."""
+        probe = [_probe(role) for role in ("system", "user", "assistant", "user")]
+        text = self._roles_shown(probe)
+        parts = self._roles_shown([{**m, "content": _as_parts(m["content"])} for m in probe])
+        for role in PROBES:
+            if role not in text and role not in parts:
+                mixed = [
+                    {**m, "content": _as_parts(m["content"])} if m["role"] == role else m
+                    for m in probe
+                ]
+                parts |= self._roles_shown(mixed) & {role}
+        switches: set[str] = set()
+        for words in (("on", "off"), EFFORTS):
+            prompts = {
+                self._render(probe[1:2], thinking_variables(word)).get("text")
+                for word in (words[0], words[-1])
+            }
+            if len(prompts - {None}) == 2:
+                switches.update(words)
+        if not text | parts:  # it wants something else, and says so when it is used
+            text = frozenset(PROBES)
+        user, answer = probe[1:3]
+        empty = self._render([user, {**answer, "content": ""}, user], {})
+        filled = self._render([user, answer, user], {})
+        takes_empty = "error" not in empty or "error" in filled
+        return Traits(text, parts, frozenset(switches), takes_empty)
+
+    def _roles_shown(self, messages: list[dict[str, Any]]) -> frozenset[str]:
+        """The roles whose probes are in the prompt as they should be.
+
+        A template that knows no parts may print the list of them, with quotation marks.
+        """
+        for start in (0, 1):  # with the system message, and without
+            text = self._render(messages[start:], {}).get("text", "")
+            found = {
+                role
+                for role, word in PROBES.items()
+                if word in text and not any(f"{q}{word}{q}" in text for q in "'\"")
+            }
+            if found:
+                return frozenset(found)
+        return frozenset()
+
+    def _adapted(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """`message` with its content in a form that the template takes."""
+        message, content = dict(message), message.get("content")
+        role = message.get("role")
+        if isinstance(content, str):
+            if role in self.traits.parts and role not in self.traits.text:
+                message["content"] = _as_parts(content)
+        elif isinstance(content, list) and role not in self.traits.parts:
+            message["content"] = "\n".join(_texts(content))
+        return message
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The worker's answer."""
         values = {
             **self._tokens,
             **dict.fromkeys(NO_LISTS),
-            **(variables or {}),
+            "add_generation_prompt": True,
+            **variables,
             "messages": list(messages),
-            "add_generation_prompt": add_generation_prompt,
         }
         max_output = OUTPUT_ROOM + OUTPUT_FACTOR * len(json.dumps(values))
         with self._lock:
             answer = self._exchange({"variables": values, "max_output": max_output})
-            if answer.get("error", "").startswith("TypeError"):
-                # Some templates for tools go through the list of them without looking for one.
-                values = {**values, **{key: [] for key in NO_LISTS if values[key] is None}}
-                again = self._exchange({"variables": values, "max_output": max_output})
+            if answer.get("error", "").startswith(("TypeError", "UndefinedError")):
+                # Some templates for tools use what they are given without looking for it.
+                again = self._exchange(
+                    {"variables": _with_nothing(values), "max_output": max_output}
+                )
                 answer = answer if "error" in again else again
-        if "error" in answer:
-            raise _failure(answer)
-        return str(answer["text"])
+        return answer
 
     def _ready_worker(self) -> "_Worker":
         """A process that has compiled the template."""
@@ -96,6 +195,55 @@ class ChatTemplate:
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._ready_worker().ask(request)
+
+
+def thinking_variables(word: str) -> dict[str, Any]:
+    """What has the model reason (`on`), not at all (`off`), or as much as a word of EFFORTS says.
+
+    Families differ in the names.
+    """
+    variables = dict.fromkeys(("enable_thinking", "thinking"), word != "off")
+    if word not in EFFORTS:
+        return variables
+    names = ("reasoning_effort", "reasoning_strength", "thinking_effort")
+    return {**variables, **dict.fromkeys(names, word)}
+
+
+def named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The templates of a GGUF file by name; the usual one is `default`, and first."""
+    names = metadata.get(NAMES_KEY)
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    keys = {DEFAULT: TEMPLATE_KEY, **{name: f"{TEMPLATE_KEY}.{name}" for name in listed}}
+    if TEMPLATE_KEY not in metadata:
+        keys[DEFAULT] = f"{TEMPLATE_KEY}.{DEFAULT}"
+    found = {name: metadata.get(key) for name, key in keys.items()}
+    return {name: source for name, source in found.items() if isinstance(source, str)}
+
+
+def _probe(role: str) -> dict[str, Any]:
+    return {"role": role, "content": PROBES[role]}
+
+
+def _as_parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def _texts(parts: Sequence[Any]) -> Iterator[str]:
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise TemplateError(
+                f"the chat template takes only text, and a message has a part of the type "
+                f"'{printable(kind, 40)}'"
+            )
+        yield part["text"]
+
+
+def _with_nothing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` for a template that takes it for granted that there are tools and a date."""
+    nothing: dict[str, Any] = {key: [] for key in NO_LISTS if values[key] is None}
+    today = datetime.now().strftime("%b %d %Y")  # as llama.cpp gives it
+    return {"functions": "", "datetime": today, **values, **nothing}
 
 
 def _failure(answer: Mapping[str, Any]) -> TemplateError:

@@ -15,8 +15,10 @@ class Turn:
     prompt_text: str  # all text before the answer, earlier turns included
     prompt_ids: list[int]
     answer: str = ""
+    reasoning: str = ""  # what was written before the answer and is no part of it
+    written: str = ""  # all of it as it came: reasoning, answer and the marks around them
     answer_ids: list[int] = field(default_factory=list)
-    covered: str = ""  # what answer_ids say; more or less than `answer` only when cut short
+    covered: str = ""  # what answer_ids say; more or less than `written` only when cut short
 
 
 def joined(before: str, text: str) -> str:
@@ -45,28 +47,31 @@ def continuation_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
     return min(found, key=lambda way: way[0])[1] if found else None
 
 
-def rest_of(text: str, last: Turn, tokenizer: Tokenizer) -> str | None:
-    """What `text` adds to the last turn, or None when it does not begin with that turn.
+def held_part(text: str, last: Turn, tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """The ids of the last turn that `text` begins with, and the text behind them.
 
-    White space around the answer may be missing there; the ids then keep what was written.
+    White space around the answer may be missing there; the ids then keep what was written. Where
+    the answer is another one, as it is when the reasoning is left out, only the prompt is held.
     """
     if not text.startswith(last.prompt_text):
-        return None
+        return [], text
     after = text[len(last.prompt_text) :]
     variants = [last.covered]
-    if last.covered == last.answer:
-        variants += [last.answer.rstrip(), last.answer.lstrip(), last.answer.strip()]
+    if last.covered == last.written:
+        variants += [last.written.rstrip(), last.written.lstrip(), last.written.strip()]
     for variant in variants:
         for answer in (variant, tokenizer.guarded(variant)):
             if after.startswith(answer):
-                return after[len(answer) :]
-    return None
+                return last.prompt_ids + last.answer_ids, after[len(answer) :]
+    return last.prompt_ids, after
 
 
-def cut_back(turn: Turn, tokenizer: Tokenizer) -> None:
-    """Drop the last ids of an answer that was cut short, until they say no more than its text."""
-    answer = turn.answer.encode()
-    pieces = [tokenizer.token_bytes(i) for i in turn.answer_ids]
+def cut_back(turn: Turn, pieces: list[bytes]) -> None:
+    """Drop the last ids of an answer that was cut short, until they say no more than its text.
+
+    `pieces` are what the ids say, one by one.
+    """
+    answer = turn.written.encode()
     said = b"".join(pieces)
     while pieces and not (answer.startswith(said) and _is_whole(said)):
         said = said[: len(said) - len(pieces.pop())]

@@ -10,6 +10,7 @@ import typer
 
 import gguf_tools.cli
 import runtime.cli
+import runtime.tokenize_command
 from gguf_tools.command import run_command
 
 app = typer.Typer(
@@ -22,9 +23,11 @@ app = typer.Typer(
 )
 app.command()(gguf_tools.cli.convert)
 app.command()(gguf_tools.cli.info)
+app.command()(gguf_tools.cli.models)
 app.command()(runtime.cli.run)
 app.command()(runtime.cli.bench)
 app.command()(runtime.cli.doctor)
+app.command()(runtime.tokenize_command.tokenize)
 
 
 def main() -> NoReturn:

@@ -51,13 +51,40 @@ class Weights:
         return parts
 
     def experts(self, name: str, n_experts: int, n_rows: int, n_columns: int) -> tuple[Matrix, ...]:
-        """One matrix per expert of a stacked tensor (n_experts, n_rows, n_columns)."""
+        """One matrix per expert of a stacked tensor (n_experts, n_rows, n_columns).
+
+        Files from before April 2024 have a tensor for each expert instead: `blk.0.ffn_up.7.weight`
+        for the eighth of `blk.0.ffn_up_exps.weight`.
+        """
+        stem, suffix = name.split("_exps", 1) if "_exps" in name else (name, "")
+        if not self.has(name) and self.has(f"{stem}.0{suffix}"):
+            return self._single_experts(stem, suffix, n_experts, (n_rows, n_columns))
         if not self._check(name, (n_experts, n_rows, n_columns)):
             none = np.empty((0, 0), np.uint8)
             return (Matrix(name, by_name("F32"), n_rows, n_columns, none),) * n_experts
         info = self.file.tensors[name]
         data = self.file.raw(name).reshape(n_experts, n_rows, -1)
         return tuple(Matrix(name, info.quant, n_rows, n_columns, expert) for expert in data)
+
+    def _single_experts(
+        self, stem: str, suffix: str, n_experts: int, shape: tuple[int, int]
+    ) -> tuple[Matrix, ...]:
+        names = [f"{stem}.{expert}{suffix}" for expert in range(n_experts)]
+        matrices = tuple(self.matrix(name, *shape) for name in names)
+        first = matrices[0].quant.name
+        for matrix in matrices:
+            if self.has(matrix.name) and matrix.quant.name != first:
+                found = f"{matrix.quant.name}, and {names[0]} {first}"
+                self.problems.append(
+                    f"{matrix.name} is {found}: expected one type for all experts of a layer"
+                )
+        return matrices
+
+    def table(self, name: str, n_rows: int, n_columns: int) -> Floats:
+        """A float32 matrix that is small and not multiplied with, such as norms of heads."""
+        if self._check(name, (n_rows, n_columns)):
+            return np.ascontiguousarray(self.file.load(name), np.float32)
+        return np.zeros((n_rows, n_columns), np.float32)
 
     def vector(self, name: str, size: int) -> Floats:
         """A float32 vector such as a norm's weight."""

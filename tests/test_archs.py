@@ -32,20 +32,29 @@ def rope_metadata(**changes: Any) -> dict[str, Any]:
     return {key: value for key, _, value in facts_of(**changes).rope.metadata()}
 
 
+def any_config() -> HFConfig:
+    """What every architecture can be read from: its sizes under all names they go by."""
+    silent = dict.fromkeys(("hidden_act", "tie_word_embeddings", "head_dim"), ...)
+    old_names = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}
+    return HFConfig(llama_config(num_key_value_heads=4, **silent, **old_names), "config.json")
+
+
 @pytest.mark.parametrize("architecture", archs.ARCHITECTURES, ids=lambda a: a.name)
 def test_tables_are_sound(architecture: archs.Architecture) -> None:
     """Every architecture, whatever it is: names are unique, sizes and fields exist."""
     rules = [architecture.embedding, architecture.head, *architecture.tensors]
-    for column in ("source", "name"):
-        names = [getattr(rule, column) for rule in rules]
-        assert len(set(names)) == len(names)
-        assert all(len(name.replace("{layer}", "9999")) < 64 for name in names)
-    sizes = facts_of().sizes
-    fields = ModelFacts.__dataclass_fields__
+    for keys in (
+        [(rule.source, rule.part, rule.when) for rule in rules],
+        [(rule.name, rule.when) for rule in rules],
+    ):
+        assert len(set(keys)) == len(keys)
+        assert all(len(key[0].replace("{layer}", "9999")) < 64 for key in keys)
+    facts = architecture.read_facts(any_config())
     for rule in rules:
-        assert set(rule.shape) <= set(sizes)
+        assert set(rule.shape) <= set(facts.sizes)
         assert ("{layer}" in rule.source) == ("{layer}" in rule.name)
-    assert all(rule.field in fields for rule in architecture.metadata)
+    for metadata in architecture.metadata:
+        facts.value(metadata.field)
     for class_name in architecture.classes:
         assert archs.find(HFConfig({"architectures": [class_name]}, "c")) is architecture
     for model_type in architecture.model_types:
@@ -176,7 +185,7 @@ def test_contradictions_are_named(changes: dict[str, Any], words: str) -> None:
     ("changes", "words"),
     [
         ({"hidden_act": "gelu"}, "expected silu, found gelu"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope is not supported"),
+        ({"rope_scaling": {"type": "spiral", "factor": 4}}, "spiral is not supported"),
         ({"rope_scaling": {"rope_type": "\x1b[2J"}}, r"\\x1b"),
     ],
 )

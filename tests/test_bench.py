@@ -167,11 +167,11 @@ def test_one_round_has_no_spread_and_one_token_is_enough(small: Path) -> None:
 
 
 def test_models_tell_their_notes(tmp_path: Path) -> None:
-    path = llama_file(tmp_path / "slow.gguf", quant="IQ3_S", dim=256, ffn_dim=256)
+    path = llama_file(tmp_path / "slow.gguf", quant="Q8_1", dim=256, ffn_dim=256)
     with GGUFFile(path) as file:
         events = list(measure(file, [Case("prompt", 2, 0, 1), Case("decode", 1, 0, 1)], repeat=1))
     notes = [event for event in events if isinstance(event, Note)]
-    assert len(notes) == 1 and "IQ3_S" in notes[0].text
+    assert len(notes) == 1 and "Q8_1" in notes[0].text
     assert isinstance(events[-1], Measurement)
 
 

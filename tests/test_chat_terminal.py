@@ -16,9 +16,10 @@ import fcntl
 import struct
 import termios
 
-from gguf_tools.jit import CACHE_VARIABLE, cache_root
+from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 
 TIMEOUT = 180.0  # seconds for anything to appear: the first start compiles
+NO_COLOR = "1"  # in the program's environment
 READY = "\x1b[?2004h"  # sent when a line is asked for: bracketed paste on
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>78]|\r")
 
@@ -47,7 +48,7 @@ class Terminal:
             "XDG_STATE_HOME": str(home / "state"),
             CACHE_VARIABLE: str(cache_root() or "off"),  # compiled kernels stay where they are
             "PYTHONIOENCODING": "utf-8",
-            "NO_COLOR": "1",
+            "NO_COLOR": NO_COLOR,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, *map(str, arguments)],
@@ -323,7 +324,6 @@ def test_the_history_outlives_the_program(start, tmp_path):
 
 def test_termination_leaves_no_trace(start):
     terminal, _ = start(*GREEDY)
-    time.sleep(1)  # the line editor reads its history just after it shows the prompt
     terminal.process.send_signal(signal.SIGTERM)
     assert terminal.wait() == 128 + signal.SIGTERM
     assert "Traceback" not in terminal.raw

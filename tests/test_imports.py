@@ -44,6 +44,7 @@ def test_directions(path: Path) -> None:
         "gguf_tools/cli.py",
         "gguf_tools/command.py",
         "runtime/cli.py",
+        "runtime/tokenize_command.py",
         "runtime/umbrella.py",
     ):
         assert not uses(path, "typer", "click"), "typer belongs to the command lines"
@@ -98,6 +99,7 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
         "gguf_tools/command.py",
         "runtime/cli.py",
         "runtime/chat.py",
+        "runtime/tokenize_command.py",
     ):
         return
     calls = [

@@ -11,7 +11,7 @@ from runtime.backends.memory import Arena
 from runtime.backends.table import Access, Table, Units, columns, items, reads, writes
 from runtime.config import read_config
 from runtime.decoders import build_program
-from runtime.kernels import attention, elementwise, kv_cache, matmul
+from runtime.kernels import attention, elementwise, experts, gates, kv_cache, matmul
 from runtime.kernels.interpreter import (
     EPOCH,
     GROUP,
@@ -61,7 +61,7 @@ def decode_steps(path: Path, threads: int = 2) -> list[tuple[str, int, int]]:
     """(kernel, wait since, operations in the group) of each operation of a decode step."""
     names = {
         kernel.address: name
-        for module in (attention, elementwise, kv_cache, matmul)
+        for module in (attention, elementwise, experts, gates, kv_cache, matmul)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "address")
     }

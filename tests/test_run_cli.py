@@ -271,7 +271,7 @@ def test_layers_on_a_gpu(stories260k_gguf, value):
 def test_templates_that_do_not_work(stories260k_gguf, tmp_path):
     template = tmp_path / "template.jinja"
     options = (stories260k_gguf, "-p", "x", "--chat-template", template)
-    assert "No such file" in refused(*options)
+    assert "no such file" in refused(*options)
     template.write_text("{% for %}")
     assert "template" in refused(*options)
     template.write_bytes(b"\xff")

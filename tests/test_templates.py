@@ -1,5 +1,4 @@
 import json
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -9,10 +8,11 @@ import psutil
 import pytest
 
 from gguf_tools.errors import TemplateError
-from runtime.templates import ChatTemplate
+from runtime.template_worker import make_environment
+from runtime.templates import ChatTemplate, Traits, named_templates
+from tests.renderings import render_all
 
-TEMPLATES = "GGUF_TOOLS_TEST_TEMPLATES"
-"""Names a folder of .jinja files, such as models/templates of a llama.cpp source tree."""
+DATA = Path(__file__).parent / "data" / "chat_templates"
 
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},
@@ -156,6 +156,78 @@ def test_any_text_passes_unchanged() -> None:
         assert template.render([{"role": "user", "content": text}]) == text
 
 
+# Contents, as texts and as parts.
+
+ONLY_PARTS = """\
+{%- for message in messages %}<|{{ message.role }}|>
+{%- for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}
+{%- endfor %}"""
+
+
+def test_a_template_that_goes_through_parts_gets_them() -> None:
+    template = ChatTemplate(ONLY_PARTS)
+    assert template.traits.text == frozenset()
+    assert template.render(DIALOGUE[1:3]) == "<|user|>Hello<|assistant|>Hi!"
+
+
+def test_parts_are_joined_where_a_template_wants_text() -> None:
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]
+    template = ChatTemplate("{{ messages[0].content + '!' }}")
+    assert template.render([{"role": "user", "content": parts}]) == "Hello\nyou!"
+    with pytest.raises(TemplateError, match=r"takes only text, .* of the type 'image\\x1b'"):
+        template.render([{"role": "user", "content": [{"type": "image\x1b"}]}])
+    with pytest.raises(TemplateError, match="takes only text"):
+        template.render([{"role": "user", "content": ["Hello"]}])
+
+
+def test_a_role_may_want_text_where_another_has_parts() -> None:
+    mixed = """\
+{%- for message in messages %}
+{%- if message.role == 'system' %}{{ message.content + ':' }}
+{%- else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}
+{%- endfor %}"""
+    template = ChatTemplate(mixed)
+    assert template.render(DIALOGUE[:2]) == "Be brief.:Hello"
+
+
+def test_templates_for_tools_do_without() -> None:
+    source = "{% for tool in tools %}x{% endfor %}{{ 'f' + functions }} {{ datetime + '' }}"
+    assert ChatTemplate(source).render(DIALOGUE).startswith("f ")
+    with pytest.raises(TemplateError, match="'other' is undefined"):
+        ChatTemplate("{{ 'x' + other }}").render(DIALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, {}),
+        ({"tokenizer.chat_template": "a"}, {"default": "a"}),
+        (
+            {
+                "tokenizer.chat_templates": ["tool_use", "rag", 3, "absent"],
+                "tokenizer.chat_template.tool_use": "b",
+                "tokenizer.chat_template.rag": "c",
+                "tokenizer.chat_template.absent": 4,
+                "tokenizer.chat_template": "a",
+            },
+            {"default": "a", "tool_use": "b", "rag": "c"},
+        ),
+        (
+            {
+                "tokenizer.chat_templates": ["rag", "default"],
+                "tokenizer.chat_template.default": "a",
+                "tokenizer.chat_template.rag": "c",
+            },
+            {"default": "a", "rag": "c"},
+        ),
+        ({"tokenizer.chat_template": 7, "tokenizer.chat_templates": "x"}, {}),
+    ],
+)
+def test_templates_by_name(metadata: dict[str, Any], expected: dict[str, str]) -> None:
+    found = named_templates(metadata)
+    assert found == expected and list(found)[:1] == list(expected)[:1]
+
+
 # What a template must not do.
 
 ESCAPES = [
@@ -173,6 +245,15 @@ ESCAPES = [
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}",
     "{% extends 'x' %}",
+    "{{ ('{0.__class__' ~ '.__init__}').format(cycler) ~ nothing.x }}",
+    "{{ (['{0.__globals__}'] | map('format', lipsum) | first) ~ nothing.x }}",
+    "{% set f = '{0.__class__.__mro__}'.format %}{{ f(1) ~ nothing.x }}",
+    "{{ ([''] | map(attribute='__class__') | first).__mro__[0] ~ nothing.x }}",
+    "{{ from_json.__globals__['sys'].exit() }}",
+    "{{ joiner.__init__.__globals__ }}",
+    "{{ dict.__subclasses__() }}",
+    "{{ messages[0].update({'a': 1}) }}",
+    "{{ ''.__class__.__base__.__subclasses__() | map('string') | join }}",
 ]
 
 BOMBS = {
@@ -197,6 +278,13 @@ BOMBS = {
     "{% endmacro %}{{ f(60) }}",
     "output": "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxx{% endfor %}"
     "{% endfor %}",
+    "json": "{{ [[0] * 9999] * 999999 | tojson }}",
+    "json numbers": "{{ from_json('[' ~ '9' * 5000 ~ ']') }}",
+    "json depth": "{{ from_json('[' * 100000) }}",
+    "strftime": "{{ strftime_now('%c' * 10 ** 8) }}",
+    "sort": "{{ (range(99999) | list * 99999) | sort }}",
+    "wordwrap": "{{ ('x ' * 10 ** 8) | wordwrap(1) | length }}",
+    "namespaces": "{% set n = namespace() %}{% set n.n = n %}{{ n | tojson }}",
     "join": "{{ range(99999) | join('x' * 1000000) }}",
     "slices": "{{ [1] | slice(10 ** 9) | list | length }}",
     "batch": "{{ [1] | batch(10 ** 9, 0) | list | length }}",
@@ -286,20 +374,56 @@ def test_a_rendering_is_quick() -> None:
     assert time.monotonic() - start < 5  # 0.1 s on a quiet machine
 
 
-@pytest.mark.skipif(TEMPLATES not in os.environ, reason=f"{TEMPLATES} names no folder")
-def test_templates_of_real_models() -> None:
-    """All render the dialogue, or refuse it by themselves."""
-    refused = {}
-    paths = sorted(Path(os.environ[TEMPLATES]).glob("*.jinja"))
-    for path in paths:
-        template = ChatTemplate(path.read_text(), bos_token="<s>", eos_token="</s>")
+# The templates of real models, in llama.cpp's source package.
+
+
+@pytest.fixture(scope="module")
+def real_templates(llama_cpp_models: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in sorted((llama_cpp_models / "templates").glob("*.jinja"))}
+
+
+def test_renderings_are_those_of_transformers(real_templates: dict[str, str]) -> None:
+    """Twelve dialogues, six ways each; the expected ones were made by make.py beside them."""
+    dialogues = json.loads((DATA / "dialogues.json").read_text())
+    expected = json.loads((DATA / "renderings.json").read_text())
+    environment = make_environment()
+    found = {
+        name: render_all(environment.from_string(real_templates[name]), dialogues)
+        for name in expected
+    }
+    assert found == expected and len(found) == 70
+
+
+def test_real_templates_say_everything(real_templates: dict[str, str]) -> None:
+    """All render the dialogue, as texts and as parts, or refuse it by themselves."""
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in DIALOGUE]
+    refused, deaf = {}, []
+    for name, source in real_templates.items():
+        template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+        if not template.takes_system:
+            deaf.append(name)
         try:
-            text = template.render(DIALOGUE)
+            texts = [template.render(DIALOGUE), template.render(parts)]
         except TemplateError as error:
-            refused[path.name] = str(error)
+            refused[name] = str(error)
             continue
-        assert all(message["content"] in text for message in DIALOGUE), path.name
-    assert len(paths) >= 60 and len(refused) <= 2, refused
+        assert texts[0] == texts[1], name
+        assert all(message["content"] in texts[0] for message in DIALOGUE), name
+        assert texts[0].count("<s>") <= 1 and texts[0].find("<s>") <= 0, name
+    (name,) = refused
+    assert [name] == deaf == ["google-gemma-2-2b-it.jinja"]
+    assert refused[name].endswith("refuses this conversation: System role not supported")
+
+
+def test_what_templates_do(real_templates: dict[str, str]) -> None:
+    def traits(name: str) -> Traits:
+        return ChatTemplate(real_templates[f"{name}.jinja"]).traits
+
+    assert traits("Qwen-Qwen3-0.6B").switches == {"on", "off"}
+    assert traits("openai-gpt-oss-120b").switches == {"low", "medium", "high"}
+    assert not traits("Qwen-Qwen2.5-7B-Instruct").switches
+    assert not traits("mistralai-Ministral-3-14B-Reasoning-2512").empty
+    assert traits("google-gemma-4-31B-it").parts == {"user", "assistant"}
 
 
 def test_templates_of_checkpoints_at_hand(smollm2_checkpoint: Path) -> None:

@@ -99,6 +99,66 @@ def test_prefix_before_a_text_or_after_every_token(tmp_path: Path) -> None:
             assert ids == source.encode(text).ids, (scheme, text)
 
 
+@pytest.mark.parametrize("data", [byte_level(), byte_fallback()], ids=["bytes", "pieces"])
+def test_tokens_that_take_the_space_beside_them(data: dict[str, Any], tmp_path: Path) -> None:
+    add_token(data, "<|user|>", special=True, rstrip=True)
+    add_token(data, "<mask>", special=True, lstrip=True)
+    add_token(data, "<both>", special=False, lstrip=True, rstrip=True)
+    tokenizer = tokenizer_of(data, tmp_path)
+    source = SourceTokenizer.from_str(json.dumps(data))
+    for text in (
+        "<|user|>\nOnce <mask> upon",
+        "Once \u3000<mask>\n<|user|> <|user|>\n\na",
+        " <both>  <mask> <both> a",
+        "<|user|>",
+        "<mask> ",
+    ):
+        ids = tokenizer.encode(text, add_special=False, parse_special=True)
+        assert ids == source.encode(text, add_special_tokens=False).ids, text
+        typed = tokenizer.encode(tokenizer.guarded(text), add_special=False, parse_special=True)
+        assert typed == tokenizer.encode(text, add_special=False)
+    assert "\n" in tokenizer.decode(tokenizer.encode("<|user|>\nOnce", add_special=False))
+
+
+def test_both_kinds_of_space_in_added_pieces(tmp_path: Path) -> None:
+    """Gemma's tokenizer.json adds runs of U+2581, which a user may type as such."""
+    data = byte_fallback()
+    for n in (2, 3):
+        add_token(data, "\u2581" * n, special=False)
+    tokenizer = tokenizer_of(data, tmp_path)
+    source = SourceTokenizer.from_str(json.dumps(data))
+    for text in ("a\u2581\u2581b", "\u2581\u2581\u2581\u2581\u2581", "a b"):
+        ids = tokenizer.encode(text, add_special=False)
+        assert ids == source.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_pieces_like_the_source(lowercase: bool) -> None:
+    from tokenizers import BertWordPieceTokenizer
+
+    source = BertWordPieceTokenizer(lowercase=lowercase, strip_accents=lowercase)
+    lines = [line for text in (*TEST_TEXTS, *random_texts(300, seed=7)) for line in [text] * 2]
+    source.train_from_iterator(lines, vocab_size=700, show_progress=False, min_frequency=2)
+    names = sorted(source.get_vocab(), key=source.token_to_id)
+    special = {"[PAD]": "padding", "[UNK]": "unknown", "[CLS]": "cls", "[SEP]": "seperator"}
+    texts = [n if n in special else n[2:] if n[:2] == "##" else "\u2581" + n for n in names]
+    types = np.array([CONTROL if name in special else NORMAL for name in names], np.int32)
+    roles = {f"{role}_token_id": names.index(name) for name, role in special.items()}
+    flags = {} if lowercase else {"normalizer.lowercase": False}
+    tokenizer = Tokenizer(
+        minimal(model="bert", pre=None, merges=None, tokens=texts, token_type=types,
+                eos_token_id=None, **roles, **flags)
+    )  # fmt: skip
+    assert tokenizer.notes == ()
+    for text in (*TEST_TEXTS, *random_texts(200), "[CLS] a[SEP]", "x" * 101 + " y"):
+        ids = tokenizer.encode(text, add_special=False)
+        assert ids == source.encode(text, add_special_tokens=False).ids or "[" in text, text
+        assert tokenizer.encode(text) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+    typed = tokenizer.encode("[CLS]", add_special=False)
+    assert tokenizer.bos_id not in typed
+    assert tokenizer.encode("[CLS]", add_special=False, parse_special=True) == [tokenizer.bos_id]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -400,6 +460,14 @@ def test_missing_pre_tokenizer_is_told() -> None:
         ({"model": "llama", "scores": np.full(4, np.nan, np.float32)}, "score of token 0"),
         ({"model": "llama", "scores": np.zeros(4, np.int8)}, "float32"),
         ({"add_bos_token": "yes"}, "true or false"),
+        ({"model": "none"}, "no tokenizer.*'none'"),
+        ({"model": "bert"}, "unknown_token_id is missing"),
+        ({"normalizer.lowercase": 1}, "true or false"),
+        ({"rstrip_token_ids": np.array([4], np.int32)}, "from 4 to 4.*has 4 tokens"),
+        ({"lstrip_token_ids": np.array([0, -1], np.int32)}, "from -1 to 0"),
+        ({"lstrip_token_ids": np.array([2**63], np.uint64)}, "has 4 tokens"),
+        ({"lstrip_token_ids": np.zeros(2, np.float32)}, "list of token ids"),
+        ({"lstrip_token_ids": "ab"}, "list of token ids"),
         ({"precompiled_charsmap": np.arange(9, dtype=np.uint8)}, "not a table"),
         ({"precompiled_charsmap": np.zeros(2, np.float32)}, "list of bytes"),
     ],
@@ -413,7 +481,8 @@ def test_broken_metadata(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "rwkv"}, r"'rwkv'; known are llama"),
+        ({"model": "rwkv"}, r"'rwkv'; known are llama, t5, gpt2, gemma4, bert"),
+        ({"model": "plamo2"}, r"'plamo2'; known are llama"),
         ({"model": "\x1b[31m"}, r"\\x1b\[31m"),
         ({"pre": "made-up"}, r"'made-up'; known are .*gpt-2.*qwen2"),
     ],
@@ -434,6 +503,21 @@ def test_ids_out_of_range_are_ignored_in_words(bad: object) -> None:
 @pytest.mark.parametrize("none", [-1, np.uint32(2**32 - 1)])
 def test_no_token_is_a_choice(none: object) -> None:
     assert Tokenizer(minimal(bos_token_id=none)).notes == ()
+
+
+def test_fill_in_the_middle_tokens_are_control() -> None:
+    """Whatever the file calls them: what a user types never becomes one."""
+    tokenizer = Tokenizer(minimal(more=["<|fim_prefix|>", "<|fim_pad|>"]))
+    assert 4 not in tokenizer.encode("<|fim_prefix|>")
+    assert tokenizer.encode("<|fim_prefix|>", parse_special=True) == [4]
+    assert tokenizer.eog_ids == {0, 5}
+
+
+def test_gemma4_always_has_bos() -> None:
+    """The first files said that it has none."""
+    metadata = minimal(model="gemma4", pre=None, bos_token_id=0, add_bos_token=False)
+    assert Tokenizer(metadata).encode("ab") == [0, 3]
+    assert Tokenizer(minimal(bos_token_id=0, add_bos_token=False)).encode("ab") == [3]
 
 
 def test_default_ids() -> None:
@@ -460,9 +544,10 @@ def test_odd_vocabularies() -> None:
 
 
 def test_a_vocabulary_of_one() -> None:
-    for model in ("gpt2", "llama", "t5", "gemma4"):
+    for model in ("gpt2", "llama", "t5", "gemma4", "bert"):
         metadata = minimal(model=model, tokens=["a"], token_type=None, merges=[],
-                           scores=np.zeros(1, np.float32), eos_token_id=None)  # fmt: skip
+                           scores=np.zeros(1, np.float32), eos_token_id=None,
+                           unknown_token_id=0 if model == "bert" else None)  # fmt: skip
         tokenizer = Tokenizer(metadata)
         assert tokenizer.encode("ba")[-1:] in ([0], [])
 

@@ -1,5 +1,6 @@
 """llama.cpp's own vocabularies: the ids it recorded for their texts, and how they decode."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ VECTORS = (
     "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
 )  # fmt: skip
 WITHOUT_VECTORS = ("aquila", "baichuan", "gpt-neox", "nomic-bert-moe")
+RECORDED = Path(__file__).parent / "data" / "tokenizers" / "hugging_face.json"
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
 
@@ -55,3 +57,43 @@ def test_what_bert_keeps_of_a_text(llama_cpp_models: Path) -> None:
     assert tokenizer.decode(ids) == "unaffablee tokens"
     assert tokenizer.decode(ids, special=True) == "[CLS] unaffablee tokens[SEP]"
     assert ids[0] == tokenizer.bos_id == 101 and ids[-1] == tokenizer.eos_id == 102
+
+
+def test_ids_recorded_from_hugging_face(llama_cpp_models: Path) -> None:
+    """Random mixed scripts, encoded by the makers' tokenizer.json of the same vocabularies."""
+    for record in json.loads(RECORDED.read_text()):
+        tokenizer = load(path_of(llama_cpp_models, record["vocabulary"]))
+        assert len(record["texts"]) == 40
+        for entry in record["texts"]:
+            ids = tokenizer.encode(entry["text"], add_special=False)
+            assert ids == entry["ids"], (record["source"], entry["text"])
+
+
+def test_phi3_takes_the_space_behind_a_special_token(llama_cpp_models: Path) -> None:
+    tokenizer = load(path_of(llama_cpp_models, "phi-3"))
+    prompt = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    ids = tokenizer.encode(prompt, add_special=False, parse_special=True)
+    said = [tokenizer.token_text(i) for i in ids]
+    assert said == ["<|user|>", "\u2581Hi", "<|end|>", "<|assistant|>"]
+    typed = tokenizer.encode(tokenizer.guarded(prompt), add_special=False, parse_special=True)
+    assert tokenizer.decode(typed) == prompt
+
+
+def test_fill_in_the_middle_is_never_found_in_plain_text(llama_cpp_models: Path) -> None:
+    """This file calls the tokens user-defined."""
+    tokenizer = load(path_of(llama_cpp_models, "deepseek-coder"))
+    text = "<\uff5cfim\u2581begin\uff5c>x<\uff5cfim\u2581hole\uff5c>"
+    assert len(tokenizer.encode(text, add_special=False, parse_special=True)) == 3
+    plain = tokenizer.encode(text, add_special=False)
+    assert len(plain) > 8 and tokenizer.decode(plain) == text
+
+
+@pytest.mark.parametrize("name", WITHOUT_VECTORS)
+def test_vocabularies_without_vectors(llama_cpp_models: Path, name: str) -> None:
+    """Two of them do not name their pre-tokenizer, which is told loudly."""
+    tokenizer = load(path_of(llama_cpp_models, name))
+    text = "Hello  World, 1234 \u4e16\u754c!"
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special=False))
+    assert decoded == ("Hello World, 1234 \u4e16\u754c!" if name == "nomic-bert-moe" else text)
+    told = any("WARNING" in note and "tokenizer.ggml.pre" in note for note in tokenizer.notes)
+    assert told == (name in ("aquila", "gpt-neox"))

@@ -51,10 +51,12 @@ def byte_fallback(*, vocab_size: int = 700) -> dict[str, Any]:
     return dict(data)
 
 
-def add_token(data: dict[str, Any], text: str, *, special: bool) -> int:
+def add_token(
+    data: dict[str, Any], text: str, *, special: bool, lstrip: bool = False, rstrip: bool = False
+) -> int:
     """Add a token behind all others; its id."""
     tokenizer = Tokenizer.from_str(json.dumps(data))
-    token = AddedToken(text, special=special, normalized=False)
+    token = AddedToken(text, special=special, normalized=False, lstrip=lstrip, rstrip=rstrip)
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
     data.update(json.loads(tokenizer.to_str()))
     return int(tokenizer.token_to_id(text))

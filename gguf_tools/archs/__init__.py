@@ -4,12 +4,45 @@ An architecture names its tensors, says what each one's shape follows from and h
 changed, and which metadata describe it. Nothing here reads a file or touches a weight.
 """
 
-from gguf_tools.archs import llama
+from gguf_tools.archs import (
+    gemma,
+    gemma3,
+    gpt2,
+    gptneox,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen,
+    qwenmoe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from gguf_tools.archs.architecture import Architecture
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.errors import UnsupportedModelError, printable
 
-ARCHITECTURES: tuple[Architecture, ...] = (llama.ARCHITECTURE,)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    llama.ARCHITECTURE,
+    mixtral.ARCHITECTURE,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    qwenmoe.QWEN2MOE,
+    qwenmoe.QWEN3MOE,
+    gemma.GEMMA,
+    gemma.GEMMA2,
+    gemma3.ARCHITECTURE,
+    smollm3.ARCHITECTURE,
+    granite.ARCHITECTURE,
+    olmo2.ARCHITECTURE,
+    phi3.ARCHITECTURE,
+    gpt2.ARCHITECTURE,
+    starcoder2.ARCHITECTURE,
+    stablelm.ARCHITECTURE,
+    gptneox.ARCHITECTURE,
+)
 
 
 def find(config: HFConfig) -> Architecture:

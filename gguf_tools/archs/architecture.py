@@ -10,7 +10,7 @@ from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.rope import Rope
 from gguf_tools.archs.transforms import Transform
 
-Scalar = int | float | bool | str
+Fact = int | float | bool | str | tuple[bool, ...]  # a tuple becomes an array
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class ModelFacts:
     tied: bool | None = None  # tie_word_embeddings, if config.json says it
     key_length: int | None = None  # head_dim, if config.json gives one
     sliding_window: int | None = None
+    window_pattern: tuple[bool, ...] | None = None  # which layers have it; None: GGUF knows
     switches: frozenset[str] = field(default_factory=frozenset)  # what is there: "attention_bias"
     n_experts: int | None = None
     more_sizes: Mapping[str, int] = field(default_factory=dict)  # for the shapes of tensor rules
-    more: Mapping[str, Scalar | None] = field(default_factory=dict)  # for metadata rules
+    more: Mapping[str, Fact | None] = field(default_factory=dict)  # for metadata rules
     notes: tuple[str, ...] = ()  # for the user
 
     @property
@@ -50,11 +51,11 @@ class ModelFacts:
             **self.more_sizes,
         }
 
-    def value(self, field: str) -> Scalar | None:
+    def value(self, field: str) -> Fact | None:
         """A fact by its name, for metadata."""
         if field in self.more:
             return self.more[field]
-        value: Scalar | None = getattr(self, field)
+        value: Fact | None = getattr(self, field)
         return value
 
 
@@ -62,8 +63,8 @@ class ModelFacts:
 class TensorRule:
     """One tensor, or with {layer} in its names one of every layer.
 
-    With {expert} in `source`, the tensors of all experts are stacked. Several rules may take parts
-    of the same source.
+    With {expert} in `source`, as many tensors are stacked as the first size of the shape says.
+    Several rules may take parts of the same source.
     """
 
     source: str  # its name in the checkpoint
@@ -73,12 +74,16 @@ class TensorRule:
     when: str = ""  # the switch that must be on
     transposed: bool = False  # the checkpoint has the last two axes the other way round
     part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
+    regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
+    one_row: bool = False  # the checkpoint has this vector as a matrix of one row
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
         """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
         shape = [facts.sizes[size] for size in self.shape]
         if "{expert}" in self.source:
             shape = shape[1:]
+        if self.one_row:
+            shape.insert(0, 1)
         if self.part is not None:
             shape[-2] *= self.part[1]
         if self.transposed:
@@ -102,7 +107,7 @@ class MetadataRule:
     """
 
     key: str
-    type: str
+    type: str  # of the elements where the fact is a tuple
     field: str
 
 
@@ -122,3 +127,6 @@ class Architecture:
     ignored: tuple[str, ...]  # endings of names that are buffers, not weights
     renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names, and what the rules call them
     skipped: tuple[str, ...] = ()  # beginnings of names that the file has no place for; said
+    # Ways in which checkpoints name the same weights: a switch, and the ending of a name that shows
+    # it. The first that is there is switched on.
+    layouts: tuple[tuple[str, str], ...] = ()

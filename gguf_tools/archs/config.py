@@ -57,6 +57,16 @@ class HFConfig:
             raise self.refuse(key, f"a number from {low:g} to {high:g}", value)
         return float(value)
 
+    def reals(self, key: str, n: int, *, low: float, high: float) -> tuple[float, ...]:
+        """A list of n numbers."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or len(values) != n:
+            found = f"{len(values)} of them" if isinstance(values, list) else values
+            raise self.refuse(key, f"a list of {n} numbers", found)
+        where = f"{self.where}: {key}"
+        items = HFConfig({f"[{i}]": value for i, value in enumerate(values)}, where)
+        return tuple(items.real(f"[{i}]", low=low, high=high) for i in range(n))
+
     def flag(self, key: str, *, default: bool | None) -> bool | None:
         value = self.values.get(key)
         if value is None:

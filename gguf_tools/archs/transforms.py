@@ -27,3 +27,8 @@ def interleave_heads(head_dim: int) -> Transform:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
     return Transform(head_dim, apply)
+
+
+def add_one(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Norm weights that a checkpoint stores less one."""
+    return rows + np.float32(1)

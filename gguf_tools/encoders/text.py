@@ -9,6 +9,7 @@ from gguf_tools.encoders.pieces import PieceEncoder
 from gguf_tools.encoders.vocabulary import (
     CONTROL,
     PIECE_MODELS,
+    SPACE,
     UNKNOWN,
     USER_DEFINED,
     Vocabulary,
@@ -92,8 +93,12 @@ class TextEncoder:
             if kind in kinds and (kind != USER_DEFINED or is_added(vocabulary, i))
         ]
         chosen.reverse()  # of several with one text the first counts
+        texts = [vocabulary.tokens[i] for i in chosen]
+        if vocabulary.model in PIECE_MODELS:  # there both of the spaces are one
+            texts = [text.replace(" ", SPACE) for text in texts] + texts
+            chosen = chosen * 2
         return Matcher(
-            [vocabulary.tokens[i] for i in chosen],
+            texts,
             chosen,
             lstrip=vocabulary.lstrip_ids if strip else frozenset(),
             rstrip=vocabulary.rstrip_ids if strip else frozenset(),

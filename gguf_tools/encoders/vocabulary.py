@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
+from gguf_tools.vocab.special import FILL_IN_MIDDLE
 
 KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4", "bert")
 PIECE_MODELS = ("llama", "t5")  # SentencePiece's BPE and unigram models
@@ -46,6 +47,8 @@ END_TEXTS = frozenset({
 })  # fmt: skip
 # The same, but only where they are control tokens: they may be text as well (HTML's </s>).
 END_CONTROL_TEXTS = frozenset({"</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]"})
+# Tokens of fill-in-the-middle are control tokens, whatever a converter took them for.
+FILL_TEXTS = frozenset(text for texts in FILL_IN_MIDDLE.values() for text in texts)
 # Fill-in-the-middle tokens that end the part between (padding, next file, next repository).
 FILL_ENDS = {
     "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
@@ -115,6 +118,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         bad = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise FormatError(f"{PREFIX}scores: the score of token {bad:,} is {scores[bad]}")
     ids = _special_ids(metadata, model, tokens, types, notes)
+    types[[i for i, text in enumerate(tokens) if text in FILL_TEXTS]] = CONTROL
     eog_ids = _end_ids(tokens, types, ids)
     types[[i for i in eog_ids if types[i] in (NORMAL, USER_DEFINED)]] = CONTROL
     template = metadata.get(TEMPLATE_KEY)
@@ -175,8 +179,9 @@ def _pre_tokenizer(metadata: Mapping[str, Any], model: str, notes: list[str]) ->
         return PRETOKENIZERS["default"]
     if not name:
         notes.append(
-            "the file does not name its pre-tokenizer (it was made by an old converter): text may "
-            "be tokenized otherwise than in training"
+            "WARNING: the file does not name its pre-tokenizer (tokenizer.ggml.pre; it was made by "
+            "an old converter): the default one is used, and text may be tokenized otherwise than "
+            "in training; answers may be poor, convert the model anew"
         )
         return PRETOKENIZERS["default"]
     pre = PRETOKENIZERS.get(name)

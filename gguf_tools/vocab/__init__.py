@@ -5,7 +5,7 @@ say about special tokens, templates and sampling is gathered from wherever they 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def _added_tokens(
     for token in tokens:
         before = merged.get(token.text)
         if before is not None and before.source != ADDED_NAME:
-            token = AddedToken(before.id, token.text, token.special, before.source)
+            token = replace(token, id=before.id, source=before.source)
         merged[token.text] = token
     return sorted(merged.values(), key=lambda token: token.id)
 
@@ -197,11 +197,14 @@ def _switches(
         prefix = configured  # tokenizer.json says itself what it does
     if prefix is not None:
         switches[PREFIX + "add_space_prefix"] = Value("bool", prefix)
-    # Two rules of our own, which llama.cpp passes over.
+    # Rules of our own, which llama.cpp passes over.
     if prefix and pieces.prefix_first_only:
         switches[PREFIX + "space_prefix_first_only"] = Value("bool", True)
     if prefix and pieces.prefix_unless_space:
         switches[PREFIX + "space_prefix_unless_space"] = Value("bool", True)
+    for side, stripping in (("lstrip", pieces.table.lstrip), ("rstrip", pieces.table.rstrip)):
+        if stripping:
+            switches[f"{PREFIX}{side}_token_ids"] = Array("i32", sorted(stripping))
     if pieces.remove_extra_whitespaces:
         switches[PREFIX + "remove_extra_whitespaces"] = Value("bool", True)
     if pieces.charsmap:

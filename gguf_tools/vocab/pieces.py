@@ -169,6 +169,10 @@ def _enter(pieces: Pieces, token: AddedToken, token_id: int) -> None:
         score = pieces.table.scores[token_id]
     pieces.table.put(token_id, text, score, kind)
     pieces.table.added.add(token_id)
+    if token.lstrip:
+        pieces.table.lstrip.add(token_id)
+    if token.rstrip:
+        pieces.table.rstrip.add(token_id)
     pieces.names[token.text] = token_id
 
 

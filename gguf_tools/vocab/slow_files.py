@@ -28,12 +28,15 @@ def read_slow_files(folder: Path, config: Mapping[str, Any] | None) -> dict[str,
             f"only those of {', '.join(CLASSES)} are known; save the tokenizer with transformers"
         )
     steps: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in SPLITS[split]
     ]
-    steps.append({"type": "ByteLevel", "use_regex": False})
+    switches = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    steps.append({"type": "ByteLevel", **switches})
     lines = (line for line in merges.splitlines() if line and not line.startswith("#version"))
     return {
+        "version": "1.0",
+        "added_tokens": [],
         "model": {"type": "BPE", "vocab": vocab, "merges": list(lines)},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
     }

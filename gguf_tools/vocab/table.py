@@ -26,6 +26,8 @@ class AddedToken:
     text: str
     special: bool
     source: str  # the file, for messages
+    lstrip: bool = False  # it takes the white space before it with it
+    rstrip: bool = False  # or behind it
 
 
 @dataclass
@@ -36,6 +38,8 @@ class TokenTable:
     scores: dict[int, float] = field(default_factory=dict)
     types: dict[int, int] = field(default_factory=dict)
     added: set[int] = field(default_factory=set)
+    lstrip: set[int] = field(default_factory=set)  # of the added ones
+    rstrip: set[int] = field(default_factory=set)
 
     def put(self, token_id: int, text: str, score: float, kind: int) -> None:
         self.texts[token_id] = text
@@ -98,7 +102,8 @@ def read_added_tokens(entries: object, source: str) -> list[AddedToken]:
         if not isinstance(text, str) or not text:
             raise CheckpointError(f"{source}: an added token has no text ({printable(entry)})")
         check_id(token_id, text, source)
-        tokens.append(AddedToken(token_id, text, entry.get("special") is True, source))
+        flags = {name: entry.get(name) is True for name in ("special", "lstrip", "rstrip")}
+        tokens.append(AddedToken(token_id, text, source=source, **flags))
     return tokens
 
 

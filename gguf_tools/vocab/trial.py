@@ -23,6 +23,7 @@ from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
 TIME_LIMIT = 15.0  # seconds; the largest tokenizers take about two
 MEMORY_LIMIT = 4 << 30  # bytes of address space, where the system can limit it
 NFC = "+nfc"
+FAILURES = (OSError, ValueError, subprocess.SubprocessError)  # of a process that is asked
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,32 @@ class Trial:
 
 def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
     """Try the file and the splits `keys` in a process of its own; None when it took too long."""
+    arguments = [str(path.resolve()), *keys]
     try:
-        done = subprocess.run(
-            python_command("gguf_tools.vocab.trial", [str(path.resolve()), *keys]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=TIME_LIMIT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            check=True,
-        )
-        return Trial(**json.loads(done.stdout))
+        return Trial(**ask("gguf_tools.vocab.trial", arguments, seconds=TIME_LIMIT))
     except subprocess.TimeoutExpired:
         return None
-    except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+    except (*FAILURES, TypeError) as error:
         raise CheckpointError(
             f"{path.name}: the tokenizers library cannot load it or fails to run it"
         ) from error
+
+
+def ask(module: str, arguments: Sequence[str], *, seconds: float) -> Any:
+    """The JSON that `main(arguments)` of a module writes, run in a process of its own.
+
+    Raises one of FAILURES, subprocess.TimeoutExpired among them.
+    """
+    done = subprocess.run(
+        python_command(module, arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=seconds,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
@@ -84,18 +94,19 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
 
 def main(arguments: Sequence[str]) -> int:
     """Try the file and the splits that the arguments are."""
-    _limit_memory()
+    limit_memory(MEMORY_LIMIT)
     sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0], arguments[1:]))))
     return 0
 
 
-def _limit_memory() -> None:
+def limit_memory(n_bytes: int) -> None:
+    """Let this process have no more address space than this, where the system can limit it."""
     try:
         import resource
     except ImportError:  # Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 

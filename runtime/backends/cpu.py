@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import Crew, ReadyTable
-from runtime.backends.lowering import HostMatMul, Lowering
+from runtime.backends.lowering import HostProduct, Lowering
 from runtime.backends.memory import Arena, Memory, Place, make_caches
-from runtime.backends.reference import matmul as reference_matmul
+from runtime.backends.needs import needed_kernels, scratch_bytes
+from runtime.backends.reference import expert_matmul, matmul
 from runtime.backends.table import Table
-from runtime.kernels import attention, elementwise, kv_cache, matmul
+from runtime.kernels import attention
 from runtime.kernels.interpreter import (
     EPOCH,
     N_CHUNKS,
@@ -29,24 +30,11 @@ from runtime.kernels.interpreter import (
     SCRATCH,
     SCRATCH_BYTES,
     STATE_FIELDS,
-    run_table,
 )
-from runtime.kernels.kv_cache import KV_TYPES, POSITIONS, KVType
-from runtime.kernels.table import FORMATS
-from runtime.program import Floats, MatMul, Program, matrices
+from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
+from runtime.kernels.matmul import COLUMNS
+from runtime.program import ExpertMatMul, Floats, Program
 
-STEPS = (  # what every program needs
-    attention.attend_tiles,
-    attention.attend_chunks,
-    run_table,
-    kv_cache.store_kv,
-    elementwise.rms_norm,
-    attention.combine,
-    elementwise.gate_silu,
-    elementwise.rope,
-    elementwise.add,
-    matmul.matvec,
-)
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
@@ -65,8 +53,7 @@ class CPUBackend:
         self.program = program
         self.n_threads = n_threads
         arena = Arena()
-        columns = matmul.COLUMNS
-        room = (max(n_batch, HEAD_ROWS) + columns - 1) // columns * columns
+        room = (max(n_batch, HEAD_ROWS) + COLUMNS - 1) // COLUMNS * COLUMNS
         n_positions = (n_ctx + POSITIONS - 1) // POSITIONS * POSITIONS
         kv = KV_TYPES[kv_type]
         self._buffers: dict[str, Floats] = {}
@@ -82,7 +69,7 @@ class CPUBackend:
         self._prompt = _ready(arena, many.lower(body))
         self._head_one = _ready(arena, one.lower(program.head))
         self._head_many = _ready(arena, many.lower(program.head))
-        self._one_places, self._many_places = one.places, many.places
+        self._one_places, self._many_places = one.frame.places, many.frame.places
         slow = sorted(one.host_types)
         self.notes: tuple[str, ...] = ()
         if slow:
@@ -93,29 +80,14 @@ class CPUBackend:
         self._arena = arena
         self._state = np.zeros(STATE_FIELDS, np.int64)
         self._state[N_THREADS] = n_threads
-        self._state[SCRATCH_BYTES] = _scratch_bytes(program, n_positions, kv)
+        self._state[SCRATCH_BYTES] = scratch_bytes(program, n_positions, room, kv)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
 
     @staticmethod
     def kernels(program: Program, kv_type: str = "f16") -> list[Kernel]:
         """The kernels that `program` needs, the slowest to compile first."""
-        quants = {m.quant.name for m in matrices(program)} & FORMATS.keys()
-        formats = [FORMATS[name] for name in sorted(quants)]
-        grouped = [f for f in formats if f.group]
-        quantisers = [f.activation.quantise for f in grouped]
-        kernels = [
-            *KV_TYPES[kv_type].kernels,
-            *STEPS,
-            *(k for f in formats for k in (f.matvec, f.rows)),
-        ]
-        kernels += [k for k in quantisers if k is not None]
-        if grouped:
-            tiles = [matmul.tile_for(f) for f in grouped]
-            kernels += [matmul.matmul_bytes, matmul.quantise, matmul.quantise_columns, *tiles]
-        if len(grouped) < len(formats):
-            kernels += [matmul.matmul_floats, matmul.tile_floats]
-        return kernels
+        return needed_kernels(program, kv_type)
 
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
@@ -146,10 +118,10 @@ class CPUBackend:
     def close(self) -> None:
         self._crew.close()
 
-    def _execute(self, parts: list[ReadyTable | HostMatMul], n_tokens: int, start: int) -> None:
+    def _execute(self, parts: list[ReadyTable | HostProduct], n_tokens: int, start: int) -> None:
         for part in parts:
-            if isinstance(part, HostMatMul):
-                self._multiply(part.step, n_tokens)
+            if isinstance(part, HostProduct):
+                self._multiply(part, n_tokens)
                 continue
             # A new block each time: a late thread may still read that of the step before.
             self._state[EPOCH] += 1
@@ -166,12 +138,19 @@ class CPUBackend:
         sizes = {attention.query_tokens(s.n_heads // s.n_kv_heads) for s in self.program.caches}
         return -(-n_tokens // min(sizes))
 
-    def _multiply(self, step: MatMul, n_tokens: int) -> None:
+    def _multiply(self, part: HostProduct, n_tokens: int) -> None:
         """A product of a format without kernels, in NumPy."""
         places = self._one_places if n_tokens == 1 else self._many_places
-        source = _view(places[step.source], n_tokens, step.matrix.n_columns)
-        target = _view(places[step.target], n_tokens, step.matrix.n_rows)
-        target[:] = reference_matmul(source, step.matrix)
+        step = part.step
+        source = _view(places[step.source], n_tokens, part.width)
+        if isinstance(step, ExpertMatMul):
+            width = step.n_used * step.experts[0].n_rows
+            routes = _view(places[step.routes], n_tokens, 2 * step.n_used)
+            product = expert_matmul(source, routes, step)
+        else:
+            width = step.matrix.n_rows
+            product = matmul(source[:, : step.matrix.n_columns], step.matrix)
+        _view(places[step.target], n_tokens, width)[:] = product
 
 
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
@@ -182,22 +161,10 @@ def _view(place: Place, n_tokens: int, width: int) -> Floats:
     return rows[:, :width]
 
 
-def _ready(arena: Arena, parts: list[Table | HostMatMul]) -> list[ReadyTable | HostMatMul]:
+def _ready(arena: Arena, parts: list[Table | HostProduct]) -> list[ReadyTable | HostProduct]:
     return [
         ReadyTable(part.array(), arena.zeros(len(part.rows) * PROGRESS_BYTES))
         if isinstance(part, Table)
         else part
         for part in parts
     ]
-
-
-def _scratch_bytes(program: Program, n_positions: int, kv: KVType) -> int:
-    steps = [*(i for layer in program.layers for i in layer), *program.head]
-    needs = [matmul.scratch_bytes(s.matrix.n_columns) for s in steps if isinstance(s, MatMul)]
-    needs += [
-        attention.scratch_bytes(
-            n_positions, shape.n_heads // shape.n_kv_heads, shape.key_dim, shape.value_dim, kv
-        )
-        for shape in program.caches
-    ]
-    return (max(needs) + 4095) // 4096 * 4096

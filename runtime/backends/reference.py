@@ -135,10 +135,11 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats | None, epsilon: float) -> Floats:
-    centred: Floats = x - np.mean(x, axis=1, keepdims=True, dtype=np.float32)
-    variance: Floats = np.mean(centred * centred, axis=1, keepdims=True, dtype=np.float32)
+    groups = x.reshape(len(x), -1, weight.shape[-1])
+    centred: Floats = groups - np.mean(groups, axis=2, keepdims=True, dtype=np.float32)
+    variance: Floats = np.mean(centred * centred, axis=2, keepdims=True, dtype=np.float32)
     normed: Floats = centred / np.sqrt(variance + np.float32(epsilon)) * weight
-    return normed if bias is None else normed + bias
+    return (normed if bias is None else normed + bias).reshape(x.shape)
 
 
 def sigmoid(x: Floats) -> Floats:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig
-from runtime.decoders import llama
+from runtime.decoders import gemma, gpt, llama, olmo2, stablelm
 from runtime.program import Program
 from runtime.weights import Weights
 
@@ -15,8 +15,21 @@ Build = Callable[[Weights, ModelConfig, int], Program]
 
 DECODERS: dict[str, Build] = {
     "llama": llama.build,
-    "qwen2": llama.build_qwen,
-    "qwen3": llama.build_qwen,
+    "qwen2": llama.build_qwen2,
+    "qwen3": llama.build_qwen3,
+    "qwen2moe": llama.build_qwen2moe,
+    "qwen3moe": llama.build_qwen3moe,
+    "smollm3": llama.build_smollm3,
+    "granite": llama.build_granite,
+    "olmo2": olmo2.build,
+    "gemma": gemma.build,
+    "gemma2": gemma.build_gemma2,
+    "gemma3": gemma.build_gemma3,
+    "phi3": llama.build_phi3,
+    "gpt2": gpt.build_gpt2,
+    "starcoder2": gpt.build_starcoder2,
+    "gptneox": gpt.build_gptneox,
+    "stablelm": stablelm.build,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.config import ModelConfig
 from runtime.program import (
@@ -16,6 +16,7 @@ from runtime.program import (
     Add,
     AddBias,
     Attend,
+    ExpertBias,
     ExpertMatMul,
     ExpertSum,
     Floats,
@@ -48,6 +49,7 @@ class Experts:
     scale: float = 1.0
     bias: Floats | None = None
     shared_ffn_dim: int = 0  # of the expert that every token uses; 0: there is none
+    shared_gate: bool = False  # the shared expert has one of its own
 
 
 class Blocks:
@@ -110,6 +112,10 @@ class Blocks:
         self.buffers[name] = max(width, self.buffers.get(name, 0))
         return name
 
+    def has(self, name: str) -> bool:
+        """Whether this layer has such a matrix or norm."""
+        return self.weights.has(f"{self.prefix}{name}.weight")
+
     # --- parts ---------------------------------------------------------------------------
 
     def norm(self, name: str, source: str = "x", target: str = "normed") -> None:
@@ -122,10 +128,16 @@ class Blocks:
             self.emit(RMSNorm(source, target, weight, epsilon))
 
     def head_norm(self, name: str, target: str, head_dim: int) -> None:
-        """A norm of every head by itself; nothing where the file has no such tensor."""
-        weight = self.weights.optional_vector(f"{self.prefix}{name}.weight", head_dim)
-        if weight is not None:
-            self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+        """A norm of every head by itself, all with the same weights."""
+        weight = self.weights.vector(f"{self.prefix}{name}.weight", head_dim)
+        self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+
+    def head_norms(self, name: str, target: str, n_heads: int) -> None:
+        """A norm of every head by itself, each with weights of its own; nothing without tensor."""
+        full, head_dim = f"{self.prefix}{name}.weight", self.buffers[target] // n_heads
+        if self.weights.has(full):
+            weight = self.weights.table(full, n_heads, head_dim)
+            self.emit(LayerNorm(target, target, weight, None, self.config.norm_epsilon))
 
     def linear(
         self, name: str, source: str, target: str, n_rows: int, n_columns: int | None = None
@@ -228,12 +240,18 @@ class Blocks:
         out = self.buffer("expert_out", n * c.dim)
 
         def product(part: str, source: str, target: str, n_rows: int, n_columns: int) -> None:
-            name = f"{self.prefix}ffn_{part}_exps.weight"
-            matrices = self.weights.experts(name, e.n_experts, n_rows, n_columns)
-            self.emit(ExpertMatMul(source, target, routes, n, matrices, name))
+            name = f"{self.prefix}ffn_{part}_exps"
+            matrices = self.weights.experts(f"{name}.weight", e.n_experts, n_rows, n_columns)
+            self.emit(ExpertMatMul(source, target, routes, n, matrices, f"{name}.weight"))
+            if self.weights.has(f"{name}.bias"):
+                biases = self.weights.table(f"{name}.bias", e.n_experts, n_rows)
+                self.emit(ExpertBias(target, routes, n, biases))
 
-        product("gate", "normed", gate, e.ffn_dim, c.dim)
-        product("up", "normed", up, e.ffn_dim, c.dim)
+        if self.weights.has(f"{self.prefix}ffn_gate_up_exps.weight"):
+            self._fused_experts(e, routes, gate, up)
+        else:
+            product("gate", "normed", gate, e.ffn_dim, c.dim)
+            product("up", "normed", up, e.ffn_dim, c.dim)
         self.emit(Gate(gate, up, gate, activation))
         product("down", gate, out, c.dim, e.ffn_dim)
         self.emit(ExpertSum(out, routes, n, "delta"))
@@ -241,7 +259,7 @@ class Blocks:
             shared = self.buffer("shared", c.dim)
             width = e.shared_ffn_dim
             self.gated_ffn(activation, target=shared, suffix="_shexp", ffn_dim=width)
-            if self.weights.has(f"{self.prefix}ffn_gate_inp_shexp.weight"):
+            if e.shared_gate:
                 self._shared_gate()
             self.emit(Add(shared, "delta"))
 
@@ -258,6 +276,17 @@ class Blocks:
         bias = self.weights.optional_vector(f"{self.prefix}{name}.bias", size)
         if bias is not None:
             self.emit(AddBias(target, bias))
+
+    def _fused_experts(self, experts: Experts, routes: str, gate: str, up: str) -> None:
+        """The experts' gate and up from one tensor, each expert's gate before its up."""
+        e, name = experts, f"{self.prefix}ffn_gate_up_exps.weight"
+        whole = self.weights.experts(name, e.n_experts, 2 * e.ffn_dim, self.config.dim)
+        for target, first in ((gate, 0), (up, e.ffn_dim)):
+            halves = tuple(
+                replace(matrix, n_rows=e.ffn_dim, data=matrix.data[first : first + e.ffn_dim])
+                for matrix in whole
+            )
+            self.emit(ExpertMatMul("normed", target, routes, e.n_used, halves, name))
 
     def _shared_gate(self) -> None:
         """How much of the shared expert a token gets: one number, from a vector in the file."""

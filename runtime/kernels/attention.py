@@ -8,12 +8,13 @@ number of threads. The cache is read as it lies, once for up to 4 query heads.
 Many tokens (prompt): a thread takes (kv head, some tokens), walks along blocks of positions turned
 to f16 once, and multiplies for 6 rows of queries at a time (online softmax).
 
-Queries are scaled by log2(e) more, so that powers of 2 take the place of exponentials.
+Queries are scaled by log2(e) more, so that powers of 2 take the place of exponentials. A soft-cap
+is a kernel of its own (`cap_scores`), compiled only for models that have one.
 """
 
 from numba import float32
 
-from gguf_tools.control import call3, call8, call10
+from gguf_tools.control import call3, call5, call8, call10
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f32x16,
@@ -33,7 +34,8 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 from gguf_tools.tiles import float_tile
-from runtime.kernels.interpreter import arg, float_arg, n_tokens, position, scratch
+from runtime.kernels.functions import tanh16
+from runtime.kernels.interpreter import HEADER, arg, float_arg, n_tokens, position, scratch
 from runtime.kernels.kv_cache import POSITIONS, KVType, copy_scaled, zero
 
 MAX_CHUNKS = 16
@@ -109,6 +111,16 @@ def _hide(scores, low, high):
         st_f32(scores + i * 4, float32(HIDDEN))
 
 
+@kernel("iiiii")
+def cap_scores(cap, scores, stride, rows, n):
+    """Rows of n scores, a multiple of 16, become cap * tanh(score / cap); `cap` is an address."""
+    most = splat_f32x16(ld_f32(cap))
+    for r in range(rows):
+        for i in range(0, n, 16):
+            place = scores + r * stride + i * 4
+            st(place, most * tanh16(ld_f32x16(place) / most))
+
+
 # --- one token -------------------------------------------------------------------------------
 
 
@@ -116,8 +128,8 @@ def _hide(scores, low, high):
 def attend_chunks(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
     key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
-    keys 14, of values 15, score kernel 16, mix kernel 17, partials 18; unit: a chunk of a kv head,
-    all first chunks first"""
+    keys 14, of values 15, score kernel 16, mix kernel 17, partials 18, kernel of the soft-cap 19
+    (or 0), cap 20; unit: a chunk of a kv head, all first chunks first"""
     rows = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
     width = arg(op, 10)
@@ -153,6 +165,8 @@ def attend_chunks(op, state, thread, first, last):
                 ahead = arg(op, 4) + (row_blocks + start) * arg(op, 15) - keys
             into = scores + (block - start) * POSITIONS * 4
             call8(arg(op, 16), rows, queries, dim, keys, into, stride, room, ahead)
+            if arg(op, 19):
+                call5(arg(op, 19), op + 8 * (HEADER + 20), into, stride, rows, POSITIONS)
             if block == first_block or block == end - 1:
                 low, high = begin - block * POSITIONS, here + 1 - block * POSITIONS
                 for r in range(rows):
@@ -202,7 +216,8 @@ def _softmax(scores, n, partial):
 
 @kernel("iiiii")
 def combine(op, state, thread, first, last):
-    """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6; unit: a head"""
+    """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6, sinks 7 (one per
+    head, or 0); unit: a head"""
     here = position(state)
     begin = _visible(here, arg(op, 5))
     n_chunks = min(MAX_CHUNKS, here // POSITIONS + 1 - begin // POSITIONS)
@@ -216,6 +231,10 @@ def combine(op, state, thread, first, last):
         for c in range(1, n_chunks):
             most = max(most, ld_f32(partials + c * stride))
         total = float32(0.0)
+        if arg(op, 7):
+            sink = ld_f32(arg(op, 7) + head * 4) * float32(LOG2_E)
+            most = max(most, sink)
+            total = _exp2_one(sink - most)
         for c in range(n_chunks):
             weight = _exp2_one(ld_f32(partials + c * stride) - most)
             st_f32(weights + c * 4, weight)
@@ -237,8 +256,9 @@ def combine(op, state, thread, first, last):
 def attend_tiles(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
     key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
-    keys 14, of values 15, kernels that make f16 of keys 16, of values 17 (or 0), target 18-19;
-    unit: a block of queries of a kv head"""
+    keys 14, of values 15, kernels that make f16 of keys 16, of values 17 (or 0), target 18-19,
+    kernel of the soft-cap 20 (or 0), cap 21, sinks 22 (one per head, or 0); unit: a block of
+    queries of a kv head"""
     group = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
     width = arg(op, 10)
@@ -270,6 +290,11 @@ def attend_tiles(op, state, thread, first, last):
             st_f32(tops + r * 4, float32(HIDDEN))
         zero(totals, rows * 16)
         zero(outputs, rows * width)
+        if arg(op, 22):
+            for r in range(n_rows):
+                sink = ld_f32(arg(op, 22) + (kv_head * group + r % group) * 4)
+                st_f32(tops + r * 4, sink * float32(LOG2_E))
+                st_f32(totals + r * 64, float32(1.0))
         begin = _visible(position(state) + t0, arg(op, 12))
         end = position(state) + t1
         row_blocks = kv_head * (arg(op, 11) // POSITIONS)
@@ -290,6 +315,8 @@ def attend_tiles(op, state, thread, first, last):
                 query = queries + r * dim * 4
                 stride = POSITIONS * 4
                 float_tile(6, 4, 2, True, query, dim * 4, keys, 128, scores, stride, dim, 0)
+                if arg(op, 20):
+                    call5(arg(op, 20), op + 8 * (HEADER + 21), scores, stride, 6, POSITIONS)
                 for c in range(6):
                     here = position(state) + t0 + min(r + c, n_rows - 1) // group
                     low, high = _visible(here, arg(op, 12)) - start, here + 1 - start

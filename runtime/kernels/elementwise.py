@@ -1,51 +1,40 @@
-"""Norms, rope, gates and sums.
+"""Norms, rope, sums, factors and caps.
 
 Buffers appear in arguments as base | bytes per thread | bytes per token; the second is 0 for
 buffers that all threads share. Shared buffers may be written up to 31 floats past their width.
 """
 
 import numpy as np
-from numba import float32, int32
+from numba import float32
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
-    bits_f32x16,
-    cvt_i32x16,
     fma,
     hsum,
     ld_f32,
     ld_f32x16,
     splat_f32x16,
-    splat_i32x16,
     st,
     st_f32,
-    vmax,
-    vmin,
-    vrint,
     zero_f32x16,
 )
+from runtime.kernels.functions import over_exp, tanh16
 from runtime.kernels.interpreter import ROWS, arg, float_arg, n_tokens, position
 
 
 @jit
-def exp16(x):
-    """exp of 16 floats within 2 units in the last place; clamped to [-87, 88] (Cephes, expf)."""
-    x = vmin(vmax(x, splat_f32x16(float32(-87.0))), splat_f32x16(float32(88.0)))
-    n = vrint(x * splat_f32x16(float32(1.4426950408889634)))
-    r = fma(n, splat_f32x16(float32(-0.693359375)), x)
-    r = fma(n, splat_f32x16(float32(2.12194440e-4)), r)
-    p = splat_f32x16(float32(1.9875691500e-4))
-    p = fma(p, r, splat_f32x16(float32(1.3981999507e-3)))
-    p = fma(p, r, splat_f32x16(float32(8.3334519073e-3)))
-    p = fma(p, r, splat_f32x16(float32(4.1665795894e-2)))
-    p = fma(p, r, splat_f32x16(float32(1.6666665459e-1)))
-    p = fma(p, r, splat_f32x16(float32(5.0000001201e-1)))
-    p = fma(p, r * r, r) + splat_f32x16(float32(1.0))
-    return p * bits_f32x16((cvt_i32x16(n) + splat_i32x16(int32(127))) << 23)
+def _sum(x, n):
+    total = zero_f32x16()
+    for i in range(0, n - 15, 16):
+        total = total + ld_f32x16(x + i * 4)
+    rest = hsum(total)
+    for i in range(n & ~15, n):
+        rest += ld_f32(x + i * 4)
+    return rest
 
 
 @jit
-def _norm(x, weight, out, n, epsilon):
+def _square_sum(x, n):
     squares = zero_f32x16()
     for i in range(0, n - 15, 16):
         v = ld_f32x16(x + i * 4)
@@ -54,7 +43,13 @@ def _norm(x, weight, out, n, epsilon):
     for i in range(n & ~15, n):
         v1 = ld_f32(x + i * 4)
         total += v1 * v1
-    s1 = float32(1.0) / np.sqrt(total / float32(n) + epsilon)
+    return total
+
+
+@jit
+def _scale_to_one(x, weight, out, n, epsilon):
+    """out = x / sqrt(mean of squares + epsilon) * weight"""
+    s1 = float32(1.0) / np.sqrt(_square_sum(x, n) / float32(n) + epsilon)
     s = splat_f32x16(s1)
     for i in range(0, n - 15, 16):
         st(out + i * 4, ld_f32x16(x + i * 4) * s * ld_f32x16(weight + i * 4))
@@ -74,7 +69,39 @@ def rms_norm(op, state, thread, first, last):
         along = (item - t * groups) * width * 4
         x = source + t * arg(op, 2) + along
         y = target + t * arg(op, 5) + along
-        _norm(x, arg(op, 6), y, width, float_arg(op, 9))
+        _scale_to_one(x, arg(op, 6), y, width, float_arg(op, 9))
+
+
+@jit
+def _centre(x, y, n):
+    """y = x minus its mean"""
+    mean1 = _sum(x, n) / float32(n)
+    mean = splat_f32x16(mean1)
+    for i in range(0, n - 15, 16):
+        st(y + i * 4, ld_f32x16(x + i * 4) - mean)
+    for i in range(n & ~15, n):
+        st_f32(y + i * 4, ld_f32(x + i * 4) - mean1)
+
+
+@kernel("iiiii")
+def layer_norm(op, state, thread, first, last):
+    """source 0-2, target 3-5, weight 6, bias 7 (0: none), bytes of both from group to group 8,
+    width 9, groups per token 10, epsilon 11; unit: a group"""
+    n = arg(op, 9)
+    groups = arg(op, 10)
+    for item in range(first, last):
+        t = item // groups
+        g = item - t * groups
+        y = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5) + g * n * 4
+        _centre(arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2) + g * n * 4, y, n)
+        weight = arg(op, 6) + g * arg(op, 8)
+        _scale_to_one(y, weight, y, n, float_arg(op, 11))
+        if arg(op, 7):
+            bias = arg(op, 7) + g * arg(op, 8)
+            for i in range(0, n - 15, 16):
+                st(y + i * 4, ld_f32x16(y + i * 4) + ld_f32x16(bias + i * 4))
+            for i in range(n & ~15, n):
+                st_f32(y + i * 4, ld_f32(y + i * 4) + ld_f32(bias + i * 4))
 
 
 @kernel("iiiii")
@@ -99,18 +126,36 @@ def add_bias(op, state, thread, first, last):
 
 
 @kernel("iiiii")
-def gate_silu(op, state, thread, first, last):
-    """target 6-8 = silu(gate 0-2) * up 3-5; width 9; unit: 32 columns"""
-    end = min(last * ROWS, arg(op, 9))
-    one = splat_f32x16(float32(1.0))
+def scale(op, state, thread, first, last):
+    """target 0-2 *= factor 3; width 4; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 4))
+    factor = splat_f32x16(float_arg(op, 3))
     for t in range(n_tokens(state)):
-        g = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
-        u = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
-        y = arg(op, 6) + thread * arg(op, 7) + t * arg(op, 8)
+        y = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
         for i in range(first * ROWS, end, 16):
-            v = ld_f32x16(g + i * 4)
-            silu = v / (one + exp16(zero_f32x16() - v))
-            st(y + i * 4, silu * ld_f32x16(u + i * 4))
+            st(y + i * 4, ld_f32x16(y + i * 4) * factor)
+
+
+@kernel("iiiii")
+def softcap(op, state, thread, first, last):
+    """target 0-2 = cap 3 * tanh(target / cap); width 4; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 4))
+    cap = splat_f32x16(float_arg(op, 3))
+    for t in range(n_tokens(state)):
+        y = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
+        for i in range(first * ROWS, end, 16):
+            st(y + i * 4, cap * tanh16(ld_f32x16(y + i * 4) / cap))
+
+
+@kernel("iiiii")
+def sigmoid_scale(op, state, thread, first, last):
+    """target 3-5 *= sigmoid of the one number in gate 0-2; width 6; unit: 32 columns"""
+    end = min(last * ROWS, arg(op, 6))
+    for t in range(n_tokens(state)):
+        gate = splat_f32x16(ld_f32(arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)))
+        y = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
+        for i in range(first * ROWS, end, 16):
+            st(y + i * 4, over_exp(ld_f32x16(y + i * 4), gate))
 
 
 @kernel("iiiii")

@@ -30,7 +30,7 @@ UNITS, UNITS_PER_TOKEN, UNITS_PER_CHUNK = 3, 4, 5  # units = sum of these times 
 PARTS = 6  # about how many parts to claim; 0: every thread does all of it for itself
 HEADER = 8
 
-ARGUMENTS = 20
+ARGUMENTS = 24
 OP_BYTES = 8 * (HEADER + ARGUMENTS)
 
 # The state block: int64 each.

@@ -2,8 +2,19 @@
 
 from runtime.kernels import (
     floats,
+    iq1_m,
+    iq1_s,
+    iq2_s,
+    iq2_xs,
+    iq2_xxs,
+    iq3_s,
+    iq3_xxs,
     iq4_nl,
     iq4_xs,
+    mxfp4,
+    nvfp4,
+    q1_0,
+    q2_0,
     q2_k,
     q3_k,
     q4_0,
@@ -14,6 +25,8 @@ from runtime.kernels import (
     q5_k,
     q6_k,
     q8_0,
+    tq1_0,
+    tq2_0,
 )
 from runtime.kernels.formats import FormatKernels
 
@@ -33,4 +46,17 @@ FORMATS: dict[str, FormatKernels] = {
     "Q6_K": q6_k.KERNELS,
     "IQ4_NL": iq4_nl.KERNELS,
     "IQ4_XS": iq4_xs.KERNELS,
+    "IQ3_S": iq3_s.KERNELS,
+    "IQ3_XXS": iq3_xxs.KERNELS,
+    "IQ2_S": iq2_s.KERNELS,
+    "IQ2_XS": iq2_xs.KERNELS,
+    "IQ2_XXS": iq2_xxs.KERNELS,
+    "IQ1_M": iq1_m.KERNELS,
+    "IQ1_S": iq1_s.KERNELS,
+    "TQ2_0": tq2_0.KERNELS,
+    "TQ1_0": tq1_0.KERNELS,
+    "MXFP4": mxfp4.KERNELS,
+    "NVFP4": nvfp4.KERNELS,
+    "Q2_0": q2_0.KERNELS,
+    "Q1_0": q1_0.KERNELS,
 }

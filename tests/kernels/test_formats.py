@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguf_tools.jit import CACHE_FOLDER, Kernel
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.table import FORMATS
 from tests.kernels.blocks import block_size, dequantise, random_rows
@@ -17,6 +18,8 @@ from tests.kernels.blocks import block_size, dequantise, random_rows
 LENGTHS = {
     1: (1, 15, 33, 172, 576, 2304, 4096),
     32: (32, 64, 96, 160, 224, 576, 2304, 4096),
+    64: (64, 192, 576, 2304, 4096),
+    128: (128, 384, 2304, 4096),
     256: (256, 768, 2304, 4096),
 }
 CASES = [(name, k) for name in FORMATS for k in LENGTHS[block_size(name)]]
@@ -122,11 +125,24 @@ def test_nothing_is_read_outside_the_rows() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
+# Their products are those of IQ3_S, IQ1_S and Q1_0: the loops of runtime/kernels/decoded.py.
+SAME_PRODUCTS = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "TQ2_0", "TQ1_0", "Q2_0")
+
+
 def check_products() -> None:
     """Both paths of every format, for a process that was told which byte product to use."""
-    for name in FORMATS:
+    for name in FORMATS.keys() - set(SAME_PRODUCTS):
         test_matvec(name, 768)
         test_rows(name, 768)
+
+
+@pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are kept in memory only")
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_are_kept_on_disk(name: str) -> None:
+    """numba keeps no kernel that passes functions about or looks at large arrays."""
+    for each in (FORMATS[name].matvec, FORMATS[name].rows):
+        assert each.address
+        assert Kernel(each.function, each.letters).is_ready
 
 
 @pytest.mark.parametrize("dot", ["avx2", "portable"])

@@ -1,0 +1,97 @@
+"""Small programs built by hand, and what backends make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gguf_tools.quants import by_name
+from runtime.backends.cpu import CPUBackend
+from runtime.backends.reference import ReferenceBackend
+from runtime.program import Instruction, KVShape, MatMul, Matrix, Program
+from tests.kernels.blocks import random_rows
+
+N_TOKENS = 60  # a prompt's; more than the head makes logits of at a time
+
+
+def random_matrix(
+    rng: np.random.Generator, n_rows: int, k: int, quant: str = "F32", spread: float | None = None
+) -> Matrix:
+    scale = float(1 / np.sqrt(k)) if spread is None else spread
+    data = random_rows(quant, n_rows, k, rng, spread=scale)
+    return Matrix(f"random {n_rows} x {k}", by_name(quant), n_rows, k, data)
+
+
+def random_experts(
+    rng: np.random.Generator, n_experts: int, n_rows: int, k: int, quant: str = "F32"
+) -> tuple[Matrix, ...]:
+    """Slices of one stacked tensor, as files have them."""
+    stacked = random_matrix(rng, n_experts * n_rows, k, quant, float(1 / np.sqrt(k)))
+    data = stacked.data.reshape(n_experts, n_rows, -1)
+    return tuple(Matrix("experts", stacked.quant, n_rows, k, each) for each in data)
+
+
+def random_vector(rng: np.random.Generator, size: int, middle: float = 0.0) -> np.ndarray:
+    return (middle + rng.normal(size=size)).astype(np.float32)
+
+
+def program_of(
+    steps: Sequence[Instruction],
+    dim: int,
+    *,
+    buffers: Mapping[str, int] | None = None,
+    caches: tuple[KVShape, ...] = (KVShape(1, 1, 16, 16),),
+    inputs: np.ndarray | None = None,
+    head: Sequence[Instruction] = (),
+    **options: object,
+) -> Program:
+    """A program of one layer: `x` holds inputs[id]; what `steps` make of it is the logits."""
+    if inputs is None:
+        inputs = np.random.default_rng(1).normal(size=(N_TOKENS, dim)) * 3
+    f32 = by_name("F32")
+    rows = np.ascontiguousarray(inputs, np.float32)
+    embedding = Matrix("inputs", f32, len(rows), dim, rows.view(np.uint8))
+    same = np.eye(dim, dtype=np.float32)
+    copy = MatMul("x", "logits", Matrix("same", f32, dim, dim, same.view(np.uint8)))
+    return Program(
+        buffers={"x": dim, "logits": dim, **(buffers or {})},
+        embedding=embedding,
+        layers=(tuple(steps),),
+        head=(copy, *head),
+        caches=caches,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def run(
+    program: Program, batches: Sequence[int], threads: int = 0, *, n_ctx: int = 128, **options: str
+) -> np.ndarray:
+    """Logits of ids 0, 1, 2..., so many at a time; by the reference backend for no threads."""
+    if threads:
+        backend = CPUBackend(
+            program, n_ctx=n_ctx, n_threads=threads, n_batch=max(batches), **options
+        )
+    else:
+        backend = ReferenceBackend(program, n_ctx=n_ctx)
+    parts, first = [], 0
+    for size in batches:
+        ids = np.arange(first, first + size) % program.embedding.n_rows
+        parts.append(backend.run(ids, first, size))
+        first += size
+    backend.close()
+    return np.concatenate(parts)
+
+
+WAYS = ((1,) * 20, (N_TOKENS,), (7, 1, 2, 13))  # token by token, at once, and mixed
+
+
+def agree(program: Program, tolerance: float, **options: str) -> None:
+    """The CPU backend gives what the reference does, and the same with any number of threads."""
+    for batches in WAYS:
+        expected = run(program, batches)
+        one = run(program, batches, 1, **options)
+        worst, largest = np.abs(one - expected).max(), np.abs(expected).max()
+        assert worst <= tolerance * largest, (batches, worst / largest)
+        for threads in (2, 3):
+            assert np.array_equal(run(program, batches, threads, **options), one), batches
