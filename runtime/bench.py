@@ -21,7 +21,7 @@ from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program
 from runtime.doctor import processor_name
 from runtime.model import Model
-from runtime.program import Attend, Program, matrices
+from runtime.program import Attend, ExpertMatMul, Instruction, MatMul, Program
 from runtime.session import count, main_type
 
 PROMPT = "prompt"  # reading many tokens at a time
@@ -127,7 +127,12 @@ def make_cases(
 
 
 def measure(
-    file: GGUFFile, cases: Sequence[Case], *, repeat: int, kv_type: str = "f16"
+    file: GGUFFile,
+    cases: Sequence[Case],
+    *,
+    repeat: int,
+    kv_type: str = "f16",
+    in_memory: bool = False,
 ) -> Iterator[Step | Note | Measurement]:
     """Measure `cases` in `repeat` rounds; the measurements come at the end, in their order."""
     if repeat < 1:
@@ -146,7 +151,12 @@ def measure(
         for done, threads in enumerate(thread_counts):
             yield Step("loading and warming up", done, total)
             model = Model.load(
-                file, n_ctx=n_ctx, threads=threads, n_batch=BATCH, kv_type=kv_type
+                file,
+                n_ctx=n_ctx,
+                threads=threads,
+                n_batch=BATCH,
+                kv_type=kv_type,
+                in_memory=in_memory,
             )
             models[threads] = stack.enter_context(model)
             if done == 0:

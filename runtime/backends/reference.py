@@ -144,7 +144,7 @@ def layer_norm(x: Floats, weight: Floats, bias: Floats | None, epsilon: float) -
 
 def sigmoid(x: Floats) -> Floats:
     with np.errstate(over="ignore"):  # exp(-x) is infinite for very negative x: the result is 0
-        y: Floats = np.float32(1) / (1 + np.exp(-x))
+        y: Floats = np.float32(1) / (np.float32(1) + np.exp(-x))
     return y
 
 
