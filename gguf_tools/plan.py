@@ -242,6 +242,8 @@ class _Wanted:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
         if rule.one_row:
             tensor = views.vector(tensor)
+        if rule.every is not None:
+            tensor = views.every(tensor, *rule.every)
         if rule.transposed:
             tensor = views.transposed(tensor)
         if rule.part is not None:

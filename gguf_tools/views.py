@@ -75,6 +75,16 @@ def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
     return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
 
 
+def every(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
+    """Of every row the elements index, index + count, index + 2 count..."""
+    *outer, width = tensor.shape
+
+    def load(begin: int, end: int) -> Floats:
+        return np.ascontiguousarray(tensor.load(begin, end)[..., index::count])
+
+    return LazyTensor(tensor.name, (*outer, width // count), tensor.dtype, load)
+
+
 def vector(tensor: LazyTensor) -> LazyTensor:
     """The only row of a matrix."""
     return LazyTensor(tensor.name, tensor.shape[1:], tensor.dtype, tensor.load)

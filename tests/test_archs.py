@@ -44,7 +44,7 @@ def test_tables_are_sound(architecture: archs.Architecture) -> None:
     """Every architecture, whatever it is: names are unique, sizes and fields exist."""
     rules = [architecture.embedding, architecture.head, *architecture.tensors]
     for keys in (
-        [(rule.source, rule.part, rule.when) for rule in rules],
+        [(rule.source, rule.part, rule.every, rule.when) for rule in rules],
         [(rule.name, rule.when) for rule in rules],
     ):
         assert len(set(keys)) == len(keys)

@@ -322,8 +322,13 @@ def test_the_history_outlives_the_program(start, tmp_path):
     assert "there was a" in terminal.say("")
 
 
-def test_termination_leaves_no_trace(start):
-    terminal, _ = start(*GREEDY)
-    terminal.process.send_signal(signal.SIGTERM)
-    assert terminal.wait() == 128 + signal.SIGTERM
-    assert "Traceback" not in terminal.raw
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_leaves_no_trace(start, tmp_path, number):
+    history = tmp_path / "state" / "gguf-tools" / "history"
+    history.parent.mkdir(parents=True)
+    history.write_text("".join(f"\n# 2026-01-01\n+line {i}\n" for i in range(50_000)))
+    terminal, _ = start(*GREEDY)  # the editor reads its history while it waits
+    terminal.process.send_signal(number)
+    assert terminal.wait() == 128 + number
+    assert "Traceback" not in terminal.raw and "xception" not in terminal.raw
+    assert terminal.raw.endswith("\x1b[?2004l")  # the terminal is as it was

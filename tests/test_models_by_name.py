@@ -178,7 +178,12 @@ def test_a_download_that_breaks_off_goes_on(hub: Hub, monkeypatch: pytest.Monkey
     data = os.urandom(3_000_000)
     hub.repos["maker/big"] = {"big.gguf": data}
     hub.cut_after = 1_000_000
-    assert find("hf:maker/big").read_bytes() == data
+    try:
+        path = find("hf:maker/big")
+    except GGUFError as error:  # versions of the hub library before 2 leave it to the next command
+        assert "the same command takes it up again" in str(error)
+        path = find("hf:maker/big")
+    assert path.read_bytes() == data
     assert any(span.startswith("bytes=") for _, _, span in hub.requests)
 
 

@@ -76,6 +76,21 @@ def test_byte_level_like_the_source(split: str, tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=["as-is", "composed"])
+@pytest.mark.parametrize("split", ["qwen35", "qwen2"])
+def test_composed_or_not_like_the_source(
+    split: str, normalizer: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Whatever the name of the pre-tokenizer stands for: Qwen 3.5 composes, its name does not."""
+    data = byte_level(split, normalizer=normalizer)
+    vocab = vocab_of(data, tmp_path)
+    assert vocab.warnings == ()
+    tokenizer = Tokenizer(as_read(vocab))
+    source = SourceTokenizer.from_str(json.dumps(data))
+    for text in ("e\u0301te\u0301", *TEST_TEXTS, *random_texts(50)):
+        assert tokenizer.encode(text, add_special=False) == source.encode(text).ids, text
+
+
 def test_byte_fallback_like_the_source(tmp_path: Path) -> None:
     data = byte_fallback()
     tokenizer = tokenizer_of(data, tmp_path)

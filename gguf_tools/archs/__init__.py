@@ -9,6 +9,7 @@ from gguf_tools.archs import (
     gemma3,
     gpt2,
     gptneox,
+    gptoss,
     granite,
     llama,
     mixtral,
@@ -42,6 +43,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     starcoder2.ARCHITECTURE,
     stablelm.ARCHITECTURE,
     gptneox.ARCHITECTURE,
+    gptoss.ARCHITECTURE,
 )
 
 

@@ -47,6 +47,7 @@ class ModelFacts:
             "q": self.n_heads * self.head_dim,
             "kv": self.n_kv_heads * self.head_dim,
             "head": self.head_dim,
+            "heads": self.n_heads,
             "experts": self.n_experts or 0,
             **self.more_sizes,
         }
@@ -75,6 +76,7 @@ class TensorRule:
     transposed: bool = False  # the checkpoint has the last two axes the other way round
     part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
     regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
+    every: tuple[int, int] | None = None  # (index, count): every count-th element of source rows
     one_row: bool = False  # the checkpoint has this vector as a matrix of one row
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
@@ -88,6 +90,8 @@ class TensorRule:
             shape[-2] *= self.part[1]
         if self.transposed:
             shape[-2:] = shape[:-3:-1]
+        if self.every is not None:
+            shape[-1] *= self.every[1]
         return tuple(shape)
 
 

@@ -61,7 +61,7 @@ class HFConfig:
         """A list of n numbers."""
         values = self.values.get(key)
         if not isinstance(values, list) or len(values) != n:
-            found = f"{len(values)} of them" if isinstance(values, list) else values
+            found = len(values) if isinstance(values, list) else values
             raise self.refuse(key, f"a list of {n} numbers", found)
         where = f"{self.where}: {key}"
         items = HFConfig({f"[{i}]": value for i, value in enumerate(values)}, where)

@@ -37,7 +37,7 @@ class MergeEncoder:
             self._tokenizer.normalizer = normalizers.Replace(" ", SPACE)
         else:
             cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-            if pre.nfc:
+            if vocabulary.nfc:
                 self._tokenizer.normalizer = normalizers.NFC()
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
 

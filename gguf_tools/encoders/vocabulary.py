@@ -80,6 +80,7 @@ class Vocabulary:
     prefix_unless_space: bool  # not before a text that begins with a space
     remove_extra_whitespaces: bool
     charsmap: bytes  # SentencePiece's table of replacements, or nothing
+    nfc: bool  # text is brought to Unicode's composed form first
     lowercase: bool  # of the bert kind: text is brought to small letters first
     strip_accents: bool  # of the bert kind
     lstrip_ids: frozenset[int]  # special tokens that take the white space before them with them
@@ -141,6 +142,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         prefix_unless_space=_flag(metadata, "space_prefix_unless_space", False),
         charsmap=_charsmap(metadata),
         remove_extra_whitespaces=_flag(metadata, "remove_extra_whitespaces", False),
+        nfc=_flag(metadata, "normalizer.nfc", pre.nfc),
         lowercase=lowercase,
         strip_accents=_flag(metadata, "normalizer.strip_accents", lowercase),
         lstrip_ids=lstrip_ids,

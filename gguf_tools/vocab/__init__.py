@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
+from gguf_tools.pretokenizers import PRETOKENIZERS
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.pieces import (
@@ -24,7 +25,7 @@ from gguf_tools.vocab.pieces import (
     read_slow_added_tokens,
     sentencepiece_pieces,
 )
-from gguf_tools.vocab.presplit import find_pre
+from gguf_tools.vocab.presplit import find_pre, uses_nfc
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
 from gguf_tools.vocab.slow_files import read_slow_files
@@ -133,6 +134,8 @@ def _main_file(
         pieces = byte_level_pieces(source, n_vocab)
         pre, warnings = find_pre(source, path)
         pieces.warnings += warnings
+        if path is not None and uses_nfc(source) != PRETOKENIZERS[pre].nfc:
+            pieces.nfc = uses_nfc(source)
         return source, pieces, pre
     return source, byte_fallback_pieces(source, n_vocab), "default"
 
@@ -205,6 +208,8 @@ def _switches(
     for side, stripping in (("lstrip", pieces.table.lstrip), ("rstrip", pieces.table.rstrip)):
         if stripping:
             switches[f"{PREFIX}{side}_token_ids"] = Array("i32", sorted(stripping))
+    if pieces.nfc is not None:
+        switches[PREFIX + "normalizer.nfc"] = Value("bool", pieces.nfc)
     if pieces.remove_extra_whitespaces:
         switches[PREFIX + "remove_extra_whitespaces"] = Value("bool", True)
     if pieces.charsmap:

@@ -45,6 +45,7 @@ class Pieces:
     prefix_first_only: bool = False  # that prefix stands before a text, not after its tokens
     prefix_unless_space: bool = False  # and not before a text that begins with a space
     remove_extra_whitespaces: bool = False
+    nfc: bool | None = None  # text is composed first, or is not, unlike the name of `pre` says
     charsmap: bytes = b""
     from_json: bool = True
     warnings: list[str] = field(default_factory=list)

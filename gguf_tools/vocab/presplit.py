@@ -31,7 +31,8 @@ def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
     """The name to write, and warnings. `path` is the tokenizer.json, where there is one."""
     split = known_split(source.pre_tokenizer)
     fitting = [p for p in _byte_level() if p.split == split or split is None]
-    trial = run_trial(path, sorted({_key(p) for p in fitting})) if path is not None else None
+    keys = sorted({p.split + end for p in fitting for end in ("", NFC)})
+    trial = run_trial(path, keys) if path is not None else None
     if split is None:
         return _nearest(source, trial)
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
@@ -44,8 +45,7 @@ def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
     if by_hash in (exact or fitting):
         chosen = by_hash
     else:
-        nfc = _uses_nfc(source)
-        ranked = sorted(exact or fitting, key=lambda p: p.nfc != nfc)
+        ranked = sorted(exact or fitting, key=lambda p: p.nfc != uses_nfc(source))
         chosen = ranked[0]
         if by_hash is not None:
             warnings.append(
@@ -57,7 +57,7 @@ def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
             f"{NAME}: '{chosen.name}' treats whole words otherwise than this tokenizer: "
             f"{trial.merges_matter} of {trial.n_texts} test texts encode differently"
         )
-    warnings += _agreement(chosen, trial)
+    warnings += _agreement(source, chosen, trial)
     return chosen.name, warnings
 
 
@@ -71,6 +71,11 @@ def known_split(steps: list[dict[str, Any]]) -> str | None:
         patterns += found
     key = tuple(patterns)
     return next((name for name, known in SPLITS.items() if known == key), OTHER_SPELLINGS.get(key))
+
+
+def uses_nfc(source: TokenizerJson) -> bool:
+    """Whether text is brought to Unicode's composed form first."""
+    return any(step["type"] == "NFC" for step in source.normalizer)
 
 
 def _patterns(step: Mapping[str, Any]) -> list[str] | None:
@@ -125,8 +130,8 @@ def _nearest(source: TokenizerJson, trial: Trial | None) -> tuple[str, list[str]
     ]
 
 
-def _agreement(chosen: PreTokenizer, trial: Trial) -> list[str]:
-    same = trial.same_ids[_key(chosen)]
+def _agreement(source: TokenizerJson, chosen: PreTokenizer, trial: Trial) -> list[str]:
+    same = trial.same_ids[chosen.split + (NFC if uses_nfc(source) else "")]
     if same == trial.n_texts:
         return []
     return [
@@ -141,7 +146,3 @@ def _byte_level() -> list[PreTokenizer]:
 
 def _key(pre: PreTokenizer) -> str:
     return pre.split + (NFC if pre.nfc else "")
-
-
-def _uses_nfc(source: TokenizerJson) -> bool:
-    return any(step["type"] == "NFC" for step in source.normalizer)
