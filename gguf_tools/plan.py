@@ -5,8 +5,9 @@ config.json promises must be there in its shape, and nothing else. `build_plan` 
 and adds up the sizes. No weight is read, but for a head that may be a copy of the embedding.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -139,6 +140,9 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     config = HFConfig(checkpoint.config, printable(checkpoint.folder / CONFIG_NAME, limit=1000))
     facts = architecture.read_facts(config)
     present, skipped = _present(checkpoint, architecture)
+    if architecture.predictors:
+        present, ahead = _without_predictors(present, facts.n_layers)
+        skipped += ahead
     facts = replace(facts, switches=facts.switches | _layout(present, architecture))
     wanted, head = _expected(present, architecture, facts)
     named = dict.fromkeys(source for want in wanted for source in want.sources)
@@ -206,9 +210,8 @@ def build_plan(
         )
         for name in sorted_names(shapes)
     )
-    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
     metadata = {
-        **_general_metadata(model, n_parameters, sampling),
+        **_general_metadata(model, tensors, sampling),
         **_model_metadata(model),
         **vocab_metadata,
         # Last, where llama-quantize puts them: its file and ours are then the same to the byte.
@@ -240,10 +243,10 @@ class _Wanted:
         tensor = present[self.sources[0]]
         if "{expert}" in rule.source:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
-        if rule.one_row:
-            tensor = views.vector(tensor)
         if rule.every is not None:
             tensor = views.every(tensor, *rule.every)
+        if rule.cut is not None:
+            tensor = views.cut(tensor, *rule.cut(facts))
         if rule.transposed:
             tensor = views.transposed(tensor)
         if rule.part is not None:
@@ -286,6 +289,23 @@ def _present(
     return present, (note,)
 
 
+def _without_predictors(
+    present: Mapping[str, LazyTensor], n_layers: int
+) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """The tensors of the model's own layers, and a note if there were others."""
+    numbers = {name: re.match(r"model\.layers\.(\d{1,9})\.", name) for name in present}
+    own = {
+        name: tensor
+        for name, tensor in present.items()
+        if (number := numbers[name]) is None or int(number[1]) < n_layers
+    }
+    n_left_out = len(present) - len(own)
+    if not n_left_out:
+        return own, ()
+    note = f"{n_left_out:,} tensors of layers that predict further tokens are left out"
+    return own, (note,)
+
+
 def _layout(present: Iterable[str], architecture: Architecture) -> set[str]:
     """The switch of the layout that the checkpoint has."""
     for switch, ending in architecture.layouts:
@@ -303,7 +323,9 @@ def _expected(
     for rule in architecture.tensors:
         if rule.when and rule.when not in facts.switches:
             continue
-        layers = range(facts.n_layers) if "{layer}" in rule.source else range(1)
+        layers: Sequence[int] = range(facts.n_layers) if "{layer}" in rule.source else range(1)
+        if rule.layers is not None:
+            layers = rule.layers(facts)
         for layer in layers:
             source, name = (
                 text.replace("{layer}", str(layer)) for text in (rule.source, rule.name)
@@ -369,9 +391,10 @@ def _constant(name: str, values: npt.NDArray[np.float32]) -> LazyTensor:
 
 
 def _general_metadata(
-    model: MatchedModel, n_parameters: int, sampling: Mapping[str, MetadataValue]
+    model: MatchedModel, tensors: Sequence[TensorPlan], sampling: Mapping[str, MetadataValue]
 ) -> dict[str, MetadataValue]:
     """general.*, in the order of llama.cpp's converter."""
+    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
     folder = model.checkpoint.folder
     card = read_card(folder)
     name = model_id(folder)
@@ -387,11 +410,22 @@ def _general_metadata(
         ("version", parts.version),
         ("finetune", parts.fine_tune),
         ("basename", parts.base),
-        ("size_label", parts.size or size_label(n_parameters)),
+        ("size_label", parts.size or _size_label(tensors)),
     ):
         if text:
             entries[f"general.{key}"] = Value("str", text)
     return {**entries, **card_metadata(card)}
+
+
+def _size_label(tensors: Sequence[TensorPlan]) -> str:
+    """`135M`, or `8x7B`: as many experts, and what a model with a single one has."""
+    stacked = [t.source for t in tensors if "_exps." in t.name and len(t.shape) >= 3]
+    single = sum(source.n_elements // source.shape[0] for source in stacked)
+    n_parameters = sum(tensor.source.n_elements for tensor in tensors)
+    if not stacked:
+        return size_label(n_parameters)
+    others = n_parameters - sum(source.n_elements for source in stacked)
+    return f"{stacked[0].shape[0]}x{size_label(others + single)}"
 
 
 def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:

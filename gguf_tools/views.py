@@ -70,6 +70,23 @@ def regrouped(tensor: LazyTensor, n_groups: int, n_parts: int) -> LazyTensor:
     return LazyTensor(tensor.name, tensor.shape, tensor.dtype, loader)
 
 
+def cut(tensor: LazyTensor, n_groups: int, height: int, first: int, n: int) -> LazyTensor:
+    """Of n_groups groups of `height` rows each the n from `first` on: (n_groups, n, width)."""
+    width = tensor.shape[-1]
+
+    def load(begin: int, end: int) -> Floats:
+        bands = []
+        while begin < end:
+            group, row = divmod(begin, n)
+            last = min(end - group * n, n)
+            start = group * height + first
+            bands.append(tensor.load(start + row, start + last))
+            begin += last - row
+        return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+    return LazyTensor(tensor.name, (n_groups, n, width), tensor.dtype, load)
+
+
 def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
     """The first n rows of a matrix."""
     return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
@@ -83,11 +100,6 @@ def every(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
         return np.ascontiguousarray(tensor.load(begin, end)[..., index::count])
 
     return LazyTensor(tensor.name, (*outer, width // count), tensor.dtype, load)
-
-
-def vector(tensor: LazyTensor) -> LazyTensor:
-    """The only row of a matrix."""
-    return LazyTensor(tensor.name, tensor.shape[1:], tensor.dtype, tensor.load)
 
 
 def transposed(tensor: LazyTensor) -> LazyTensor:

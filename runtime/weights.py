@@ -73,6 +73,14 @@ class Weights:
         data = self._blocks(name).reshape(n_experts, n_rows, -1)
         return tuple(Matrix(name, info.quant, n_rows, n_columns, expert) for expert in data)
 
+    def flattened(self, name: str, n: int, n_rows: int, n_columns: int) -> Matrix:
+        """A stacked tensor (n, n_rows, n_columns) as one matrix of n * n_rows rows."""
+        if not self._check(name, (n, n_rows, n_columns)):
+            none = np.empty((0, 0), np.uint8)
+            return Matrix(name, by_name("F32"), n * n_rows, n_columns, none)
+        data = self.file.raw(name).reshape(n * n_rows, -1)
+        return Matrix(name, self.file.tensors[name].quant, n * n_rows, n_columns, data)
+
     def _single_experts(
         self, stem: str, suffix: str, n_experts: int, shape: tuple[int, int]
     ) -> tuple[Matrix, ...]:

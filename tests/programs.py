@@ -9,9 +9,27 @@ import numpy as np
 from gguf_tools.quants import by_name
 from runtime.backends.cpu import CPUBackend
 from runtime.backends.reference import ReferenceBackend
-from runtime.program import Instruction, KVShape, MatMul, Matrix, Program
+from runtime.program import (
+    Add,
+    AddBias,
+    Attend,
+    ExpertBias,
+    ExpertMatMul,
+    ExpertSum,
+    Gate,
+    Instruction,
+    KVShape,
+    MatMul,
+    Matrix,
+    Program,
+    RMSNorm,
+    Route,
+    Scale,
+    StoreKV,
+)
 from tests.kernels.blocks import random_rows
 
+EXACT = 2e-6  # of the largest result: float32 in another order
 N_TOKENS = 60  # a prompt's; more than the head makes logits of at a time
 
 
@@ -36,6 +54,12 @@ def random_vector(rng: np.random.Generator, size: int, middle: float = 0.0) -> n
     return (middle + rng.normal(size=size)).astype(np.float32)
 
 
+def select(k: int, n_rows: int) -> Matrix:
+    """A matrix that copies the first of k numbers to n_rows."""
+    same = np.eye(n_rows, k, dtype=np.float32)
+    return Matrix(f"select {n_rows} of {k}", by_name("F32"), n_rows, k, same.view(np.uint8))
+
+
 def program_of(
     steps: Sequence[Instruction],
     dim: int,
@@ -52,8 +76,7 @@ def program_of(
     f32 = by_name("F32")
     rows = np.ascontiguousarray(inputs, np.float32)
     embedding = Matrix("inputs", f32, len(rows), dim, rows.view(np.uint8))
-    same = np.eye(dim, dtype=np.float32)
-    copy = MatMul("x", "logits", Matrix("same", f32, dim, dim, same.view(np.uint8)))
+    copy = MatMul("x", "logits", select(dim, dim))
     return Program(
         buffers={"x": dim, "logits": dim, **(buffers or {})},
         embedding=embedding,
@@ -95,3 +118,82 @@ def agree(program: Program, tolerance: float, **options: str) -> None:
         assert worst <= tolerance * largest, (batches, worst / largest)
         for threads in (2, 3):
             assert np.array_equal(run(program, batches, threads, **options), one), batches
+
+
+def attention_program(
+    shape: tuple[int, int, int, int],
+    rng: np.random.Generator,
+    *,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    window: int = 0,
+) -> Program:
+    """x = attention of x."""
+    n_heads, n_kv_heads, key_dim, value_dim = shape
+    widths = {"q": n_heads * key_dim, "k": n_kv_heads * key_dim, "v": n_kv_heads * value_dim}
+    dim = n_heads * value_dim
+    steps = [
+        MatMul("x", name, random_matrix(rng, width, dim, spread=0.5))
+        for name, width in widths.items()
+    ]
+    extra = random_vector(rng, n_heads, 2.0) if sinks else None
+    scale = 1 / np.sqrt(key_dim)
+    steps += [
+        StoreKV("k", "v", 0),
+        Attend("q", "mixed", 0, scale, window, softcap, extra),
+        MatMul("mixed", "delta", random_matrix(rng, dim, dim)),
+        Scale("x", 0.0),
+        Add("delta", "x"),
+    ]
+    buffers = {**widths, "mixed": dim, "delta": dim}
+    inputs = rng.normal(size=(N_TOKENS, dim)) / np.sqrt(dim)
+    return program_of(steps, dim, buffers=buffers, caches=(KVShape(*shape),), inputs=inputs)
+
+
+def mixture(
+    rng: np.random.Generator,
+    *,
+    dim: int = 64,
+    ffn_dim: int = 96,
+    n_experts: int = 6,
+    n_used: int = 2,
+    quant: str = "F32",
+    biases: bool = False,
+    skew: np.ndarray | None = None,
+    activation: str = "silu",
+    norm: bool = True,
+) -> Program:
+    """x = the sum of the chosen experts' feed-forwards."""
+    router = random_matrix(rng, n_experts, dim, spread=0.5)
+
+    def bias(target: str, n_rows: int) -> list:
+        values = rng.normal(size=(n_experts, n_rows)).astype(np.float32)
+        return [ExpertBias(target, "routes", n_used, values)] if biases else []
+
+    def product(source: str, target: str, n_rows: int, k: int) -> list:
+        matrices = random_experts(rng, n_experts, n_rows, k, quant)
+        return [ExpertMatMul(source, target, "routes", n_used, matrices), *bias(target, n_rows)]
+
+    steps = [
+        RMSNorm("x", "normed", random_vector(rng, dim, 1.0), 1e-5),
+        MatMul("normed", "scores", router),
+        *([] if skew is None else [AddBias("scores", skew)]),
+        Route("scores", "routes", n_used),
+        *product("normed", "gate", ffn_dim, dim),
+        *product("normed", "up", ffn_dim, dim),
+        Gate("gate", "up", "gate", activation),
+        *product("gate", "each", dim, ffn_dim),
+        ExpertSum("each", "routes", n_used, "delta"),
+        Add("delta", "x"),
+    ]
+    wide = n_used * ffn_dim
+    buffers = {
+        "normed": dim,
+        "scores": n_experts,
+        "routes": 2 * n_used,
+        "gate": wide,
+        "up": wide,
+        "each": n_used * dim,
+        "delta": dim,
+    }
+    return program_of(steps, dim, buffers=buffers)

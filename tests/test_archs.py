@@ -35,7 +35,13 @@ def rope_metadata(**changes: Any) -> dict[str, Any]:
 def any_config() -> HFConfig:
     """What every architecture can be read from: its sizes under all names they go by."""
     silent = dict.fromkeys(("hidden_act", "tie_word_embeddings", "head_dim"), ...)
-    old_names = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}
+    old_names = {
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_positions": 128,
+        "num_experts_per_tok": 2,
+    }
     return HFConfig(llama_config(num_key_value_heads=4, **silent, **old_names), "config.json")
 
 
@@ -44,7 +50,7 @@ def test_tables_are_sound(architecture: archs.Architecture) -> None:
     """Every architecture, whatever it is: names are unique, sizes and fields exist."""
     rules = [architecture.embedding, architecture.head, *architecture.tensors]
     for keys in (
-        [(rule.source, rule.part, rule.every, rule.when) for rule in rules],
+        [(rule.source, rule.part, rule.every, rule.cut, rule.when) for rule in rules],
         [(rule.name, rule.when) for rule in rules],
     ):
         assert len(set(keys)) == len(keys)

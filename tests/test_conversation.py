@@ -6,19 +6,13 @@ import pytest
 
 from gguf_tools.errors import ContextFullError, GGUFError, TemplateError
 from gguf_tools.reader import GGUFFile
-from runtime.answer import Piece, Thought, ThoughtEnd
-from runtime.chat import ANSWER_LIMIT, end_note, no_answer
-from runtime.conversation import Conversation, Notice, Progress
+from runtime.answer import Piece
+from runtime.chat import ANSWER_LIMIT, end_note
+from runtime.conversation import Progress
 from runtime.model import Model
-from runtime.sampling import Sampler, SamplingOptions
-from runtime.templates import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from runtime.turns import continuation_ids, joined
-
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
+from tests.reciting import CHAT, Reciting, heard, interrupt, make
 
 
 @pytest.fixture(scope="module")
@@ -36,49 +30,6 @@ def tokenizer(file):
 def stories(file):
     with Model.load(file, threads=1) as model:
         yield model
-
-
-class Reciting:
-    """Says the answers it was given, one after the other; counts what it reads."""
-
-    def __init__(self, tokenizer, *answers, n_ctx=400):
-        self.n_ctx = n_ctx
-        self.tokens = []
-        self.n_read = 0
-        self._n_vocab = tokenizer.n_tokens
-        self._script = [
-            token
-            for answer in answers
-            for token in (*continuation_ids(tokenizer, answer), tokenizer.eos_id)
-        ]
-
-    def forward(self, ids):
-        assert len(ids) > 0 and len(self.tokens) + len(ids) <= self.n_ctx
-        self.tokens.extend(ids)
-        self.n_read += len(ids)
-        logits = np.zeros(self._n_vocab, np.float32)
-        logits[self._script.pop(0)] = 1.0
-        return logits
-
-    def truncate(self, n):
-        assert n <= len(self.tokens)
-        del self.tokens[n:]
-
-
-def make(model, tokenizer, *, chat=CHAT, **options):
-    template = None
-    if chat is not None:
-        bos, eos = tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(tokenizer.eos_id)
-        template = ChatTemplate(chat, bos_token=bos, eos_token=eos)
-    sampler = Sampler(SamplingOptions(temp=0.0))
-    return Conversation(model, tokenizer, sampler, template=template, **options)
-
-
-def heard(events):
-    """The text of an answer, and the notices about it."""
-    events = [event for event in events if not isinstance(event, (Thought, ThoughtEnd))]
-    text = "".join(event.text for event in events if isinstance(event, Piece))
-    return text, [event.text for event in events if isinstance(event, Notice)]
 
 
 def test_an_answer_ends_with_the_end_token(tokenizer):
@@ -221,17 +172,6 @@ def test_what_is_said_about_the_end_of_an_answer(tokenizer):
         conversation = make(Reciting(tokenizer, long, n_ctx=1500), tokenizer, **options)
         heard(conversation.say("Tell"))
         assert said in end_note(conversation) and bool(said) == bool(end_note(conversation))
-
-
-def interrupt(events, after):
-    """Take events until the answer has some text, then no more."""
-    text = ""
-    for event in events:
-        text += event.text if isinstance(event, Piece) else ""
-        if len(text) >= after:
-            break
-    events.close()
-    return text
 
 
 def test_an_interrupted_answer_stays(tokenizer):
@@ -413,168 +353,6 @@ def test_characters_are_never_broken(tokenizer):
     pieces = [event.text for event in conversation.say("Tell") if isinstance(event, Piece)]
     assert "".join(pieces) == "a \u2603 and \U0001f600!"
     assert "\ufffd" not in "".join(pieces)
-
-
-# Reasoning. This vocabulary spells tags with several tokens.
-
-
-def thoughts(events):
-    """The reasoning, the answer, the notices, and the ends of blocks of reasoning."""
-    events = list(events)
-    reasoning = "".join(event.text for event in events if isinstance(event, Thought))
-    ends = [event for event in events if isinstance(event, ThoughtEnd)]
-    return reasoning, *heard(events), ends
-
-
-def test_reasoning_is_told_apart_and_not_sent_back(tokenizer):
-    written = "<think>\nWho is it?\n</think>\n\nA dog."
-    model = Reciting(tokenizer, written, "<think>Hm.</think>A cat.", "<think></think>No.")
-    conversation = make(model, tokenizer)
-    reasoning, answer, notices, ends = thoughts(conversation.say("Tell"))
-    assert (reasoning, answer, notices) == ("Who is it?\n", "A dog.", [])
-    assert len(ends) == 1 and 3 < ends[0].n_tokens < conversation.stats.n_written
-    assert ends[0].seconds > 0
-    turn = conversation.turns[0]
-    assert turn.written == turn.covered == written
-    n_prompt = len(turn.prompt_ids)
-    _, answer, notices, _ = thoughts(conversation.say("More"))
-    assert answer == "A cat."
-    assert len(notices) == 1 and "leaves earlier reasoning out" in notices[0]
-    prompt = tokenizer.decode(conversation.turns[1].prompt_ids)
-    assert "Who is it?" not in prompt and "[assistant]A dog." in prompt
-    assert conversation.turns[1].prompt_ids[:n_prompt] == turn.prompt_ids  # read once
-    assert conversation.stats.n_read == len(conversation.turns[1].prompt_ids) - n_prompt
-    reasoning, answer, notices, ends = thoughts(conversation.say("And?"))
-    assert (reasoning, answer, notices, ends) == ("", "No.", [], [])  # said once, and nothing empty
-
-
-def test_a_template_opens_the_reasoning(tokenizer):
-    opening = CHAT.replace("[assistant]", "[assistant]<think>\n")
-    model = Reciting(tokenizer, "Who?</think>A dog.", "Hm.</think>A cat.")
-    conversation = make(model, tokenizer, chat=opening)
-    assert thoughts(conversation.say("Tell"))[:2] == ("Who?", "A dog.")
-    assert thoughts(conversation.say("More"))[:2] == ("Hm.", "A cat.")
-    assert "[assistant]A dog." in tokenizer.decode(conversation.turns[1].prompt_ids)
-    assert conversation.turns[0].answer == "A dog." and conversation.turns[0].reasoning == "Who?"
-
-
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_a_template_that_keeps_reasoning_gets_it(tokenizer, name):
-    keeping = CHAT.replace(
-        "{{ m['content'] }}", f"{{% if m.{name} %}}<think>{{{{ m.{name} }}}}</think>{{% endif %}}"
-        "{{ m['content'] }}",
-    )  # fmt: skip
-    model = Reciting(tokenizer, "<think>Who?</think>A dog.", "A cat.", "A cow.")
-    conversation = make(model, tokenizer, chat=keeping)
-    heard(conversation.say("Tell"))
-    held = len(model.tokens)
-    assert heard(conversation.say("More"))[1] == []
-    assert conversation.stats.n_read == len(conversation.turns[-1].prompt_ids) - held
-    assert "<think>Who?</think>A dog." in tokenizer.decode(model.tokens)
-    assert heard(conversation.say("And?"))[1] == []
-
-
-def test_stop_strings_end_the_answer_and_not_the_reasoning(tokenizer):
-    model = Reciting(tokenizer, "<think>One dog. Two.</think>One dog. Two cats.", "Yes.")
-    conversation = make(model, tokenizer, stop=[" Two"])
-    assert thoughts(conversation.say("Count"))[:2] == ("One dog. Two.", "One dog.")
-    turn = conversation.turns[0]
-    assert turn.written == turn.covered == "<think>One dog. Two.</think>One dog."
-    assert tokenizer.decode(turn.answer_ids).strip() == turn.written
-
-
-def test_interrupted_reasoning_stays(tokenizer):
-    model = Reciting(tokenizer, "<think>Who is it? What do they want?</think>A dog.")
-    conversation = make(model, tokenizer)
-    events = conversation.say("Tell")
-    for event in events:
-        if isinstance(event, Thought) and event.n_tokens > 5:
-            break
-    events.close()
-    turn = conversation.turns[0]
-    assert turn.answer == "" and turn.reasoning.startswith("Who") and turn.covered == turn.written
-    model._script = [*continuation_ids(tokenizer, "Yes."), tokenizer.eos_id]
-    assert heard(conversation.say("More"))[0] == "Yes."
-
-
-def test_a_turn_without_answer_is_left_out_where_the_template_wants_one(tokenizer):
-    strict = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}"
-    chat = strict + "{% endif %}{% endfor %}" + CHAT
-    model = Reciting(tokenizer, "<think>Who is it?", "Yes.", "No.")
-    conversation = make(model, tokenizer, chat=chat)
-    heard(conversation.say("Tell"))
-    assert conversation.turns[0].answer == ""
-    answer, notices = heard(conversation.say("More"))
-    assert answer == "Yes." and any("no empty answer" in notice for notice in notices)
-    assert "Tell" not in tokenizer.decode(conversation.turns[-1].prompt_ids)
-    assert heard(conversation.say("And?"))[0] == "No."
-
-
-def test_an_answer_that_is_cut_in_its_reasoning(tokenizer):
-    model = Reciting(tokenizer, "<think>Who is it? What do they want?</think>A dog.")
-    conversation = make(model, tokenizer, max_tokens=12)
-    reasoning, answer, _, ends = thoughts(conversation.say("Tell"))
-    assert reasoning and not answer and len(ends) == 1
-    assert conversation.stats.reason == "token limit"
-    assert "only reasoning" in no_answer(conversation)
-
-
-def test_marks_that_are_control_tokens(file):
-    marks = [
-        "<|START_THINKING|>", "<|END_THINKING|>", "<|START_TEXT|>", "<|END_TEXT|>", "<|tool|>"
-    ]  # fmt: skip
-    metadata = dict(file.metadata)
-    tokens = metadata["tokenizer.ggml.tokens"][: -len(marks)] + marks
-    types = np.array(metadata["tokenizer.ggml.token_type"])
-    types[-len(marks) :] = 3
-    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    tokenizer = Tokenizer(metadata)
-    model = Reciting(
-        tokenizer,
-        "<|START_THINKING|>Who?<|END_THINKING|><|START_TEXT|>A <|tool|>dog.<|END_TEXT|>",
-        "<|START_TEXT|>A cat.<|END_TEXT|>",
-    )
-    chat = (
-        "{% for m in messages %}[{{ m['role'] }}]<|START_TEXT|>{{ m['content'] }}<|END_TEXT|>"
-        "{% endfor %}[assistant]{% if false %}<|START_THINKING|>{% endif %}"
-    )
-    conversation = make(model, tokenizer, chat=chat)
-    reasoning, answer, _, _ = thoughts(conversation.say("Tell"))
-    assert (reasoning, answer.replace("  ", " ")) == ("Who?", "A dog.")
-    assert heard(conversation.say("More"))[0] == "A cat."
-    prompt = conversation.turns[1].prompt_ids
-    said = b"".join(tokenizer.token_bytes(i, special=True) for i in prompt).decode()
-    assert "Who?" not in said and "dog.<|END_TEXT|>" in said
-    assert "<|tool|>" not in said
-
-
-SWITCHED = CHAT.replace(
-    "[assistant]{% endif %}",
-    "[assistant]{% if enable_thinking is defined and not enable_thinking %}<think></think>"
-    "{% endif %}{% endif %}",
-)
-
-
-def test_reasoning_is_switched(tokenizer):
-    model = Reciting(tokenizer, "<think>Who?</think>A dog.", "A cat.", "<think>Hm.</think>A cow.")
-    conversation = make(model, tokenizer, chat=SWITCHED)
-    heard(conversation.say("Tell"))
-    n_prompt = len(conversation.turns[0].prompt_ids)
-    conversation.thinking = "off"
-    reasoning, answer, notices, _ = thoughts(conversation.say("More"))
-    assert (reasoning, answer) == ("", "A cat.")
-    assert len(notices) == 1 and "because reasoning was set to off" in notices[0]
-    assert conversation.turns[1].prompt_text.endswith("[assistant]<think></think>")
-    assert conversation.turns[1].prompt_ids[:n_prompt] == conversation.turns[0].prompt_ids
-    conversation.thinking = "on"
-    assert thoughts(conversation.say("And?"))[:2] == ("Hm.", "A cow.")
-    assert conversation.turns[2].prompt_text.endswith("[assistant]")
-
-
-def test_raw_text_has_no_reasoning(tokenizer):
-    model = Reciting(tokenizer, "<think>Who?</think>A dog.")
-    conversation = make(model, tokenizer, chat=None)
-    assert thoughts(conversation.say("Tell"))[:2] == ("", "<think>Who?</think>A dog.")
 
 
 def test_a_template_that_ignores_the_system_prompt_gets_it_in_the_first_message(tokenizer):

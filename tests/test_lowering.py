@@ -22,6 +22,8 @@ from runtime.kernels.interpreter import (
     STATE_FIELDS,
     WAIT_SINCE,
 )
+from runtime.program import Program
+from tests.programs import mixture
 from tests.tiny import llama_file
 
 
@@ -57,21 +59,33 @@ def test_waits_only_where_threads_meet() -> None:
     assert waits(*steps) == [(-1, 2), (-1, 0), (0, 1), (-1, 1)]
 
 
-def decode_steps(path: Path, threads: int = 2) -> list[tuple[str, int, int]]:
+def decode_steps(path: Path) -> list[tuple[str, int, int]]:
     """(kernel, wait since, operations in the group) of each operation of a decode step."""
+    with GGUFFile(path) as file:
+        return steps_of(build_program(file, read_config(file)))
+
+
+def steps_of(program: Program) -> list[tuple[str, int, int]]:
     names = {
         kernel.address: name
         for module in (attention, elementwise, experts, gates, kv_cache, matmul)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "address")
     }
-    with GGUFFile(path) as file:
-        program = build_program(file, read_config(file))
-        backend = CPUBackend(program, n_ctx=64, n_threads=threads, n_batch=32)
-        (table,) = backend._decode
-        backend.close()
-        rows = table.operations
-        return [(names[int(row[0])], int(row[WAIT_SINCE]), int(row[GROUP])) for row in rows]
+    backend = CPUBackend(program, n_ctx=64, n_threads=2, n_batch=32)
+    (table,) = backend._decode
+    backend.close()
+    rows = table.operations
+    return [(names[int(row[0])], int(row[WAIT_SINCE]), int(row[GROUP])) for row in rows]
+
+
+def groups_of(steps: list[tuple[str, int, int]]) -> list[list[str]]:
+    """The kernels that are claimed together."""
+    return [
+        [name for name, _, _ in steps[i : i + size]]
+        for i, (_, _, size) in enumerate(steps)
+        if size > 1
+    ]
 
 
 def test_a_decode_layer(tmp_path: Path) -> None:
@@ -85,12 +99,7 @@ def test_a_decode_layer(tmp_path: Path) -> None:
         *("gate_silu", "quantise", "matvec", "add"),
         *("rms_norm", "quantise", "matvec"),
     ]
-    groups = [
-        [name for name, _, _ in steps[i : i + size]]
-        for i, (_, _, size) in enumerate(steps)
-        if size > 1
-    ]
-    assert groups == [
+    assert groups_of(steps) == [
         ["matvec", "matvec"],  # k and v, of the same width
         ["rope", "store_kv"],
         ["matvec", "add"],
@@ -100,6 +109,23 @@ def test_a_decode_layer(tmp_path: Path) -> None:
     assert [name for name, since, _ in steps if since >= 0] == [
         *("rope", "attend_chunks", "combine"),  # q, k, v made; cache written; chunks done
         *("rms_norm", "quantise", "rms_norm"),  # x made; gate made; x made
+    ]
+
+
+def test_a_decode_layer_of_experts() -> None:
+    """Each thread routes for itself; the gate joins the products it needs, and so does the sum."""
+    steps = steps_of(mixture(np.random.default_rng(0), quant="Q8_0", biases=True))
+    assert [name for name, _, _ in steps] == [
+        *("rms_norm", "matvec", "route", "quantise"),
+        *("expert_matvec", "expert_bias", "expert_matvec", "expert_bias", "gate_silu"),
+        *("quantise_slots", "expert_matvec", "expert_bias", "expert_sum", "add", "matvec"),
+    ]
+    assert groups_of(steps) == [
+        ["expert_matvec", "expert_bias", "expert_matvec", "expert_bias", "gate_silu"],
+        ["expert_matvec", "expert_bias", "expert_sum", "add"],
+    ]
+    assert [name for name, since, _ in steps if since >= 0] == [
+        *("route", "quantise_slots", "matvec"),  # scores made; gate made; x made
     ]
 
 

@@ -5,6 +5,7 @@ changed, and which metadata describe it. Nothing here reads a file or touches a 
 """
 
 from gguf_tools.archs import (
+    deepseek2,
     gemma,
     gemma3,
     gpt2,
@@ -44,6 +45,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     stablelm.ARCHITECTURE,
     gptneox.ARCHITECTURE,
     gptoss.ARCHITECTURE,
+    deepseek2.ARCHITECTURE,
 )
 
 

@@ -1,6 +1,6 @@
 """What an architecture's file says: facts, tensors, metadata."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +49,7 @@ class ModelFacts:
             "head": self.head_dim,
             "heads": self.n_heads,
             "experts": self.n_experts or 0,
+            "one": 1,
             **self.more_sizes,
         }
 
@@ -76,20 +77,22 @@ class TensorRule:
     transposed: bool = False  # the checkpoint has the last two axes the other way round
     part: tuple[int, int] | None = None  # (index, count): an equal part of the source's rows
     regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
+    cut: Callable[[ModelFacts], tuple[int, int, int, int]] | None = None  # views.cut
+    layers: Callable[[ModelFacts], Sequence[int]] | None = None  # those that have it; None: all
     every: tuple[int, int] | None = None  # (index, count): every count-th element of source rows
-    one_row: bool = False  # the checkpoint has this vector as a matrix of one row
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:
         """The shape that the tensor (one expert's, where they are stacked) has in a checkpoint."""
         shape = [facts.sizes[size] for size in self.shape]
         if "{expert}" in self.source:
             shape = shape[1:]
-        if self.one_row:
-            shape.insert(0, 1)
         if self.part is not None:
             shape[-2] *= self.part[1]
         if self.transposed:
             shape[-2:] = shape[:-3:-1]
+        if self.cut is not None:
+            n_groups, height, *_ = self.cut(facts)
+            shape = [n_groups * height, shape[-1]]
         if self.every is not None:
             shape[-1] *= self.every[1]
         return tuple(shape)
@@ -134,3 +137,4 @@ class Architecture:
     # Ways in which checkpoints name the same weights: a switch, and the ending of a name that shows
     # it. The first that is there is switched on.
     layouts: tuple[tuple[str, str], ...] = ()
+    predictors: bool = False  # checkpoints have further layers that guess ahead: left out, said

@@ -115,9 +115,7 @@ SHARED_EXPERT = (
     TensorRule(
         "mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", ("dim", "shared_ffn")
     ),
-    TensorRule(
-        "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", ("dim",), one_row=True
-    ),
+    TensorRule("mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", ("one", "dim")),
 )
 
 QWEN2MOE = Architecture(

@@ -37,11 +37,13 @@ def read_facts(config: HFConfig) -> ModelFacts:
     if config.has("sliding_window"):
         window = config.integer("sliding_window", low=0, high=MAX_CONTEXT) or None
     biased = config.flag("use_bias", default=True)
+    notes = () if biased else ("llama.cpp does not load a starcoder2 without biases",)
     return replace(
         facts,
         sliding_window=window,
         switches=frozenset(("bias",) if biased else ()),
         more={"hidden_activation": unusual(config, "hidden_act", TANH_FIRST)},
+        notes=(*facts.notes, *notes),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig
-from runtime.decoders import gemma, gpt, gptoss, llama, olmo2, stablelm
+from runtime.decoders import deepseek2, gemma, gpt, gptoss, llama, olmo2, stablelm
 from runtime.program import Program
 from runtime.weights import Weights
 
@@ -29,6 +29,7 @@ DECODERS: dict[str, Build] = {
     "gpt2": gpt.build_gpt2,
     "starcoder2": gpt.build_starcoder2,
     "gptneox": gpt.build_gptneox,
+    "deepseek2": deepseek2.build,
     "gpt-oss": gptoss.build,
     "stablelm": stablelm.build,
 }

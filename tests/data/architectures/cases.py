@@ -1,69 +1,9 @@
-"""The models of this folder: what each one's configuration is, and what it is there to show."""
+"""The models of this folder: their configurations, and what each is there to show."""
 
-from dataclasses import dataclass
 from typing import Any
 
-VOCAB = 288  # the tokenizer has 280
-CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """One folder."""
-
-    name: str
-    config: dict[str, Any]
-    lengths: tuple[int, ...] = (1, 7, 33)  # of its prompts
-    original_context: int = 0  # of longrope: prompts within it are answered with it as context
-    top_k: int = 0  # experts chosen
-    older_form: bool = False  # config.json as transformers 4 wrote it
-    omitted: tuple[str, ...] = ()  # from config.json, being what transformers assumes
-    like: str = ""  # the case whose weights it has
-    gemma: bool = False  # norms are stored less one
-    vision: bool = False
-    embedding_spread: float = 1.0
-
-    @property
-    def weights(self) -> str:
-        return self.like or self.name
-
-    def context_for(self, length: int) -> int:
-        small = 0 < length <= self.original_context
-        return self.original_context if small else CONTEXT
-
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
-
-
-SMALL = {  # of the second and further models of a family
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-def case(name: str, model_type: str, *, config: dict[str, Any], **facts: Any) -> Case:
-    sizes = {**SIZES, **SMALL} if "-" in name else SIZES
-    config = {"model_type": model_type, **sizes, **config}
-    return Case(name, {key: value for key, value in config.items() if value is not ...}, **facts)
-
-
-def rope(kind: str = "default", base: float = 10000.0, **scaling: Any) -> dict[str, Any]:
-    return {"rope_type": kind, "rope_theta": base, **scaling}
-
+from case import BEYOND_WINDOW, CONTEXT, SMALL, VOCAB, WINDOW, Case, case, rope
+from gemmas import GEMMAS
 
 QWEN = (
     case("qwen2", "qwen2", config={}),
@@ -73,6 +13,17 @@ QWEN = (
         config={"tie_word_embeddings": True, "rope_parameters": rope(base=1e6)},
         older_form=True,
     ),
+    case(
+        "qwen2-window",
+        "qwen2",
+        config={
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,  # the first sees all
+        },
+        lengths=(1, 7, 33, 48),
+    ),
     case("qwen3", "qwen3", config={"head_dim": 32}),
     case(
         "qwen3-tied",
@@ -80,82 +31,6 @@ QWEN = (
         config={"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": rope(base=1e6)},
         older_form=True,
     ),
-)
-
-WINDOW = 16
-BEYOND_WINDOW = (1, 7, 33, 48)
-GEMMA = {"tie_word_embeddings": True, "head_dim": 32}
-GEMMA3 = {
-    **GEMMA,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 48,
-    "num_hidden_layers": 7,  # five of them with a window, one without, one with
-    "sliding_window": WINDOW,
-    "query_pre_attn_scalar": 32,
-}
-GEMMA3_ROPE = {"sliding_attention": rope(base=1e4), "full_attention": rope(base=1e6)}
-GEMMA3_STRETCHED = {
-    "sliding_attention": rope(base=1e4),
-    "full_attention": rope("linear", base=1e6, factor=8.0),
-}
-VISION = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-
-def gemma(name: str, model_type: str, *, config: dict[str, Any], **facts: Any) -> Case:
-    facts = {"lengths": BEYOND_WINDOW, "gemma": True, "embedding_spread": 0.5, **facts}
-    return case(name, model_type, config=config, **facts)
-
-
-GEMMAS = (
-    gemma("gemma3", "gemma3_text", config={**GEMMA3, "rope_parameters": GEMMA3_ROPE}),
-    gemma(
-        "gemma3-linear",
-        "gemma3_text",
-        config={**GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
-        lengths=(1, 7, 33, 80),
-        older_form=True,
-    ),
-    Case(
-        "gemma3-vision",
-        {
-            "model_type": "gemma3",
-            "text_config": {**SIZES, **SMALL, **GEMMA3, "rope_parameters": GEMMA3_STRETCHED},
-            "vision_config": VISION,
-            "mm_tokens_per_image": 4,
-            "tie_word_embeddings": True,
-            "image_token_index": 287,
-            "boi_token_index": 285,
-            "eoi_token_index": 286,
-        },
-        lengths=BEYOND_WINDOW,
-        older_form=True,
-        omitted=("rope_theta", "rope_local_base_freq", "sliding_window_pattern", "rms_norm_eps"),
-        gemma=True,
-        vision=True,
-        embedding_spread=0.5,
-    ),
-    gemma(
-        "gemma2",
-        "gemma2",
-        config={
-            **GEMMA,
-            "num_hidden_layers": 3,
-            "sliding_window": WINDOW,
-            "query_pre_attn_scalar": 32,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 10.0,
-        },
-    ),
-    gemma("gemma", "gemma", config={**GEMMA, "num_key_value_heads": 1}, lengths=(1, 7, 33)),
 )
 
 MOE = {"moe_intermediate_size": 32, "intermediate_size": 48}
@@ -189,6 +64,7 @@ EXPERTS = (
         "qwen3moe",
         "qwen3_moe",
         config={
+            **SMALL,
             **MOE,
             "head_dim": 32,
             "num_experts": 8,
@@ -250,6 +126,22 @@ ANCESTORS = (
             "eos_token_id": 1,
         },
     ),
+    Case(
+        "gpt2-bare",  # as the published ones
+        {
+            "model_type": "gpt2",
+            "vocab_size": VOCAB,
+            "n_positions": CONTEXT,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_inner": 96,
+            "bos_token_id": 1,
+            "eos_token_id": 1,
+        },
+        bare="transformer.",
+        buffers="h.{layer}.attn.",
+    ),
     case("starcoder2", "starcoder2", config={"sliding_window": WINDOW}, lengths=BEYOND_WINDOW),
     case(
         "starcoder2-tied",
@@ -290,12 +182,26 @@ ANCESTORS = (
             "num_key_value_heads": ...,
             "rope_parameters": rope(partial_rotary_factor=0.5),
         },
+        buffers="gpt_neox.layers.{layer}.attention.",  # as Pythia's
         older_form=True,
     ),
 )
 
 MODERN = (
     case("olmo2", "olmo2", config={"rope_parameters": rope(base=5e5)}),
+    case(
+        "olmo2-windows",  # which is OLMo 3
+        "olmo3",
+        config={
+            "num_hidden_layers": 5,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "sliding_attention": rope(base=5e5),
+                "full_attention": rope("yarn", base=5e5, **STRETCHED),
+            },
+        },
+        lengths=BEYOND_ORIGINAL,
+    ),
     case(
         "granite",
         "granite",
@@ -309,9 +215,9 @@ MODERN = (
         older_form=True,
     ),
     case(
+        "smollm3",  # its fourth layer without rope
         "smollm3",
-        "smollm3",
-        config={"num_hidden_layers": 5, "tie_word_embeddings": True},  # the fourth without rope
+        config={"intermediate_size": 48, "tie_word_embeddings": True, "num_hidden_layers": 4},
     ),
 )
 
@@ -385,6 +291,7 @@ LATE = (
         "gptoss",
         "gpt_oss",
         config={
+            "hidden_size": 32,
             "head_dim": 32,
             "intermediate_size": 32,
             "num_local_experts": 6,
@@ -405,10 +312,13 @@ LATE = (
         "deepseek3",
         "deepseek_v3",
         config={
+            "hidden_size": 32,
             **DEEPSEEK,
             "q_lora_rank": 24,
             "norm_topk_prob": True,
             "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
         },
         top_k=2,
     ),

@@ -1,7 +1,7 @@
 """Make the checkpoints of this folder and what transformers computes with them.
 
     pip install torch transformers tokenizers
-    python make.py            # all cases of cases.py
+    python make.py            # all cases of cases.py and gemmas.py
     python make.py gemma3     # those whose names begin so
 
 Neither torch nor transformers is needed to use what this makes. Each case becomes a folder:
@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from cases import CASES, VOCAB, Case
+from case import VOCAB, Case
+from cases import CASES
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -61,6 +63,7 @@ def main(*prefixes: str) -> None:
 def make(case: Case, folder: Path) -> None:
     """Write one folder anew and print its size and how far float32 is from float64."""
     shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(0)  # for parts that no answer depends on
     config = transformers.AutoConfig.for_model(**case.config)
     model = model_class(case).from_config(config, attn_implementation="eager")
     randomise(model, case)
@@ -68,7 +71,7 @@ def make(case: Case, folder: Path) -> None:
     for extra in folder.iterdir():
         if extra.name not in ("config.json", "model.safetensors"):
             extra.unlink()
-    (folder / "model.safetensors").chmod(0o644)
+    rewrite_weights(folder / "model.safetensors", case)
     rewrite_config(folder / "config.json", case)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     settings = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "add_bos_token": False}
@@ -141,7 +144,8 @@ def distribution(name: str, tensor: torch.Tensor, case: Case) -> tuple[float, fl
     if "norm" in name or ".ln_" in name:
         if last == "bias":
             return 0.0, 0.3
-        return (0.0 if case.gemma else 1.0), 0.25
+        middle = 0.0 if case.gemma else 1.0
+        return middle - 0.8 * (case.deep and "post_" in name), 0.25 - 0.15 * case.deep
     if last == "sinks":
         return 0.0, 1.0
     if last.endswith("bias"):
@@ -227,6 +231,20 @@ def margin(scores: torch.Tensor, case: Case) -> torch.Tensor:
 
 
 # --- files
+
+
+def rewrite_weights(path: Path, case: Case) -> None:
+    tensors = load_file(path)
+    tensors = {name.removeprefix(case.bare): values for name, values in tensors.items()}
+    if case.buffers:
+        for layer in range(2):
+            place = case.buffers.format(layer=layer)
+            tensors[f"{place}bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+            tensors[f"{place}masked_bias"] = torch.tensor(-1e9)
+            if not case.bare:  # GPT-2 has no rotary positions
+                tensors[f"{place}rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def rewrite_config(path: Path, case: Case) -> None:

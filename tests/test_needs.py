@@ -1,0 +1,60 @@
+"""What is compiled for a program: all that runs, and nothing else."""
+
+import numpy as np
+import pytest
+
+from gguf_tools.jit import CACHE_FOLDER, Kernel
+from runtime.backends.cpu import CPUBackend
+from runtime.kernels import attention, elementwise, experts, gates
+from tests.programs import attention_program, mixture, program_of, run
+
+HEADS = (6, 2, 64, 64)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(2)
+
+
+def test_only_what_is_needed_is_compiled(rng: np.random.Generator) -> None:
+    plain = attention_program(HEADS, rng)
+    capped = attention_program(HEADS, rng, softcap=1.0)
+    mixed = mixture(rng)
+    assert attention.cap_scores not in CPUBackend.kernels(plain)
+    assert attention.cap_scores in CPUBackend.kernels(capped)
+    mine = {k for k in vars(experts).values() if hasattr(k, "address")}
+    assert not mine & {*CPUBackend.kernels(plain), *gates.GATES.values()}
+    assert experts.expert_matmul in CPUBackend.kernels(mixed)
+    assert gates.gate_gelu not in CPUBackend.kernels(mixed)
+    assert elementwise.layer_norm not in CPUBackend.kernels(mixed)
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("kernel", [*gates.GATES.values(), *gates.ALONE.values()], ids=repr)
+def test_gates_can_be_kept_on_disk(kernel: Kernel, recwarn: pytest.WarningsRecorder) -> None:
+    """numba only warns about kernels that it cannot write down."""
+    kernel._build(cache=CACHE_FOLDER is not None)
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_all_that_runs_was_announced(rng: np.random.Generator) -> None:
+    """No kernel is compiled behind the progress display."""
+    programs = [
+        mixture(rng, biases=True),
+        mixture(rng, quant="Q8_0"),
+        attention_program(HEADS, rng, softcap=1.0, sinks=True),
+    ]
+    for program in programs:
+        announced = {kernel.address for kernel in CPUBackend.kernels(program)}
+        backend = CPUBackend(program, n_ctx=32, n_threads=1, n_batch=8)
+        for part in (*backend._decode, *backend._prompt, *backend._head_many):
+            assert set(part.operations[:, 0].tolist()) <= announced
+        backend.close()
+
+
+def test_an_instruction_that_is_not_known() -> None:
+    class Unheard:
+        source = target = "x"
+
+    with pytest.raises(ValueError, match="no such instruction"):
+        run(program_of([Unheard()], 8), (1,), 1)  # type: ignore[list-item]
