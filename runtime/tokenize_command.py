@@ -80,6 +80,8 @@ def tokenize(
         _print(tokenizer, token_ids(tokenizer, text, special=special), pieces=pieces)
         return
     with ExitStack() as stack:
+        if source is None and sys.stdin is None:  # closed by whoever started this
+            raise GGUFError("there is no standard input to read; give a text, or --file")
         if source is None:
             stream, name = sys.stdin.buffer, "standard input"
         else:
