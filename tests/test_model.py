@@ -2,15 +2,12 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 
 from gguf_tools.errors import (
     ContextFullError,
-    DeviceError,
     FormatError,
     MissingTensorError,
     UnsupportedModelError,
@@ -33,18 +30,6 @@ def test_truncated_and_read_again(tmp_path: Path) -> None:
         assert model.tokens == [1, 2, 7, 8]
         model.truncate(0)
         assert np.allclose(model.forward([1, 2, 7, 8]), again, atol=1e-5)
-
-
-def test_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = llama_file(tmp_path / "m.gguf", tied=False)
-    with GGUFFile(path) as file:
-        with Model.load(file) as model:
-            mapped = model.forward([1, 2, 3])
-        with Model.load(file, in_memory=True) as model:
-            assert np.array_equal(model.forward([1, 2, 3]), mapped)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-        with pytest.raises(DeviceError, match=r"1,000 bytes of memory are free.*--mmap"):
-            Model.load(file, in_memory=True)
 
 
 def test_context_that_is_full(tmp_path: Path) -> None:
