@@ -221,6 +221,59 @@ def test_size_labels_count_experts() -> None:
     assert all("x" in str(label) for label in labels.values())
 
 
+CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def in_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """gpt-oss as OpenAI published it, its experts random MXFP4; and those as plain numbers."""
+    rng = np.random.default_rng(5)
+    published, plain = dict(tensors), dict(tensors)
+    for name, weights in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        n_experts, n_inputs, n_outputs = weights.shape
+        codes = rng.integers(0, 16, (n_experts, n_outputs, n_inputs // 32, 32))
+        scales = rng.integers(120, 128, codes.shape[:-1])
+        del published[name]
+        published[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+        published[f"{name}_scales"] = scales.astype(np.uint8)
+        values = CODES[codes] * np.exp2(scales[..., None] - 127.0)
+        plain[name] = values.reshape(n_experts, n_outputs, n_inputs).swapaxes(1, 2)
+    return published, plain
+
+
+@pytest.mark.parametrize("file_type", ["F32", "Q4_K_M"])
+def test_published_blocks_are_kept(file_type: str, tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
+    published = changed("gptoss", tmp_path / "a", quantised, lambda t: in_blocks(t)[0])
+    plain = changed("gptoss", tmp_path / "b", tensors=lambda t: in_blocks(t)[1])
+    kept = write(plan_of(published, file_type), tmp_path / "kept.gguf")
+    with GGUFFile(kept) as file, GGUFFile(write(plan_of(plain), tmp_path / "plain.gguf")) as other:
+        for name in other.tensors:
+            if "_exps.weight" in name:
+                assert file.tensors[name].quant.name == "MXFP4"
+                assert np.array_equal(file.load(name), other.load(name)), name
+            elif file_type == "F32":
+                assert np.array_equal(file.raw(name), other.raw(name)), name
+
+
+def test_blocks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    def damage(lost: str) -> Callable[[Tensors], Tensors]:
+        return lambda t: {k: v for k, v in in_blocks(t)[0].items() if k != lost}
+
+    lost = "model.layers.1.mlp.experts.gate_up_proj_scales"
+    with pytest.raises(MissingTensorError, match=f"missing: {lost}"):
+        plan_of(changed("gptoss", tmp_path / "a", tensors=damage(lost)))
+    with pytest.raises(MissingTensorError, match=r"wrong shape: .*_blocks is"):
+        plan_of(changed("gptoss", tmp_path / "b", {"hidden_size": 48}, damage("")))
+
+    def as_floats(tensors: Tensors) -> Tensors:
+        return {name: values.astype("<f4") for name, values in in_blocks(tensors)[0].items()}
+
+    with pytest.raises(CheckpointError, match=r"gate_up_proj_blocks is F32"):
+        plan_of(changed("gptoss", tmp_path / "c", tensors=as_floats))
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
