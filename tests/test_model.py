@@ -15,7 +15,7 @@ from gguf_tools.errors import (
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
 from runtime.model import Model
-from tests.oracle import agreement, llama_logits
+from tests.oracle import agreement, logits
 from tests.tiny import llama_file
 
 PROSE = Path(__file__).parent / "data" / "prose.txt"
@@ -118,7 +118,7 @@ def test_real_file_against_an_independent_pass(smollm2_gguf: Path, batched: bool
                 got = model.forward(ids, all_logits=True)
             else:
                 got = np.array([model.forward([i]) for i in ids])
-    cosine, same = agreement(got, llama_logits(smollm2_gguf, ids))
+    cosine, same = agreement(got, logits(smollm2_gguf, ids))
     assert cosine > 0.999
     assert same > 0.94
 
