@@ -3,15 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gguf_tools.encoders.vocabulary import (
-    BYTE,
-    NORMAL,
-    SPACE,
-    USER_DEFINED,
-    Vocabulary,
-    is_utf8,
-)
+from gguf_tools.encoders.vocabulary import Vocabulary, is_utf8
 from gguf_tools.errors import FormatError, printable
+from gguf_tools.token_types import BYTE, NORMAL, SPACE, USER_DEFINED
 
 
 class MergeEncoder:
