@@ -17,6 +17,7 @@ from gguf_tools.json_files import open_regular, read_json, shown
 from gguf_tools.safetensors_file import MAX_HEADER, LazyTensor, open_tensors
 
 CONFIG_NAME = "config.json"
+KEPT = ("mxfp4",)  # ways to quantise whose blocks are written as they are
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
@@ -122,9 +123,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
+    """An error unless the weights are floats, or in blocks that a file can have as they are."""
     for key in ("quantization_config", "compression_config"):
         found = config.get(key)
-        if not found:
+        if not found or (isinstance(found, dict) and found.get("quant_method") in KEPT):
             continue
         scheme = ""
         if isinstance(found, dict):

@@ -21,6 +21,7 @@ from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantErro
 from gguf_tools.file_types import FileType
 from gguf_tools.plan import Plan, TensorPlan, build_plan, match_tensors
 from gguf_tools.safetensors_file import Floats, LazyTensor
+from gguf_tools.views import MXFP4
 from gguf_tools.vocab import read_vocab
 from gguf_tools.writer import GGUFWriter
 
@@ -125,6 +126,8 @@ def rows_per_band(tensor: TensorPlan) -> int:
 def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.uint8]:
     """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
     source, quant = tensor.source, tensor.quant
+    if source.dtype == MXFP4 and source.raw is not None:
+        return source.raw(first, last)
     rows = source.load(first, last)
     peak = _check_finite(source, rows, first)
     original = rows

@@ -90,9 +90,29 @@ if CACHE_FOLDER is not None:
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk."""
+    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk.
+
+    Kernels on disk call their helpers by qualified name. A function defined in another function
+    has the same name each time: such helpers are made with `jit_for`.
+    """
+    if "<locals>" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} is one name for many functions: use jit_for")
     compiled: Callable[..., Any] = numba.njit(**OPTIONS)(function)
     return compiled
+
+
+def jit_for(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """jit for a helper that is defined once for each `name`, which becomes a part of its own.
+
+    Without that a process that loads two kernels from disk, each with its own helper of one name,
+    would call the first one's from both.
+    """
+
+    def compile_as(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__qualname__ = f"{name}_{function.__name__}"
+        return jit(function)
+
+    return compile_as
 
 
 class Kernel:

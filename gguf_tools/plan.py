@@ -33,6 +33,7 @@ from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
 COMPARED_ROWS = 1024
+BLOCK_BYTES = ("U8",)  # the dtype of blocks and scales
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
     misshapen = [
         f"{printable(source)} is {present[source].shape} where config.json gives {shape}"
         for want in wanted
-        for source in want.sources
-        if source in present and present[source].shape != (shape := want.rule.source_shape(facts))
+        for source, shape in zip(want.sources, want.shapes(facts), strict=True)
+        if source in present and present[source].shape != shape
     ]
     problems = [
         f"{kind}: {listing(map(printable, names))}"
@@ -168,7 +169,12 @@ def match_tensors(checkpoint: Checkpoint, architecture: Architecture) -> Matched
             f"{printable(checkpoint.folder, limit=1000)}: the tensors do not fit config.json "
             f"({architecture.name}, {facts.n_layers} layers): {'; '.join(problems)}"
         )
-    odd = [unreadable(s, present[s].dtype) for s in named if present[s].dtype not in READABLE]
+    blocks = {source for want in wanted if want.rule.mxfp4 for source in want.sources}
+    odd = [
+        unreadable(s, present[s].dtype)
+        for s in named
+        if present[s].dtype not in (BLOCK_BYTES if s in blocks else READABLE)
+    ]
     if odd:
         more = f" (and {len(odd) - 1:,} more like it)" if len(odd) > 1 else ""
         raise CheckpointError(f"{printable(checkpoint.folder, limit=1000)}: {odd[0]}{more}")
@@ -200,6 +206,9 @@ def build_plan(
     by_tensor = {tensor.name: tensor for tensor in model.tensors}
     shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
     choices = choose_types(file_type, shapes, facts=recipe_facts)
+    for tensor in model.tensors:
+        if tensor.source.dtype == views.MXFP4:  # kept as it is, whatever the file type
+            choices[tensor.name] = Choice(views.MXFP4, views.MXFP4)
     tensors = tuple(
         TensorPlan(
             name,
@@ -238,9 +247,19 @@ class _Wanted:
     name: str
     sources: tuple[str, ...]
 
+    def shapes(self, facts: ModelFacts) -> list[tuple[int, ...]]:
+        """What config.json gives for each of the sources."""
+        shape = self.rule.source_shape(facts)
+        if self.rule.mxfp4:
+            scales = (*shape[:-1], -(-shape[-1] // 32))
+            return [(*scales, 16), scales]
+        return [shape] * len(self.sources)
+
     def match(self, present: Mapping[str, LazyTensor], facts: ModelFacts) -> Matched:
         rule = self.rule
         tensor = present[self.sources[0]]
+        if rule.mxfp4:
+            return Matched(self.name, self._blocks(present, facts))
         if "{expert}" in rule.source:
             tensor = views.stacked([present[source] for source in self.sources], self.name)
         if rule.every is not None:
@@ -254,6 +273,18 @@ class _Wanted:
         if rule.regrouped is not None:
             tensor = views.regrouped(tensor, *rule.regrouped(facts))
         return Matched(self.name, tensor, rule.transform(facts) if rule.transform else None)
+
+    def _blocks(self, present: Mapping[str, LazyTensor], facts: ModelFacts) -> LazyTensor:
+        blocks, scales = (present[source] for source in self.sources)
+        index, count = self.rule.part or (0, 1)
+        tensor = views.mxfp4(blocks, scales, index=index, count=count)
+        width = facts.sizes[self.rule.shape[-1]]
+        if tensor.row_length != width:
+            raise CheckpointError(
+                f"tensor {printable(blocks.name)}: expected rows of {width} weights, which are not "
+                "whole blocks of 32"
+            )
+        return tensor
 
 
 def _present(
@@ -332,6 +363,8 @@ def _expected(
             )
             experts = range(facts.sizes[rule.shape[0]] if "{expert}" in source else 1)
             sources = tuple(source.replace("{expert}", str(expert)) for expert in experts)
+            if rule.mxfp4:
+                sources = (source, source.removesuffix("_blocks") + "_scales")
             wanted.append(_Wanted(rule, name, sources))
     return wanted, notes
 

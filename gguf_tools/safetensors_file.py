@@ -21,6 +21,7 @@ from gguf_tools.errors import CheckpointError, printable
 from gguf_tools.json_files import open_regular, parse_json, shown
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 MAX_DIMS = 8
@@ -47,6 +48,7 @@ class LazyTensor:
     shape: tuple[int, ...]  # NumPy order
     dtype: str  # as the file calls it
     load: Callable[[int, int], Floats]  # first row, row after the last -> (n, row_length)
+    raw: Callable[[int, int], Bytes] | None = None  # the same rows as they are stored
 
     @property
     def n_rows(self) -> int:
@@ -190,10 +192,13 @@ def _lazy(name: str, path: Path, entry: _Entry) -> LazyTensor:
     def load(first: int, last: int) -> Floats:
         if entry.dtype not in READABLE:
             raise CheckpointError(unreadable(name, entry.dtype))
-        data = _read_at(path, entry.begin + first * row_bytes, (last - first) * row_bytes)
-        return _to_float32(data, entry.dtype).reshape(last - first, row_length)
+        return _to_float32(raw(first, last), entry.dtype).reshape(last - first, row_length)
 
-    return LazyTensor(name, entry.shape, entry.dtype, load)
+    def raw(first: int, last: int) -> Bytes:
+        data = _read_at(path, entry.begin + first * row_bytes, (last - first) * row_bytes)
+        return data.reshape(last - first, row_bytes)
+
+    return LazyTensor(name, entry.shape, entry.dtype, load, raw)
 
 
 def _read_at(path: Path, position: int, size: int) -> npt.NDArray[np.uint8]:

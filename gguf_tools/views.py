@@ -5,7 +5,10 @@ from math import prod
 
 import numpy as np
 
-from gguf_tools.safetensors_file import Floats, LazyTensor
+from gguf_tools.quants import by_name
+from gguf_tools.safetensors_file import Bytes, Floats, LazyTensor
+
+MXFP4 = "MXFP4"
 
 
 def stacked(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
@@ -85,6 +88,33 @@ def cut(tensor: LazyTensor, n_groups: int, height: int, first: int, n: int) -> L
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     return LazyTensor(tensor.name, (n_groups, n, width), tensor.dtype, load)
+
+
+def mxfp4(blocks: LazyTensor, scales: LazyTensor, *, index: int = 0, count: int = 1) -> LazyTensor:
+    """Rows index, index + count... of what OpenAI's MXFP4 holds, in ggml's order.
+
+    A byte of `blocks` (..., n_blocks, 16) has two neighbours; ggml's has weight i and i + 16 of a
+    block, behind the block's scale. No weight changes.
+    """
+    *outer, height, n_blocks = scales.shape
+    quant = by_name(MXFP4)
+
+    def raw(begin: int, end: int) -> Bytes:
+        assert blocks.raw is not None and scales.raw is not None
+        rows = begin * count + index, (end - 1) * count + index + 1
+        scale = scales.raw(*rows)[::count]
+        pairs = blocks.raw(rows[0] * n_blocks, rows[1] * n_blocks).reshape(-1, n_blocks, 16)
+        pairs = pairs[::count]
+        codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(-1, n_blocks, 32)
+        result = np.empty((end - begin, n_blocks, 17), np.uint8)
+        result[:, :, 0] = scale
+        result[:, :, 1:] = codes[:, :, :16] | codes[:, :, 16:] << 4
+        return result.reshape(end - begin, -1)
+
+    def load(begin: int, end: int) -> Floats:
+        return quant.dequantize(raw(begin, end))
+
+    return LazyTensor(blocks.name, (*outer, height // count, n_blocks * 32), MXFP4, load, raw)
 
 
 def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:

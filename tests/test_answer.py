@@ -13,6 +13,23 @@ from runtime.tokenizer import Tokenizer
 from runtime.turns import continuation_ids
 from tests.reciting import CHAT, Reciting, heard, make, thoughts
 
+THOUGHTS = "<think>\n{}\n</think>\n\n{}"
+WRITTEN = {  # as the models of these templates write
+    "Qwen-Qwen3-0.6B": THOUGHTS,
+    "GLM-4.6": THOUGHTS,
+    "Qwen3.5-4B": THOUGHTS.removeprefix("<think>\n"),
+    "llama-cpp-deepseek-r1": THOUGHTS.removeprefix("<think>\n"),
+    "MiniMax-M3": "<mm:think>{}</mm:think>{}",
+    "ByteDance-Seed-OSS": "<seed:think>{}</seed:think>{}",
+    "mistralai-Ministral-3-14B-Reasoning-2512": "[THINK]{}[/THINK]{}",
+    "google-gemma-4-31B-it": "<|channel>thought\n{}<channel|>{}",
+    "Apriel-1.6-15b-Thinker-fixed": "{}\n[BEGIN FINAL RESPONSE]\n{}",
+    "openai-gpt-oss-120b": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
+    "<|channel|>final<|message|>{}",
+    "Kimi-K3": "{}<|close|>think<|sep|><|open|>response<|sep|>{}<|close|>response<|sep|>",
+    "muse-glimmer": " to=self<|message|>{}<|eom|><|start|>assistant to=user<|message|>{}",
+}
+
 
 @pytest.fixture(scope="module")
 def file(stories260k_gguf):
@@ -174,3 +191,23 @@ def test_raw_text_has_no_reasoning(tokenizer):
     model = Reciting(tokenizer, "<think>Who?</think>A dog.")
     conversation = make(model, tokenizer, chat=None)
     assert thoughts(conversation.say("Tell"))[:2] == ("", "<think>Who?</think>A dog.")
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    with GGUFFile(smollm2_gguf) as file:
+        return Tokenizer(file.metadata)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_three_turns_through_a_real_template(smollm2, llama_cpp_models, name):
+    """What is held and what is read make up the text that the template renders."""
+    source = (llama_cpp_models / "templates" / f"{name}.jinja").read_text()
+    said = [(f"Hm, {n}?", f"Answer {n}  is fine.") for n in ("one", "two", "three")]
+    model = Reciting(smollm2, *(WRITTEN[name].format(*pair) for pair in said), n_ctx=4000)
+    conversation = make(model, smollm2, chat=source, system="Be brief.")
+    for n, pair in enumerate(said):
+        reasoning, answer, _, ends = thoughts(conversation.say(f"Question {n}?"))
+        assert ((reasoning.strip(), answer), len(ends)) == (pair, 1)
+        prompt = conversation.turns[-1]
+        assert smollm2.decode(prompt.prompt_ids, special=True) == prompt.prompt_text

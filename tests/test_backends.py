@@ -7,6 +7,7 @@ import pytest
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
+from runtime.backends.cpu import FEW_TOKENS
 from runtime.backends.memory import Arena, make_caches
 from runtime.kernels.kv_cache import KV_TYPES
 from runtime.kernels.table import FORMATS
@@ -65,6 +66,16 @@ SHAPES = {
 
 
 KV_TOLERANCE = {"f16": 4e-3, "q8_0": 3e-2}  # of the largest logit: what rounding costs
+
+
+@pytest.mark.parametrize("size", [2, 3, FEW_TOKENS])
+def test_a_few_tokens_are_single_steps(size: int, tmp_path: Path) -> None:
+    path = llama_file(tmp_path / "m.gguf", quant="Q8_0")
+    ids = IDS[: 3 * size]
+    together = logits(path, ids, batches=(size, size), threads=2)
+    assert np.array_equal(together, logits(path, ids, batches=(1,) * (len(ids) - 1), threads=2))
+    with GGUFFile(path) as file, Model.load(file) as model:
+        assert np.array_equal(model.forward(ids[:size]), together[size - 1])
 
 
 @pytest.mark.parametrize("kv_type", KV_TOLERANCE)

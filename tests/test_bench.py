@@ -179,16 +179,20 @@ def test_bytes_read(tmp_path: Path, small: Path) -> None:
     """The weights for every batch, and of the cache what its tokens see."""
     per_token = 2 * 2 * (16 + 16) * 2  # layers, key-value heads, key and value, bytes
 
-    def read(path: Path, phase: str, tokens: int, depth: int) -> tuple[int, int]:
+    def read(
+        path: Path, phase: str, tokens: int, depth: int, kv_type: str = "f16"
+    ) -> tuple[int, int]:
         with GGUFFile(path) as file:
             matrices = [t.nbytes for t in file.tensors.values() if len(t.shape) == 2]
             program = build_program(file, read_config(file))
-            total = bytes_read(program, Case(phase, tokens, depth, 1))
+            total = bytes_read(program, Case(phase, tokens, depth, 1), kv_type)
         return divmod(total, sum(matrices))
 
     assert read(small, "decode", 1, 0) == (1, per_token)
     assert read(small, "decode", 3, 10) == (3, (11 + 12 + 13) * per_token)
     assert read(small, "prompt", 512, 0)[0] >= 1
+    q8_token = 2 * 2 * 2 * (32 + 2)  # heads of 16 padded to a block of 32
+    assert read(small, "decode", 1, 9, "q8_0") == (1, 10 * q8_token)
     window = {"llama.attention.sliding_window": Value("u32", 4)}
     path = llama_file(tmp_path / "window.gguf", quant="F32", extra=window)
     assert read(path, "decode", 1, 2) == (1, 3 * per_token)

@@ -32,7 +32,7 @@ from gguf_tools.values import Value
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.model import Model
-from runtime.program import Activate, Attend
+from runtime.program import Activate, AddBias, Attend
 from tests.architectures import FOLDER, converted
 
 F32 = find_file_type("F32")
@@ -316,6 +316,19 @@ def test_missing_tensors_are_named(tmp_path: Path, name: str, without: str) -> N
     words = without.replace("attn_qkv", "attn_q")  # it may be in three
     with GGUFFile(path) as file, pytest.raises(MissingTensorError, match=words):
         build_program(file, read_config(file))
+
+
+def test_biases_of_fused_rows_may_lie_apart(tmp_path: Path) -> None:
+    """As in some older files; llama.cpp reads them, too (create_tensor_qkv)."""
+    plan, path = plan_of("phi3"), tmp_path / "model.gguf"
+    norm = next(tensor for tensor in plan.tensors if tensor.name == "blk.0.attn_norm.weight")
+    bias = replace(norm, name="blk.0.attn_q.bias")  # of as many numbers
+    for _ in convert(replace(plan, tensors=(*plan.tensors, bias)), path, threads=1):
+        pass
+    (found,) = steps_of(path, AddBias)
+    assert found.target == "q"
+    with GGUFFile(path) as file:
+        np.testing.assert_array_equal(found.bias, file.load("blk.0.attn_norm.weight"))
 
 
 def test_windows_are_those_of_the_file(tmp_path: Path) -> None:

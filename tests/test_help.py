@@ -31,7 +31,8 @@ finally:
 @pytest.mark.parametrize(
     "arguments",
     [("run", "--help"), ("run", "-h"), ("gguf", "--help"), ("gguf", "run", "--help"),
-     ("convert", "--help"), ("gguf", "convert", "--help"), ("gguf", "info", "--help")],
+     ("convert", "--help"), ("gguf", "convert", "--help"), ("gguf", "info", "--help"),
+     ("gguf", "tokenize", "--help")],
 )  # fmt: skip
 def test_help_loads_nothing_heavy(arguments):
     done = call(*arguments)
@@ -42,7 +43,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_the_umbrella_names_every_command():
     shown = call("gguf", "--help").stdout
-    assert all(name in shown for name in ("convert", "info", "run"))
+    assert all(name in shown for name in ("convert", "info", "run", "tokenize"))
 
 
 def test_run_explains_every_option():

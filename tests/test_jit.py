@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_tools.jit import kernel
+from gguf_tools.jit import jit, kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -84,6 +84,36 @@ x = np.arange""",
     assert finish(start(str(tmp_path), program))
     assert len(list(tmp_path.rglob("*.ready"))) == 4
     finish(start("off", program))
+
+
+HELPERS = """
+import sys
+import numpy as np
+from runtime.kernels import iq2_s, iq2_xs
+for module in {modules}:
+    blocks, q = np.arange(1, 83, dtype=np.uint8), np.zeros(256, np.uint8)
+    scales = np.zeros(32, np.float32)
+    module.rows(blocks.ctypes.data, q.ctypes.data, scales.ctypes.data, 0, 256)
+    print(q.tobytes().hex())
+"""
+
+
+def test_kernels_from_disk_keep_their_own_helpers(tmp_path: Path) -> None:
+    """Two kernels whose helpers come out of one function, compiled each in its process."""
+    alone = [
+        finish(start(str(tmp_path), HELPERS.format(modules=f"[{name}]")))
+        for name in ("iq2_s", "iq2_xs")
+    ]
+    assert alone[0] != alone[1]
+    assert finish(start(str(tmp_path), HELPERS.format(modules="iq2_s, iq2_xs"))).split() == alone
+
+
+def test_helpers_need_a_name_of_their_own() -> None:
+    def helper(x: int) -> int:
+        return x
+
+    with pytest.raises(ValueError, match="use jit_for"):
+        jit(helper)
 
 
 def test_wrong_letters() -> None:

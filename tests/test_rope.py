@@ -373,3 +373,15 @@ def test_extreme_numbers_give_finite_angles(
     table = table_of(llama_file(tmp_path / "model.gguf", extra=extra), 8)
     for values in table.angles(np.array([0, 1, 1 << 30])):
         assert np.isfinite(values).all()
+
+
+def test_gpt_oss_does_not_truncate_unless_it_says_so(tmp_path: Path) -> None:
+    """The published models say not to; files by llama.cpp cannot say it."""
+    path = converted("gptoss", tmp_path)  # it says to
+    with GGUFFile(path) as file:
+        assert file.metadata["gpt-oss.rope.scaling.yarn_truncate"] is True
+    for truncate in (True, False):
+        if not truncate:
+            path.write_bytes(path.read_bytes().replace(b"yarn_truncate", b"yarn_trunkate"))
+        expected = yarn_frequencies(32, 1e4, 4.0, 32, truncate=truncate)
+        np.testing.assert_allclose(table_of(path, 128).frequencies, expected, rtol=1e-6)

@@ -153,6 +153,13 @@ def test_what_is_no_text(vocabulary: Path, tmp_path: Path) -> None:
     assert "not valid UTF-8" in error_of(tokenize(vocabulary, "a\udcff"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+def test_no_standard_input(vocabulary: Path) -> None:
+    closing = ["sh", "-c", 'exec "$@" <&-', "sh"]
+    done = subprocess.run([*closing, *COMMAND, str(vocabulary)], capture_output=True, timeout=60)
+    assert "no standard input" in error_of(done)
+
+
 @pytest.mark.parametrize(
     "arguments", [("a", "--file", "x"), ("--jsonl", "a"), ("--jsonl", "--pieces"), ("a", "b")]
 )

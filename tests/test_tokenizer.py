@@ -554,7 +554,9 @@ def test_odd_vocabularies() -> None:
     assert tokenizer.encode("aA", add_special=False) == [0, 1, 5]
     assert tokenizer.token_bytes(6) == b"\x80"
     assert [tokenizer.token_bytes(i) for i in (3, 4, 5)] == [b"<0x-1>", b"<0xZZ>", b"A"]
-    metadata = minimal(tokens=texts, token_type=types, merges=["a a", "x y", "\udc80 a", " a b"])
+    metadata = minimal(
+        tokens=texts, token_type=types, merges=["a a", "x y", "\udc80 a", " a b", "<0x41> <0x41>"]
+    )
     assert Tokenizer(metadata).encode("aab") == [1, 1]
 
 

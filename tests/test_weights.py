@@ -1,17 +1,21 @@
-"""Tensors by name and shape: experts stacked in one tensor or, as old files have them, one each."""
+"""Tensors by name and shape: experts stacked, or one tensor each; weights copied to memory."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
-from gguf_tools.errors import MissingTensorError
+from gguf_tools.errors import DeviceError, MissingTensorError
 from gguf_tools.quants import by_name
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
 from gguf_tools.writer import GGUFWriter, TensorSpec
+from runtime.model import Model
 from runtime.weights import Weights
+from tests.tiny import llama_file
 
 STACKED = "blk.0.ffn_up_exps.weight"
 
@@ -85,3 +89,15 @@ def test_none_of_the_experts(tmp_path: Path) -> None:
     found.experts(STACKED, 4, 6, 32)
     with pytest.raises(MissingTensorError, match=r"blk\.0\.ffn_up_exps\.weight is missing"):
         found.finish()
+
+
+def test_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = llama_file(tmp_path / "m.gguf", tied=False)
+    with GGUFFile(path) as file:
+        with Model.load(file) as model:
+            mapped = model.forward([1, 2, 3])
+        with Model.load(file, in_memory=True) as model:
+            assert np.array_equal(model.forward([1, 2, 3]), mapped)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+        with pytest.raises(DeviceError, match=r"1,000 bytes of memory are free.*--mmap"):
+            Model.load(file, in_memory=True)

@@ -79,6 +79,9 @@ class TensorRule:
     regrouped: Callable[[ModelFacts], tuple[int, int]] | None = None  # views.regrouped
     cut: Callable[[ModelFacts], tuple[int, int, int, int]] | None = None  # views.cut
     layers: Callable[[ModelFacts], Sequence[int]] | None = None  # those that have it; None: all
+    # The source are blocks of MXFP4, whose name ends in "_blocks", beside "_scales"; `part` is then
+    # every count-th row.
+    mxfp4: bool = False
     every: tuple[int, int] | None = None  # (index, count): every count-th element of source rows
 
     def source_shape(self, facts: ModelFacts) -> tuple[int, ...]:

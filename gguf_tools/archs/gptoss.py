@@ -3,7 +3,8 @@
     norm, attention (biases, sinks, a window on every other layer), add, norm, gated MLPs of some
     experts (clamped SwiGLU, biases), add
 
-The experts' gate and up are the even and the odd columns of one tensor, inputs before outputs.
+The experts' gate and up are the even and the odd outputs of one tensor. It has inputs before
+outputs, or, as OpenAI published it, MXFP4 blocks of every output: they are kept, as llama.cpp does.
 """
 
 from dataclasses import replace
@@ -54,39 +55,35 @@ def read_facts(config: HFConfig) -> ModelFacts:
     return with_experts(config, facts, count=COUNT, n_experts=128, n_used=4, ffn_dim=ffn_dim)
 
 
-EXPERTS = (
+PLAIN, BLOCKS = "plain_experts", "mxfp4_experts"
+LAYOUTS = ((BLOCKS, ".mlp.experts.gate_up_proj_blocks"), (PLAIN, ""))
+
+INWARDS, OUTWARDS = ("experts", "expert_ffn", "dim"), ("experts", "dim", "expert_ffn")
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+GATES, UPS = (0, 2), (1, 2)
+
+ROUTER = (
     TensorRule("mlp.router.weight", "ffn_gate_inp.weight", ("experts", "dim")),
     TensorRule("mlp.router.bias", "ffn_gate_inp.bias", ("experts",)),
+)
+EXPERTS = (
+    TensorRule(GATE_UP, "ffn_gate_exps.weight", INWARDS, when=PLAIN, transposed=True, every=GATES),
+    TensorRule(GATE_UP, "ffn_up_exps.weight", INWARDS, when=PLAIN, transposed=True, every=UPS),
+    TensorRule(DOWN, "ffn_down_exps.weight", OUTWARDS, when=PLAIN, transposed=True),
+)
+EXPERT_BLOCKS = (
     TensorRule(
-        "mlp.experts.gate_up_proj",
-        "ffn_gate_exps.weight",
-        ("experts", "expert_ffn", "dim"),
-        transposed=True,
-        every=(0, 2),
+        GATE_UP + "_blocks", "ffn_gate_exps.weight", INWARDS, when=BLOCKS, mxfp4=True, part=GATES
     ),
     TensorRule(
-        "mlp.experts.gate_up_proj",
-        "ffn_up_exps.weight",
-        ("experts", "expert_ffn", "dim"),
-        transposed=True,
-        every=(1, 2),
+        GATE_UP + "_blocks", "ffn_up_exps.weight", INWARDS, when=BLOCKS, mxfp4=True, part=UPS
     ),
-    TensorRule(
-        "mlp.experts.down_proj",
-        "ffn_down_exps.weight",
-        ("experts", "dim", "expert_ffn"),
-        transposed=True,
-    ),
-    TensorRule(
-        "mlp.experts.gate_up_proj_bias",
-        "ffn_gate_exps.bias",
-        ("experts", "expert_ffn"),
-        every=(0, 2),
-    ),
-    TensorRule(
-        "mlp.experts.gate_up_proj_bias", "ffn_up_exps.bias", ("experts", "expert_ffn"), every=(1, 2)
-    ),
-    TensorRule("mlp.experts.down_proj_bias", "ffn_down_exps.bias", ("experts", "dim")),
+    TensorRule(DOWN + "_blocks", "ffn_down_exps.weight", OUTWARDS, when=BLOCKS, mxfp4=True),
+)
+EXPERT_BIASES = (
+    TensorRule(GATE_UP + "_bias", "ffn_gate_exps.bias", ("experts", "expert_ffn"), every=GATES),
+    TensorRule(GATE_UP + "_bias", "ffn_up_exps.bias", ("experts", "expert_ffn"), every=UPS),
+    TensorRule(DOWN + "_bias", "ffn_down_exps.bias", ("experts", "dim")),
 )
 
 ARCHITECTURE = Architecture(
@@ -105,10 +102,14 @@ ARCHITECTURE = Architecture(
             output_bias(),
             TensorRule("self_attn.sinks", "attn_sinks.weight", ("heads",)),
             TensorRule("post_attention_layernorm.weight", "post_attention_norm.weight", ("dim",)),
+            *ROUTER,
             *EXPERTS,
+            *EXPERT_BLOCKS,
+            *EXPERT_BIASES,
         ),
     ),
     generated=(),
     metadata=(*METADATA, *EXPERT_METADATA, *WINDOWS),
     ignored=IGNORED,
+    layouts=LAYOUTS,
 )

@@ -43,7 +43,7 @@ class Rope:
     original_context: int = 0
     low_frequency: float = 1.0  # llama3
     high_frequency: float = 4.0  # llama3
-    truncate: bool = True  # yarn
+    truncate: bool | None = None  # yarn, if config.json says it
     attention_factor: float | None = None  # yarn (None = what follows from the factor), longrope
     yarn: dict[str, float] = field(default_factory=dict)  # further keys of rope.scaling
     short_factors: tuple[float, ...] = ()  # longrope: divisors within the original context
@@ -70,8 +70,8 @@ class Rope:
         if self.kind == "yarn":
             entries.append(("rope.scaling.original_context_length", "u32", self.original_context))
             entries += [(f"rope.scaling.{key}", "f32", value) for key, value in self.yarn.items()]
-            if not self.truncate:
-                entries.append(("rope.scaling.yarn_truncate", "bool", False))  # a key of ours
+            if self.truncate is not None:  # a key of ours
+                entries.append(("rope.scaling.yarn_truncate", "bool", self.truncate))
             if self.attention_factor is not None:
                 # llama.cpp computes 1 + 0.1 ln(factor) itself and multiplies it with this key.
                 implied = 1 + 0.1 * math.log(max(self.factor, 1.0))
@@ -231,12 +231,12 @@ def _read_yarn(scaling: HFConfig, base: float, original: int | None, n_ctx: int)
         extra["yarn_attn_factor"] = attention
     elif _mscale_given(scaling):
         attention = _mscale(scaling, "mscale", factor) / _mscale(scaling, "mscale_all_dim", factor)
-    truncate = scaling.flag("truncate", default=True) is not False
+    truncate = scaling.flag("truncate", default=None)
     notes: tuple[str, ...] = ()
-    if not truncate:
+    if truncate is False:
         notes = (
-            "rotary scaling: llama.cpp cannot be told `truncate: false`, so that there the model's "
-            "answers differ",
+            "rotary scaling: llama.cpp cannot be told `truncate: false`, so that the model's "
+            "answers differ a little there",
         )
     return Rope(
         base,

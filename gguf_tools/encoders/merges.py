@@ -3,15 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gguf_tools.encoders.vocabulary import (
-    BYTE,
-    NORMAL,
-    SPACE,
-    USER_DEFINED,
-    Vocabulary,
-    is_utf8,
-)
+from gguf_tools.encoders.vocabulary import Vocabulary, is_utf8
 from gguf_tools.errors import FormatError, printable
+from gguf_tools.token_types import BYTE, NORMAL, SPACE, USER_DEFINED
 
 
 class MergeEncoder:
@@ -59,9 +53,19 @@ def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]
                 f"'{printable(merge, 40)}'"
             )
         pairs.append((merge[:at], merge[at + 1 :]))
+    longest = max((_n_bytes(text) for text in tokens), default=0)
+    if any(_n_bytes(merge) - 1 > longest for merge in merges):  # the library would panic
+        pairs = _possible(pairs, tokens)
     try:
         return BPE(tokens, pairs, **options)
     except Exception:
-        # Some merge is of tokens that are not in the vocabulary: it could never be used.
-        pairs = [(a, b) for a, b in pairs if a in tokens and b in tokens and a + b in tokens]
-        return BPE(tokens, pairs, **options)
+        return BPE(tokens, _possible(pairs, tokens), **options)
+
+
+def _possible(pairs: list[tuple[str, str]], tokens: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges of tokens that are in the vocabulary; others could never be used."""
+    return [(a, b) for a, b in pairs if a in tokens and b in tokens and a + b in tokens]
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogateescape"))

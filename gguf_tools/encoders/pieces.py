@@ -6,17 +6,9 @@ Its own library runs it, on a model message put together from the file's tokens 
 from struct import pack
 from typing import Any
 
-from gguf_tools.encoders.vocabulary import (
-    ADDED_SCORE,
-    BYTE,
-    NORMAL,
-    SPACE,
-    USER_DEFINED,
-    Vocabulary,
-    byte_value,
-    is_utf8,
-)
+from gguf_tools.encoders.vocabulary import Vocabulary, byte_value, is_utf8
 from gguf_tools.errors import FormatError, printable
+from gguf_tools.token_types import ADDED_SCORE, BYTE, NORMAL, SPACE, USER_DEFINED
 
 _UNKNOWN_PIECE, _CONTROL_PIECE = 2, 3
 _ERRORS = 2  # a level of the library's log

@@ -6,16 +6,9 @@ from typing import Protocol
 from gguf_tools.encoders.matcher import Matcher
 from gguf_tools.encoders.merges import MergeEncoder
 from gguf_tools.encoders.pieces import PieceEncoder
-from gguf_tools.encoders.vocabulary import (
-    CONTROL,
-    PIECE_MODELS,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    is_added,
-)
+from gguf_tools.encoders.vocabulary import PIECE_MODELS, Vocabulary, is_added
 from gguf_tools.encoders.words import WordEncoder
+from gguf_tools.token_types import CONTROL, SPACE, UNKNOWN, USER_DEFINED
 
 GUARD = "\ufdd0"
 """A character that Unicode keeps for programs. `TextEncoder.guarded` breaks up control tokens with

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
+from gguf_tools.token_types import ADDED_SCORE, BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from gguf_tools.vocab.special import FILL_IN_MIDDLE
 
 KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4", "bert")
@@ -30,14 +31,6 @@ DEFAULT_IDS = {
 }
 PREFIX = "tokenizer.ggml."
 TEMPLATE_KEY = "tokenizer.chat_template"
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-SPACE = "\u2581"  # how a space is written in tokens
-
-ADDED_SCORE = -1000.0
-"""Of tokens added to a SentencePiece model. They are found before it sees the text, which then goes
-on like a new one; user-defined pieces of its own, with other scores, are found by it."""
 
 # Tokens that end a turn or a text, whatever the metadata says of them.
 END_TEXTS = frozenset({

@@ -7,14 +7,9 @@ by its BertNormalizer and BertPreTokenizer.
 
 from typing import Any
 
-from gguf_tools.encoders.vocabulary import (
-    NORMAL,
-    SPACE,
-    USER_DEFINED,
-    Vocabulary,
-    is_utf8,
-)
+from gguf_tools.encoders.vocabulary import Vocabulary, is_utf8
 from gguf_tools.errors import FormatError
+from gguf_tools.token_types import NORMAL, SPACE, USER_DEFINED
 
 LONGEST_WORD = 100  # characters; longer ones are the unknown token, as in BERT's own tokenizer
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS
+from gguf_tools.token_types import CONTROL, UNKNOWN
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.pieces import (
@@ -30,13 +31,7 @@ from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
 from gguf_tools.vocab.slow_files import read_slow_files
 from gguf_tools.vocab.special import KEYS, find_special, special_texts
-from gguf_tools.vocab.table import (
-    CONTROL,
-    UNKNOWN,
-    AddedToken,
-    check_unique,
-    read_added_tokens,
-)
+from gguf_tools.vocab.table import AddedToken, check_unique, read_added_tokens
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
 from gguf_tools.vocab.tokenizer_json import TokenizerJson, parse_tokenizer
 

@@ -12,24 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
-from gguf_tools.vocab.sentencepiece_model import SentencePieceModel
-from gguf_tools.vocab.table import (
+from gguf_tools.token_types import (
     ADDED_SCORE,
     BYTE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    AddedToken,
-    TokenTable,
-    check_id,
-    is_byte_token,
-    looks_special,
 )
+from gguf_tools.vocab.sentencepiece_model import SentencePieceModel
+from gguf_tools.vocab.table import AddedToken, TokenTable, check_id, is_byte_token, looks_special
 from gguf_tools.vocab.tokenizer_json import KINDS, NAME, TokenizerJson
 
-SPACE = "\u2581"  # SentencePiece's visible space
 LARGEST_OVERHANG = 1.1  # ids of the vocabulary to rows of the embedding
 
 

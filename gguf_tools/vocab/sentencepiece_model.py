@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gguf_tools.errors import CheckpointError, printable
-from gguf_tools.vocab.table import NORMAL
+from gguf_tools.token_types import NORMAL
 
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 MAX_PIECES = 1 << 24

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_tools.errors import CheckpointError, printable
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from gguf_tools.token_types import UNUSED
 
 PAD_SCORE = -10000.0  # of ids that have no token
-ADDED_SCORE = -1000.0  # of tokens that were added to a SentencePiece model
 MAX_PADDING = 1 << 20  # rows of the embedding beyond the tokenizer's last token
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

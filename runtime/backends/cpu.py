@@ -35,6 +35,7 @@ from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
 from runtime.kernels.matmul import COLUMNS
 from runtime.program import ExpertMatMul, Floats, Program
 
+FEW_TOKENS = 4  # up to here one after the other: a tile costs as much as 4 tokens to set up
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
@@ -66,6 +67,7 @@ class CPUBackend:
         one, many = (Lowering(program, memory, one_token=flag) for flag in (True, False))
         body = [step for layer in program.layers for step in layer]
         self._decode = _ready(arena, one.lower([*body, *program.head]))
+        self._body_one = _ready(arena, one.lower(body))
         self._prompt = _ready(arena, many.lower(body))
         self._head_one = _ready(arena, one.lower(program.head))
         self._head_many = _ready(arena, many.lower(program.head))
@@ -97,13 +99,12 @@ class CPUBackend:
         return Place(arena.hold(block), 0, stride * 4)
 
     def run(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
+        if len(ids) <= FEW_TOKENS:
+            return self._run_one_by_one(ids, start, n_outputs)
         n, dim = len(ids), self.program.buffers["x"]
         n_vocab = self.program.buffers["logits"]
         hidden = self._buffers["x"]
         hidden[:n, :dim] = self.program.embed(ids, start)
-        if n == 1 and n_outputs == 1:
-            self._execute(self._decode, 1, start)
-            return self._buffers["logits"][:1, :n_vocab].copy()
         self._execute(self._prompt, n, start)
         logits = np.empty((n_outputs, n_vocab), np.float32)
         for first in range(0, n_outputs, HEAD_ROWS):
@@ -113,6 +114,17 @@ class CPUBackend:
                 hidden[:rows] = hidden[row : row + rows].copy()
             self._execute(self._head_one if rows == 1 else self._head_many, rows, start + row)
             logits[first : first + rows] = self._buffers["logits"][:rows, :n_vocab]
+        return logits
+
+    def _run_one_by_one(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
+        dim, n_vocab = self.program.buffers["x"], self.program.buffers["logits"]
+        logits = np.empty((n_outputs, n_vocab), np.float32)
+        silent = len(ids) - n_outputs
+        for i in range(len(ids)):
+            self._buffers["x"][:1, :dim] = self.program.embed(ids[i : i + 1], start + i)
+            self._execute(self._body_one if i < silent else self._decode, 1, start + i)
+            if i >= silent:
+                logits[i - silent] = self._buffers["logits"][0, :n_vocab]
         return logits
 
     def close(self) -> None:

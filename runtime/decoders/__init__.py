@@ -35,11 +35,14 @@ DECODERS: dict[str, Build] = {
 }
 
 
-def build_program(file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0) -> Program:
+def build_program(
+    file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0, in_memory: bool = False
+) -> Program:
     """The program of the model in `file`, to be run with a context of n_ctx tokens.
 
     The context matters to models whose positions change beyond their original one (longrope); 0
-    stands for the context they were trained for.
+    stands for the context they were trained for. With `in_memory` the weights are copied from the
+    mapped file.
 
     UnsupportedModelError lists the known architectures; MissingTensorError names every tensor
     that is missing, of another shape, or not expected.
@@ -52,7 +55,7 @@ def build_program(file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0) -> Pro
         )
     if not file.tensors:
         raise FormatError(f"{printable(file.path)}: holds a vocabulary only, no weights to run")
-    weights = Weights(file)
+    weights = Weights(file, in_memory=in_memory)
     program = build(weights, config, n_ctx or config.n_ctx_train)
     weights.finish()
     return program

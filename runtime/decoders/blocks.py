@@ -172,6 +172,8 @@ class Blocks:
         sizes = (c.n_heads * c.key_dim, c.n_kv_heads * c.key_dim, c.n_kv_heads * c.value_dim)
         if self.weights.has(f"{self.prefix}attn_qkv.weight"):
             self.split_linear("attn_qkv", source, "qkv", sizes)
+            for letter, size in zip("qkv", sizes, strict=True):  # older files have them apart
+                self._bias(f"attn_{letter}", letter, size)
             return
         for letter, size in zip("qkv", sizes, strict=True):
             self.linear(f"attn_{letter}", source, letter, size)

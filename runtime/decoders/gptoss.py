@@ -22,7 +22,10 @@ PERIOD = 2  # the last layer of each has no window
 def build(weights: Weights, config: ModelConfig, n_ctx: int) -> Program:
     """gpt-oss: halves turn; the softmax is of the scores of those chosen."""
     blocks = Blocks(weights, config)
-    table = rope_table(config, interleaved=False)
+    # The published models say `truncate: false`, for which llama.cpp's files have no key.
+    truncate = config.own.flag("rope.scaling.yarn_truncate", default=False)
+    scaling = replace(config.rope_scaling, truncate=truncate)
+    table = rope_table(config, interleaved=False, scaling=scaling)
     windows = layer_windows(config, period=PERIOD)
     experts = replace(read_experts(config, normalize=False), gating="chosen")
 

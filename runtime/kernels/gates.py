@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import float32
 
-from gguf_tools.jit import Kernel, jit, kernel
+from gguf_tools.jit import Kernel, jit, jit_for, kernel
 from gguf_tools.simd import (
     fma,
     ld_f32x16,
@@ -60,7 +60,7 @@ def swiglu_oai(x, up):
 def _alone(function: Any) -> Any:
     """A loop that applies `function` to columns."""
 
-    @jit
+    @jit_for(function.py_func.__qualname__)
     def loop(op, state, thread, first, last):
         end = min(last * ROWS, arg(op, 3))
         for t in range(n_tokens(state)):
@@ -74,7 +74,7 @@ def _alone(function: Any) -> Any:
 def _gate(function: Any) -> Any:
     """A loop that applies `function` of gate and up to columns."""
 
-    @jit
+    @jit_for(function.py_func.__qualname__)
     def loop(op, state, thread, first, last):
         end = min(last * ROWS, arg(op, 9))
         for t in range(n_tokens(state)):
@@ -88,7 +88,7 @@ def _gate(function: Any) -> Any:
 
 
 def _times_up(function: Any) -> Any:
-    @jit
+    @jit_for(function.py_func.__qualname__)
     def product(gate, up):
         return function(gate) * up
 

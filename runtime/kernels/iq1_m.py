@@ -63,7 +63,7 @@ def _weights(p, j):
     return concat(low, concat(_sixteen(p, 4 * j + 2), _sixteen(p, 4 * j + 3)))
 
 
-_matvec, _rows = biased_loops(BYTES, 16, BIAS, _scales, _weights)
+_matvec, _rows = biased_loops("iq1_m", BYTES, 16, BIAS, _scales, _weights)
 
 
 @kernel("iiiiiii")

@@ -63,7 +63,7 @@ def _weights(p, j):
     return concat(_thirty_two(p, 2 * j), _thirty_two(p, 2 * j + 1))
 
 
-_matvec, _rows = biased_loops(BYTES, 32, BIAS, _scales, _weights)
+_matvec, _rows = biased_loops("iq1_s", BYTES, 32, BIAS, _scales, _weights)
 
 
 @kernel("iiiiiii")

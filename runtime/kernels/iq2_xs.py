@@ -67,7 +67,7 @@ def _signs(p, j):
     return unfold_signs(low | (high << uint64(32)))
 
 
-_matvec, _rows = signed_loops(BYTES, 16, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops("iq2_xs", BYTES, 16, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiiiii")

@@ -42,7 +42,7 @@ def _signs(p, j):
     return unfold_signs(uint64(low) | (uint64(high) << uint64(32)))
 
 
-_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops("iq2_xxs", BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiiiii")

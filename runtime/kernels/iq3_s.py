@@ -59,7 +59,7 @@ def _signs(p, j):
     return ld_u64(p + 74 + j * 8)
 
 
-_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops("iq3_s", BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiiiii")

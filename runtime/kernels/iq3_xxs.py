@@ -39,7 +39,7 @@ def _signs(p, j):
     return unfold_signs(ld_u64(p + 66 + j * 8))
 
 
-_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops("iq3_xxs", BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiiiii")

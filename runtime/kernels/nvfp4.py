@@ -54,7 +54,7 @@ def _weights(row, i):
     return lookup16(unsigned_values(), woven)
 
 
-_matvec, _rows = short_loops(BYTES, BIAS, _scales, _weights)
+_matvec, _rows = short_loops("nvfp4", BYTES, BIAS, _scales, _weights)
 
 
 @kernel("iiiiiii")

@@ -21,7 +21,7 @@ def _weights(row, i):
     return sel_bits(bits, splat_i8x64(int8(2)), zero_i8x64())
 
 
-_matvec, _rows = short_loops(9, 1, _scales, _weights)
+_matvec, _rows = short_loops("q1_0", 9, 1, _scales, _weights)
 
 
 @kernel("iiiiiii")

@@ -22,7 +22,7 @@ def _weights(row, i):
     return bits_i8x64(spread) & splat_i8x64(int8(3))
 
 
-_matvec, _rows = short_loops(18, 1, _scales, _weights)
+_matvec, _rows = short_loops("q2_0", 18, 1, _scales, _weights)
 
 
 @kernel("iiiiiii")

@@ -67,7 +67,7 @@ def _weights(p, j):
     return concat(concat(_sixteen(p, 9), _sixteen(p, 27)), concat(_sixteen(p, 81), last))
 
 
-_matvec, _rows = biased_loops(BYTES, 32, 1, _scales, _weights)
+_matvec, _rows = biased_loops("tq1_0", BYTES, 32, 1, _scales, _weights)
 
 
 @kernel("iiiiiii")

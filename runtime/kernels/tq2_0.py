@@ -30,7 +30,7 @@ def _weights(p, j):
     return bits_i8x64(concat(words, words >> 2)) & splat_i8x64(int8(3))
 
 
-_matvec, _rows = biased_loops(BYTES, 32, 1, _scales, _weights)
+_matvec, _rows = biased_loops("tq2_0", BYTES, 32, 1, _scales, _weights)
 
 
 @kernel("iiiiiii")

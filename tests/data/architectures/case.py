@@ -5,6 +5,8 @@ from typing import Any
 
 VOCAB = 288  # the tokenizer has 280
 CONTEXT = 128
+WINDOW = 16
+BEYOND_WINDOW = (1, 7, 33, 48)  # lengths of prompts
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ SIZES = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-
 
 SMALL = {  # of the second and further models of a family
     "hidden_size": 32,
