@@ -181,6 +181,11 @@ class Route:
     normalize: bool = True  # divide the weights by their sum
     scale: float = 1.0  # then times this
     bias: Floats | None = None  # (n_experts,) added to what is compared, not to the weights
+    # Experts lie in n_groups groups of one size; only those of the n_groups_used best may be
+    # chosen. A group is as good as its n_compared best experts, added up.
+    n_groups: int = 1
+    n_groups_used: int = 1
+    n_compared: int = 1  # 1 or 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,12 @@
 """Mixtures of experts on the CPU backend, against the reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from runtime.backends.cpu import CPUBackend
+from runtime.backends.reference import route, sigmoid, softmax
 from runtime.program import (
     Add,
     Attend,
@@ -56,6 +59,46 @@ def test_routes(gating: str, normalize: bool, bias: bool, rng: np.random.Generat
         ]
         buffers = {"scores": n_experts, "routes": 2 * n_used, "delta": width}
         agree(program_of(steps, width, buffers=buffers, inputs=inputs), EXACT)
+
+
+@pytest.mark.parametrize(("gating", "n_compared"), [("softmax", 1), ("sigmoid", 2)])
+def test_routes_within_the_best_groups(
+    gating: str, n_compared: int, rng: np.random.Generator
+) -> None:
+    """On both backends, and against the definition in DeepSeek's own code, a token at a time."""
+    for n_experts, n_groups, n_groups_used, n_used in ((16, 4, 2, 3), (24, 8, 3, 6), (6, 3, 1, 2)):
+        inputs = (rng.normal(size=(N_TOKENS, n_experts)) * 2).astype(np.float32)
+        inputs[0] = 1.5  # equal groups: the first ones
+        extra = random_vector(rng, n_experts)
+        step = Route("x", "routes", n_used, gating, False, 1.0, extra, *(n_groups, n_groups_used))
+        step = replace(step, n_compared=n_compared)
+        routes = route(inputs, step)
+        compared = (softmax(inputs) if gating == "softmax" else sigmoid(inputs)) + extra
+        for token, row in enumerate(compared):
+            groups = row.reshape(n_groups, -1)
+            worth = [sorted(group)[-1] + sum(sorted(group)[-n_compared:-1]) for group in groups]
+            best = sorted(range(n_groups), key=lambda g: (-worth[g], g))[:n_groups_used]
+            allowed = [e for e in range(n_experts) if e // groups.shape[1] in best]
+            expected = sorted(allowed, key=lambda e: (-row[e], e))[:n_used]
+            assert routes[token, :n_used].astype(int).tolist() == expected
+        wide = np.tile(inputs, (1, 2))
+        steps = [
+            MatMul("x", "scores", select(2 * n_experts, n_experts)),
+            replace(step, scores="scores"),
+            Scale("x", 0.0),
+            MatMul("routes", "delta", select(2 * n_used, 2 * n_experts)),
+            Add("delta", "x"),
+        ]
+        buffers = {"scores": n_experts, "routes": 2 * n_used, "delta": 2 * n_experts}
+        agree(program_of(steps, 2 * n_experts, buffers=buffers, inputs=wide), EXACT)
+
+
+@pytest.mark.parametrize("groups", [(3, 1), (2, 3), (2, 0), (64, 1)])
+def test_groups_that_cannot_be(groups: tuple[int, int]) -> None:
+    step = replace(Route("x", "routes", 1), n_groups=groups[0], n_groups_used=groups[1])
+    program = program_of([step], 64, buffers={"routes": 2})
+    with pytest.raises(ValueError, match="groups"):
+        run(program, (1,), 1)
 
 
 def test_routes_of_scores_that_are_not_numbers() -> None:

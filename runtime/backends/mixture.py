@@ -44,6 +44,10 @@ class Mixture:
         n_experts = frame.width(step.scores)
         if not 0 < step.n_used <= n_experts:
             raise ValueError(f"{step.n_used} of {n_experts} experts cannot be chosen")
+        if n_experts % step.n_groups or step.n_groups > experts.MAX_GROUPS:
+            raise ValueError(f"{n_experts} experts do not lie in {step.n_groups} groups")
+        if not (0 < step.n_groups_used <= step.n_groups and step.n_compared in (1, 2)):
+            raise ValueError(f"{step.n_groups_used} groups cannot be chosen")
         owned = frame.is_owned(step.routes)
         arguments = (
             *frame.places[step.scores].arguments,
@@ -54,6 +58,9 @@ class Mixture:
             int(step.normalize),
             float(step.scale),
             frame.vector(step.bias),
+            step.n_groups,
+            step.n_groups_used,
+            step.n_compared,
         )
         accesses = [
             *frame.access(step.scores, WHOLE if owned else items(1)),

@@ -187,6 +187,8 @@ def route(scores: Floats, step: Route) -> Floats:
     else:
         chances = scores
     compared = chances if step.bias is None else chances + step.bias
+    if step.n_groups > 1:
+        compared = np.where(_in_best_groups(compared, step), compared, np.float32(-np.inf))
     experts = np.argsort(-compared, axis=1, kind="stable")[:, : step.n_used]
     weights = np.take_along_axis(chances, experts, axis=1)
     if step.gating == "chosen":
@@ -195,6 +197,15 @@ def route(scores: Floats, step: Route) -> Floats:
         weights = weights / weights.sum(axis=1, keepdims=True)
     routes = [experts.astype(np.float32), weights * np.float32(step.scale)]
     return np.concatenate(routes, axis=1, dtype=np.float32)
+
+
+def _in_best_groups(compared: Floats, step: Route) -> npt.NDArray[np.bool_]:
+    groups = compared.reshape(len(compared), step.n_groups, -1)
+    best = np.sort(groups, axis=2)[:, :, -step.n_compared :].sum(axis=2, dtype=np.float32)
+    chosen = np.argsort(-best, axis=1, kind="stable")[:, : step.n_groups_used]
+    allowed = np.zeros(best.shape, np.bool_)
+    np.put_along_axis(allowed, chosen, True, axis=1)
+    return np.repeat(allowed, groups.shape[2], axis=1)
 
 
 def softmax(x: Floats) -> Floats:

@@ -48,6 +48,9 @@ class Experts:
     gating: str = "softmax"
     scale: float = 1.0
     bias: Floats | None = None
+    n_groups: int = 1  # that experts lie in: see program.Route
+    n_groups_used: int = 1
+    n_compared: int = 1
     shared_ffn_dim: int = 0  # of the expert that every token uses; 0: there is none
     shared_gate: bool = False  # the shared expert has one of its own
 
@@ -234,7 +237,8 @@ class Blocks:
         e, c, n = experts, self.config, experts.n_used
         self.linear("ffn_gate_inp", "normed", "router", e.n_experts)
         routes = self.buffer("routes", 2 * n)
-        self.emit(Route("router", routes, n, e.gating, e.normalize, e.scale, e.bias))
+        groups = (e.n_groups, e.n_groups_used, e.n_compared)
+        self.emit(Route("router", routes, n, e.gating, e.normalize, e.scale, e.bias, *groups))
         gate, up = (
             self.buffer("expert_gate", n * e.ffn_dim),
             self.buffer("expert_up", n * e.ffn_dim),

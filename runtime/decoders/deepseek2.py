@@ -27,6 +27,7 @@ from runtime.rope import rope_table
 from runtime.weights import Weights
 
 GATINGS = {0: "softmax", 1: "softmax", 2: "sigmoid"}  # llama.cpp: llama_expert_gating_func_type
+MAX_GROUPS = 32
 MAX_EXPANDED = 1 << 26  # elements of a matrix that is made here; DeepSeek V3's have 2**23.6
 
 
@@ -109,14 +110,23 @@ def read_mixture(config: ModelConfig) -> Experts | None:
     gating = own.integer("expert_gating_func", low=0, high=255, default=0)
     if gating not in GATINGS:
         raise own.refuse("expert_gating_func", "0, 1 (softmax) or 2 (sigmoid)", gating)
-    n_groups = own.integer("expert_group_count", low=0, high=MAX_EXPERTS, default=1)
-    if n_groups > 1:
-        expected = "0 or 1: experts that are chosen by groups cannot be run yet"
+    n_groups = own.integer("expert_group_count", low=0, high=MAX_GROUPS, default=1) or 1
+    n_compared = 2 if GATINGS[gating] == "sigmoid" else 1  # V3, V2
+    size = experts.n_experts // n_groups
+    if experts.n_experts % n_groups or size < n_compared:
+        expected = f"a divisor of the {experts.n_experts} experts"
         raise own.refuse("expert_group_count", expected, n_groups)
+    n_groups_used = own.integer("expert_group_used_count", low=0, high=n_groups, default=1) or 1
+    if experts.n_used > n_groups_used * size:
+        expected = f"enough groups of {size} for {experts.n_used} experts"
+        raise own.refuse("expert_group_used_count", expected, n_groups_used)
     n_shared = own.integer("expert_shared_count", low=0, high=MAX_EXPERTS, default=0)
     return replace(
         experts,
         gating=GATINGS[gating],
+        n_groups=n_groups,
+        n_groups_used=n_groups_used,
+        n_compared=n_compared,
         scale=own.real("expert_weights_scale", low=0.0, high=1e6, default=0.0) or 1.0,
         shared_ffn_dim=n_shared * experts.ffn_dim,
     )

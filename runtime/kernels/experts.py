@@ -13,6 +13,7 @@ of one wide row, or as the n_rows columns of all slots at once: the latter where
 summed up next, which then needs no other thread's work.
 """
 
+import numpy as np
 from numba import float32
 
 from gguf_tools.control import call3, call5, call7
@@ -46,6 +47,7 @@ from runtime.kernels.matmul import scratch_bytes as product_scratch_bytes
 SOFTMAX, SIGMOID, CHOSEN = range(3)  # how scores become weights; CHOSEN: softmax of those chosen
 GATINGS = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "chosen": CHOSEN}
 FEW = 4  # pairs of an expert, at most: by measurement, of Q4_K and Q8_0
+MAX_GROUPS = 32
 OUTPUT_BYTES = ROWS * 4  # of one column's results in scratch
 
 
@@ -121,10 +123,42 @@ def _best(compared, n, routes, count):
     return best
 
 
+@jit
+def _leave_groups(compared, size, n_groups, n_used, n_compared):
+    """Only the n_used best groups of `size` numbers keep theirs; the lower of equal groups."""
+    left = 0  # a bit for each group
+    for group in range(n_groups):
+        own = _worth(compared + group * size * 4, size, n_compared)
+        better = 0
+        for other in range(n_groups):
+            worth = _worth(compared + other * size * 4, size, n_compared)
+            if worth > own or (worth == own and other < group):
+                better += 1
+        if better >= n_used:
+            left |= 1 << group
+    for group in range(n_groups):
+        if left >> group & 1:
+            for i in range(size):
+                st_f32(compared + (group * size + i) * 4, float32(-np.inf))
+
+
+@jit
+def _worth(values, size, n_compared):
+    """The largest of `size` numbers, or the two largest added up."""
+    first = second = float32(-np.inf)
+    for i in range(size):
+        value = ld_f32(values + i * 4)
+        if value > first:
+            first, second = value, first
+        elif value > second:
+            second = value
+    return first + second if n_compared == 2 else first
+
+
 @kernel("iiiii")
 def route(op, state, thread, first, last):
     """scores 0-2, routes 3-5, experts 6, n_used 7, gating 8, normalize 9, factor 10, bias 11 (one
-    per expert, or 0); unit: a token"""
+    per expert, or 0), groups 12, groups used 13, compared in each 14; unit: a token"""
     n = arg(op, 6)
     n_used = arg(op, 7)
     chances = (scratch(state, thread) + 63) & ~63
@@ -144,6 +178,8 @@ def route(op, state, thread, first, last):
             if arg(op, 11):
                 value += ld_f32(arg(op, 11) + i * 4)
             st_f32(compared + i * 4, value)
+        if arg(op, 12) > 1:
+            _leave_groups(compared, n // arg(op, 12), arg(op, 12), arg(op, 13), arg(op, 14))
         for j in range(n_used):
             expert = _best(compared, n, routes, j)
             st_f32(routes + j * 4, float32(expert))
