@@ -19,7 +19,8 @@ from gguf_tools.archs.config import HFConfig
 from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
 from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantError, printable
 from gguf_tools.file_types import FileType
-from gguf_tools.plan import Plan, TensorPlan, build_plan, match_tensors
+from gguf_tools.matching import match_tensors
+from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.safetensors_file import Floats, LazyTensor
 from gguf_tools.views import MXFP4
 from gguf_tools.vocab import read_vocab
