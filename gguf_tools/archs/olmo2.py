@@ -31,11 +31,12 @@ PERIOD = 4
 def read_facts(config: HFConfig) -> ModelFacts:
     refuse_switches(config, "attention_bias")
     facts = read_common(config, n_ctx=2048, epsilon=1e-5)
-    if OLMO3 not in (config.class_name,) and config.model_type != "olmo3":
+    window = read_window(config, default=4096)
+    if window is None or (config.class_name or config.model_type) not in (OLMO3, "olmo3"):
         return facts
     silent = all_but_each(PERIOD, facts.n_layers)
     pattern = read_pattern(config, facts.n_layers, silent=silent)
-    return replace(facts, sliding_window=read_window(config, default=4096), window_pattern=pattern)
+    return replace(facts, sliding_window=window, window_pattern=pattern)
 
 
 ARCHITECTURE = Architecture(
