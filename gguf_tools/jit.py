@@ -18,12 +18,13 @@ import ctypes
 import hashlib
 import importlib
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from numba import types
 
 from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 from gguf_tools.child import python_command
+from gguf_tools.errors import DeviceError
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
@@ -115,6 +117,15 @@ def jit_for(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return compile_as
 
 
+def check_processor(machine: str, features: Mapping[str, bool]) -> None:
+    """DeviceError on an x86 processor without F16C, where compiled half conversions crash."""
+    if machine.lower() in ("x86_64", "amd64") and not features.get("f16c"):
+        raise DeviceError(
+            "this processor cannot convert 16-bit floats (it lacks F16C, which x86 processors have "
+            "since 2012), and compiled kernels need it; `run --backend reference` works, slowly"
+        )
+
+
 class Kernel:
     """A compiled C function; made, or loaded from disk, when first needed."""
 
@@ -143,6 +154,7 @@ class Kernel:
         if self._compiled is None:
             with self._lock:
                 if self._compiled is None:
+                    check_processor(platform.machine(), llvm.get_host_cpu_features())
                     compiled = self._build(cache=CACHE_FOLDER is not None)
                     arguments = [_C_TYPES[letter] for letter in self.letters]
                     self._entry = ctypes.CFUNCTYPE(None, *arguments)(compiled.address)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gguf_tools.jit import jit, kernel
+from gguf_tools.errors import DeviceError
+from gguf_tools.jit import check_processor, jit, kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -119,3 +120,10 @@ def test_helpers_need_a_name_of_their_own() -> None:
 def test_wrong_letters() -> None:
     with pytest.raises(ValueError, match="not"):
         kernel("ix")
+
+
+def test_processors_without_half_floats() -> None:
+    check_processor("x86_64", {"f16c": True})
+    check_processor("aarch64", {})
+    with pytest.raises(DeviceError, match="F16C.*--backend reference"):
+        check_processor("AMD64", {"avx": True})

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from llvmlite import ir
 from numba import int8
 
+from gguf_tools import vectors
 from gguf_tools.control import atomic_load64, compare_exchange64
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
@@ -363,3 +366,19 @@ def test_zero_and_splat() -> None:
     out = np.full(128, 7, np.uint8)
     lanes_are_zero(out.ctypes.data)
     assert not out[:64].any() and (out[64:] == 7).all()
+
+
+def test_arm_multiplies_bytes_with_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled only: the assembly that an ARM processor with dot products would get."""
+    monkeypatch.setattr(vectors, "DOT", "neon")
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = "aarch64-unknown-linux-gnu"
+    sums, quads = ir.VectorType(vectors.I32, 16), ir.VectorType(vectors.I8, 64)
+    function = ir.Function(module, ir.FunctionType(sums, [sums, quads, quads]), "dot")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(vectors.emit_dot(builder, *function.args))
+    target = llvm.Target.from_triple(module.triple).create_target_machine(cpu="neoverse-n1")
+    assembly = target.emit_assembly(llvm.parse_assembly(str(module)))
+    assert assembly.count("sdot") == 8  # 4 products, 4 sums of the signed bytes
