@@ -125,5 +125,5 @@ def test_wrong_letters() -> None:
 def test_processors_without_half_floats() -> None:
     check_processor("x86_64", {"f16c": True})
     check_processor("aarch64", {})
-    with pytest.raises(DeviceError, match="F16C.*--backend reference"):
+    with pytest.raises(DeviceError, match=r"F16C.*--backend reference"):
         check_processor("AMD64", {"avx": True})
