@@ -115,6 +115,8 @@ class HeaderParser:
         self.data_offset = 0
         self.metadata: dict[str, Any] = {}
         self.metadata_types: dict[str, str] = {}
+        self.value_spans: dict[str, tuple[int, int]] = {}  # bytes of each value and its type
+        self.infos_span = (0, 0)  # bytes of what is said of the tensors
         self.tensors: dict[str, TensorInfo] = {}
         self.split: Split | None = None
 
@@ -124,7 +126,9 @@ class HeaderParser:
             self._parse_entry(index)
         self.split = self._find_split()
         self.alignment = self._find_alignment()
+        start = self.pos
         offsets = [self._parse_tensor(index) for index in range(n_tensors)]
+        self.infos_span = (start, self.pos)
         self.data_offset = self.pos + -self.pos % self.alignment
         for name, offset in offsets:
             self._place(name, offset)
@@ -164,6 +168,7 @@ class HeaderParser:
         if key in self.metadata:
             self._refuse(where, "a new key", f"{printable(key)} a second time")
         where = f"metadata {printable(key)}"
+        start = self.pos
         type_id = self._parse_u32(where)
         value: Any
         if type_id == STRING_ID:
@@ -175,6 +180,7 @@ class HeaderParser:
             value, type_name = self._parse_scalar(scalar, where), scalar.name
         self.metadata[key] = value
         self.metadata_types[key] = type_name
+        self.value_spans[key] = (start, self.pos)
 
     def _parse_array(self, where: str) -> tuple[Any, str]:
         element, count = self._parse_array_start(where)

@@ -18,8 +18,11 @@ import numpy as np
 from gguf_tools.errors import FormatError, GGUFError, printable
 from gguf_tools.header import HeaderParser, TensorInfo
 from gguf_tools.parts import parse_part_name
+from gguf_tools.values import Encoded
 
 __all__ = ["GGUFFile", "TensorInfo"]
+
+BAND = 1 << 20  # weights that are looked at together
 
 
 class GGUFFile:
@@ -38,6 +41,9 @@ class GGUFFile:
         self.data_offset = header.data_offset
         self.metadata = header.metadata
         self.metadata_types = header.metadata_types
+        self.value_spans = header.value_spans  # of the first part, like all metadata
+        self.infos_span = header.infos_span
+        self.part_sizes = tuple(len(part.mapping) for part in parts)
         self.tensors = _join_tensors(parts)
 
     def __enter__(self) -> "GGUFFile":
@@ -62,6 +68,32 @@ class GGUFFile:
         tensor = self.tensors[name]
         data = np.frombuffer(self._maps[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
         return data.reshape(tensor.n_rows, tensor.row_bytes)
+
+    def bands(self, name: str, n_weights: int = BAND) -> Iterator[np.ndarray]:
+        """The bytes of a tensor in order, in bands of whole blocks of about `n_weights`.
+
+        What has been passed is let go of: a file of any size is read in bounded memory.
+        """
+        tensor = self.tensors[name]
+        blocks = self.raw(name).reshape(-1)
+        step = max(1, n_weights // tensor.quant.block_size) * tensor.quant.block_bytes
+        for first in range(0, tensor.nbytes, step):
+            band = blocks[first : first + step]
+            yield band
+            self._release(tensor.part, tensor.offset + first, band.size)
+
+    def encoded(self, key: str) -> Encoded:
+        """A metadata value as it is in the file, to be written into another."""
+        if not self._maps:
+            raise ValueError("the file is closed")
+        first, last = self.value_spans[key]
+        return Encoded(self._maps[0][first:last])
+
+    def _release(self, part: int, start: int, n_bytes: int) -> None:
+        """Drop pages from memory; they are read again when they are needed again."""
+        if hasattr(mmap, "MADV_DONTNEED") and self._maps:
+            first = start - start % mmap.PAGESIZE
+            self._maps[part].madvise(mmap.MADV_DONTNEED, first, start + n_bytes - first)
 
     def load(self, name: str) -> np.ndarray:
         """The weights of a tensor, dequantised to float32."""

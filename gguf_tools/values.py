@@ -72,4 +72,11 @@ class Array:
     values: Sequence[Any] | np.ndarray
 
 
-MetadataValue: TypeAlias = Value | Array
+@dataclass(frozen=True)
+class Encoded:
+    """A metadata value in the bytes that another file has it in: its type and what follows."""
+
+    data: bytes
+
+
+MetadataValue: TypeAlias = Value | Array | Encoded

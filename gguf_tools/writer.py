@@ -32,6 +32,7 @@ from gguf_tools.values import (
     STRING_ID,
     VERSION,
     Array,
+    Encoded,
     MetadataValue,
     Value,
 )
@@ -103,7 +104,7 @@ class GGUFWriter:
 
     def __enter__(self) -> "GGUFWriter":
         try:
-            self._fd = _open_locked(self.part)
+            self._fd = open_locked(self.part)
             try:
                 self._check_target()  # another process may have finished the same file just now
                 os.ftruncate(self._fd, 0)
@@ -256,7 +257,7 @@ class GGUFWriter:
         return OutputError(f"{self._shown}: cannot be written: {error.strerror or error}")
 
 
-def _open_locked(part: Path) -> int:
+def open_locked(part: Path) -> int:
     """A descriptor of `part`, which this process alone may write.
 
     The lock vanishes with its process, so what a killed one left behind is simply reused. Between
@@ -328,10 +329,11 @@ def _encode_header(
         if not key or "\0" in key or len(key.encode("utf-8", "surrogatepass")) > MAX_KEY:
             raise OutputError(f"metadata key {printable(key)!r}: empty, too long or with a NUL")
         try:
-            pieces += [_encode_string(key), _encode_value(entry)]
+            pieces += [encode_string(key), encode_value(entry)]
         except (struct.error, OverflowError, UnicodeEncodeError) as error:
+            kind = "Encoded" if isinstance(entry, Encoded) else entry.type
             raise OutputError(
-                f"metadata {printable(key)}: not a value of type {entry.type}: {error}"
+                f"metadata {printable(key)}: not a value of type {kind}: {error}"
             ) from error
 
     offset = 0
@@ -357,22 +359,26 @@ def _encode_tensor(tensor: TensorSpec, offset: int) -> bytes:
             f"tensor {printable(tensor.name)!r}: expected a name of 1 to {MAX_TENSOR_NAME} bytes"
         )
     n_dims = len(tensor.shape)
-    return _encode_string(tensor.name) + struct.pack(
+    return encode_string(tensor.name) + struct.pack(
         f"<I{n_dims}QIQ", n_dims, *reversed(tensor.shape), tensor.quant.type_id, offset
     )
 
 
-def _encode_string(text: str) -> bytes:
+def encode_string(text: str) -> bytes:
+    """The length of `text` and its bytes."""
     # Bytes that were no UTF-8 in the file that a string comes from are written back as they were.
     data = text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(data)) + data
 
 
-def _encode_value(entry: MetadataValue) -> bytes:
+def encode_value(entry: MetadataValue) -> bytes:
+    """The type of a metadata value and its bytes; struct.error or OverflowError if it cannot be."""
+    if isinstance(entry, Encoded):
+        return entry.data
     if isinstance(entry, Array):
         return struct.pack("<I", ARRAY_ID) + _encode_array(entry)
     if entry.type == "str":
-        return struct.pack("<I", STRING_ID) + _encode_string(entry.value)
+        return struct.pack("<I", STRING_ID) + encode_string(entry.value)
     scalar = SCALAR_BY_NAME[entry.type]
     return struct.pack("<I" + scalar.code, scalar.type_id, entry.value)
 
@@ -380,7 +386,7 @@ def _encode_value(entry: MetadataValue) -> bytes:
 def _encode_array(array: Array) -> bytes:
     n = len(array.values)
     if array.type == "str":
-        return struct.pack("<IQ", STRING_ID, n) + b"".join(map(_encode_string, array.values))
+        return struct.pack("<IQ", STRING_ID, n) + b"".join(map(encode_string, array.values))
     scalar = SCALAR_BY_NAME[array.type]
     start = struct.pack("<IQ", scalar.type_id, n)
     if isinstance(array.values, np.ndarray):

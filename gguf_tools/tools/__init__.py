@@ -1,0 +1,1 @@
+"""What can be done with GGUF files: compare, edit, verify, split and merge them."""
