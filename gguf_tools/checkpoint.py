@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gguf_tools import packed
 from gguf_tools.errors import CheckpointError, printable
 from gguf_tools.json_files import open_regular, read_json, shown
 from gguf_tools.safetensors_file import MAX_HEADER, LazyTensor, open_tensors
 
 CONFIG_NAME = "config.json"
-KEPT = ("mxfp4",)  # ways to quantise whose blocks are written as they are
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
@@ -35,6 +35,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, LazyTensor]  # by the name that the checkpoint gives them
     files: tuple[Path, ...]  # the safetensors files, in order
+    scheme: str = ""  # what the weights, floats here, are stored as: "FP8"
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -42,7 +43,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     path = Path(folder)
     _check_folder(path)
     config = _read_config(path)
-    _refuse_quantised(path, config)
+    packed.check(path, config)
     files, index = _find_files(path)
     tensors: dict[str, LazyTensor] = {}
     homes: dict[str, Path] = {}
@@ -63,7 +64,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{shown(path)}: tensors and index disagree: {listing(problems)}")
     if not tensors:
         raise CheckpointError(f"{shown(path)}: its safetensors files hold no tensor")
-    return Checkpoint(path, config, tensors, tuple(files))
+    tensors, scheme = packed.unpack(path, config, tensors)
+    return Checkpoint(path, config, tensors, tuple(files), scheme)
 
 
 def listing(names: Iterable[str], limit: int = MAX_NAMED) -> str:
@@ -120,24 +122,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     elif any(name.endswith(SUFFIX) for name in names):
         what = "has weights but no config.json: download the checkpoint again, whole"
     raise CheckpointError(f"{shown(path)} {what}")
-
-
-def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
-    """An error unless the weights are floats, or in blocks that a file can have as they are."""
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if not found or (isinstance(found, dict) and found.get("quant_method") in KEPT):
-            continue
-        scheme = ""
-        if isinstance(found, dict):
-            parts = [str(found.get(part)) for part in ("quant_method", "format") if found.get(part)]
-            if found.get("bits"):
-                parts.append(f"{found['bits']} bits")
-            scheme = f" ({printable(', '.join(parts))})" if parts else ""
-        raise CheckpointError(
-            f"{shown(path)}: config.json has a {key}{scheme}: these weights are quantised "
-            "already and cannot be converted; get the checkpoint in BF16, F16 or F32"
-        )
 
 
 def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:

@@ -23,6 +23,7 @@ from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
+PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,23 @@ def build_plan(
         "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
         "general.file_type": Value("u32", file_type.file_type_id),
     }
-    return Plan(file_type, tensors, metadata, model.notes)
+    notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
+    return Plan(file_type, tensors, metadata, notes)
+
+
+def _second_quantisation(scheme: str, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    """A note for those whose source has lost something already."""
+    matrices = {tensor.quant.name for tensor in tensors if len(tensor.shape) > 1}
+    lossy = sorted(matrices.difference(PLAIN))
+    if not scheme:
+        return ()
+    said = f"the checkpoint is quantised already ({scheme})"
+    if not lossy:
+        return (f"{said}: its weights are written as they are, without what was lost then",)
+    return (
+        f"{said}: {', '.join(lossy)} quantise its weights a second time, and both errors add up; "
+        "the original checkpoint, if there is one, gives a better file",
+    )
 
 
 # --- metadata -----------------------------------------------------------------------------------

@@ -206,18 +206,20 @@ def test_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
-        ({"load_in_8bit": True}, "quantised already"),
-        ("gptq", "quantised already"),
+        ({"quant_method": "hqq", "bits": 4}, "not known (hqq)"),
+        ({"quant_method": ["fp8"]}, "not known (['fp8'])"),
+        ({"quant_method": 8}, "not known (8)"),
+        ({"bits": 4}, "without quant_method"),
+        ("fp8", "fp8 without quant_method"),
+        ([1], "without quant_method"),
     ],
 )
-def test_quantised_checkpoints_are_named(tmp_path: Path, quantization: object, words: str) -> None:
+def test_unknown_quantisations_are_named(tmp_path: Path, quantization: object, words: str) -> None:
     make_llama(tmp_path, quantization_config=quantization)
     message = refusal(tmp_path)
     assert "quantised already" in message
     assert words in message
+    assert "compressed-tensors, fbgemm_fp8, fp8" in message
 
 
 @pytest.mark.parametrize("quantization", [None, {}])

@@ -61,6 +61,12 @@ def test_directions(path: Path) -> None:
         for module in imports(path):
             if module.startswith("gguf_tools.") and module != "gguf_tools.quants":
                 assert module.startswith(allowed), f"{here} imports {module}"
+    if here.startswith("gguf_tools/packed/"):
+        allowed = ("packed", "errors", "json_files", "safetensors_file", "archs.config")
+        for module in imports(path):
+            if module.startswith("gguf_tools.") and module != "gguf_tools.packed":
+                known = tuple(f"gguf_tools.{name}" for name in allowed)
+                assert module.startswith(known), f"{here} imports {module}"
     if here in ("runtime/sampling.py", "runtime/tokenizer.py", "runtime/templates.py"):
         assert not uses(path, "runtime.model", "runtime.config", "runtime.backends")
     if here == "runtime/generation.py":

@@ -1,0 +1,233 @@
+"""Write tests/data/packed: two matrices as each scheme's own library stores them, and what the same
+library reads out of them.
+
+    python tests/data/packed/record.py [NAME...]
+
+Needs torch, safetensors, compressed-tensors, bitsandbytes, gptqmodel and autoawq, which the tests
+do not. Of the last two only the code that packs and unpacks is run, from their files, as they want
+compilers to be installed. Matrices have sizes that no block or group divides where a scheme allows
+it. Weights are drawn once more wide in a few columns, so that scales differ.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+DATA = Path(__file__).parent
+SHAPES = {"self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 96)}
+PREFIX = "model.layers.0."
+
+Parts = dict[str, torch.Tensor]
+Result = tuple[Parts, Parts, dict[str, Any]]  # stored, weights, quantization_config
+
+
+def matrices(seed: int = 0) -> Parts:
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in SHAPES.items():
+        weight = torch.randn(shape, generator=generator) * 0.1
+        weight[:, ::17] *= 4
+        weight[::13] *= 0.1
+        found[name] = weight
+    return found
+
+
+# --- compressed-tensors -------------------------------------------------------------------------
+
+
+def compressed(format_: str, **weights: Any) -> Callable[[], Result]:
+    def record() -> Result:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        from compressed_tensors.quantization.utils import calculate_qparams
+
+        args = QuantizationArgs(**weights)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args, format=format_)
+        compressor = BaseCompressor.get_value_from_registry(format_)
+        parts, floats = {}, {}
+        for name, weight in matrices().items():
+            scale, zero, more = qparams(weight, args, calculate_qparams)
+            state = {"weight": weight, "weight_scale": scale, **more}
+            if not args.symmetric:
+                state["weight_zero_point"] = zero
+            stored = compressor.compress(state, scheme)
+            floats[name] = compressor.decompress(dict(stored), scheme)["weight"].float()
+            parts |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+        group = {"targets": ["Linear"], "weights": json.loads(args.model_dump_json())}
+        config = {
+            "quant_method": "compressed-tensors",
+            "format": format_,
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": group},
+        }
+        return parts, floats, config
+
+    return record
+
+
+def qparams(weight: torch.Tensor, args: Any, calculate: Callable[..., Any]) -> Any:
+    """Scales and zero points from the smallest and the largest weight of each rectangle."""
+    height, width = weight.shape
+    strategy = str(args.strategy.value if hasattr(args.strategy, "value") else args.strategy)
+    tall, wide = {
+        "tensor": (height, width),
+        "channel": (1, width),
+        "group": (1, args.group_size),
+        "tensor_group": (1, args.group_size),
+        "block": tuple(args.block_structure or ()),
+    }[strategy]
+    down, across = -(-height // tall), -(-width // wide)
+    low, high = torch.empty(down, across), torch.empty(down, across)
+    for i in range(down):
+        for j in range(across):
+            block = weight[i * tall : (i + 1) * tall, j * wide : (j + 1) * wide]
+            low[i, j], high[i, j] = block.min(), block.max()
+    more = {}
+    options = {}
+    if strategy == "tensor_group":
+        from compressed_tensors.quantization.utils import generate_gparam
+
+        more["weight_global_scale"] = generate_gparam(weight.min(), weight.max())
+        options["global_scale"] = more["weight_global_scale"]
+    if strategy == "tensor":
+        low, high = low.reshape(1), high.reshape(1)
+    scale, zero = calculate(low, high, args, **options)
+    return scale, zero, more
+
+
+# --- FP8: written with torch's own 8-bit floats, read as DeepSeek's weight_dequant does -----------
+
+
+def fp8(
+    method: str,
+    dtype: torch.dtype,
+    suffix: str,
+    *,
+    rectangle: tuple[int, int] | None,
+    config: dict[str, Any],
+    scale_dtype: torch.dtype = torch.float32,
+) -> Callable[[], Result]:
+    def record() -> Result:
+        parts, floats = {}, {}
+        for name, weight in matrices().items():
+            tall, wide = (size or weight.shape[i] for i, size in enumerate(rectangle or (0, 0)))
+            rows = torch.arange(weight.shape[0]) // tall
+            columns = torch.arange(weight.shape[1]) // wide
+            scale = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1)
+            for i, j in ((i, j) for i in rows.unique() for j in columns.unique()):
+                block = weight[rows == i][:, columns == j]
+                scale[i, j] = block.abs().max() / torch.finfo(dtype).max
+            if scale_dtype == torch.float8_e8m0fnu:
+                scale = torch.exp2(torch.ceil(torch.log2(scale)))
+            scale = scale.to(scale_dtype)
+            factor = scale.float()[rows][:, columns]
+            codes = (weight / factor).to(dtype)
+            parts |= {f"{name}.weight": codes, f"{name}.weight{suffix}": scale}
+            if rectangle is None:
+                parts[f"{name}.weight{suffix}"] = scale.reshape(())
+                parts[f"{name}.input_scale"] = torch.ones(())
+            floats[name] = codes.float() * factor
+        return parts, floats, {"quant_method": method, **config}
+
+    return record
+
+
+RECORDS: dict[str, Callable[[], Result]] = {
+    "fp8-block": fp8(
+        "fp8",
+        torch.float8_e4m3fn,
+        "_scale_inv",
+        rectangle=(24, 40),
+        config={"weight_block_size": [24, 40], "activation_scheme": "dynamic"},
+    ),
+    "fp8-block-e8m0": fp8(
+        "fp8",
+        torch.float8_e4m3fn,
+        "_scale_inv",
+        rectangle=(128, 128),
+        config={"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        scale_dtype=torch.float8_e8m0fnu,
+    ),
+    "fp8-tensor-e5m2": fp8(
+        "fp8", torch.float8_e5m2, "_scale", rectangle=None, config={"activation_scheme": "static"}
+    ),
+    "fp8-fbgemm": fp8(
+        "fbgemm_fp8",
+        torch.float8_e4m3fn,
+        "_scale",
+        rectangle=(1, 0),
+        config={"activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
+        scale_dtype=torch.bfloat16,
+    ),
+    "ct-float-tensor": compressed(
+        "float-quantized", num_bits=8, type="float", strategy="tensor", symmetric=True
+    ),
+    "ct-float-channel": compressed(
+        "float-quantized", num_bits=8, type="float", strategy="channel", symmetric=True
+    ),
+    "ct-float-block": compressed(
+        "float-quantized",
+        num_bits=8,
+        type="float",
+        strategy="block",
+        block_structure=[24, 40],
+        symmetric=True,
+    ),
+    "ct-int-channel": compressed(
+        "int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True
+    ),
+    "ct-int-channel-asym": compressed(
+        "int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False
+    ),
+    "ct-pack4-group": compressed(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True
+    ),
+    "ct-pack4-group-asym": compressed(
+        "pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False
+    ),
+    "ct-pack4-channel": compressed(
+        "pack-quantized", num_bits=4, type="int", strategy="channel", symmetric=True
+    ),
+    "ct-pack8-channel-asym": compressed(
+        "pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=False
+    ),
+    "ct-pack3-group-asym": compressed(
+        "pack-quantized", num_bits=3, type="int", strategy="group", group_size=32, symmetric=False
+    ),
+    "ct-nvfp4": compressed(
+        "nvfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        symmetric=True,
+        scale_dtype="torch.float8_e4m3fn",
+    ),
+    "ct-mxfp4": compressed(
+        "mxfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="group",
+        group_size=32,
+        symmetric=True,
+        scale_dtype="torch.uint8",
+    ),
+}
+
+
+def main(names: list[str]) -> None:
+    for name in names or RECORDS:
+        parts, floats, config = RECORDS[name]()
+        tensors = {PREFIX + part: tensor.contiguous() for part, tensor in parts.items()}
+        tensors |= {f"expected.{PREFIX}{part}.weight": floats[part].contiguous() for part in floats}
+        save_file(tensors, DATA / f"{name}.safetensors", {"config": json.dumps(config)})
+        print(name, (DATA / f"{name}.safetensors").stat().st_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
