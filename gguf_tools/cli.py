@@ -4,13 +4,14 @@ Everything heavy is imported inside the commands: `--help` answers at once.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gguf_tools.command import run_command
+from gguf_tools.file_commands import COMMANDS
 
 if TYPE_CHECKING:
     from gguf_tools.plan import Plan
@@ -164,27 +165,31 @@ def models() -> None:
 
 def convert_main() -> None:
     """`convert`, the console script."""
-    run_command(_application(convert))
+    run_command(_application({"convert": convert}))
 
 
 def main() -> None:
     """`python -m gguf_tools`: the commands by name; without a name it is `convert`."""
-    commands = (convert, info, models)
-    names = [command.__name__ for command in commands]
-    if len(sys.argv) > 1 and sys.argv[1] not in names and not sys.argv[1].startswith("-"):
+    commands: dict[str, Callable[..., None]] = {
+        "convert": convert,
+        "info": info,
+        "models": models,
+        **COMMANDS,
+    }
+    if len(sys.argv) > 1 and sys.argv[1] not in commands and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, convert.__name__)
-    run_command(_application(*commands))
+    run_command(_application(commands))
 
 
-def _application(*commands: Callable[..., None]) -> typer.Typer:
+def _application(commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
     application = typer.Typer(
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in commands:
-        application.command(no_args_is_help=True)(command)
+    for name, command in commands.items():
+        application.command(name, no_args_is_help=True)(command)
     return application
 
 

@@ -23,6 +23,7 @@ from gguf_tools.values import Encoded
 __all__ = ["GGUFFile", "TensorInfo"]
 
 BAND = 1 << 20  # weights that are looked at together
+UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begins
 
 
 class GGUFFile:
@@ -44,6 +45,7 @@ class GGUFFile:
         self.value_spans = header.value_spans  # of the first part, like all metadata
         self.infos_span = header.infos_span
         self.part_sizes = tuple(len(part.mapping) for part in parts)
+        self.data_offsets = tuple(part.header.data_offset for part in parts)
         self.tensors = _join_tensors(parts)
 
     def __enter__(self) -> "GGUFFile":
@@ -82,6 +84,10 @@ class GGUFFile:
             yield band
             self._release(tensor.part, tensor.offset + first, band.size)
 
+    def has_bytes(self, part: int, start: int, count: int) -> bool:
+        """Whether any of `count` bytes of one of the files, none of them past its end, is not 0."""
+        return any(self._maps[part][start : start + max(0, count)])
+
     def encoded(self, key: str) -> Encoded:
         """A metadata value as it is in the file, to be written into another."""
         if not self._maps:
@@ -101,6 +107,11 @@ class GGUFFile:
         return tensor.quant.dequantize(self.raw(name)).reshape(tensor.shape)
 
 
+def undo_path(path: Path) -> Path:
+    """Where an edit in place keeps what it overwrites, while it does."""
+    return path.with_name(path.name + ".undo")
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A mapped file whose header has been checked."""
@@ -114,6 +125,7 @@ class _Part:
 def _open_part(path: Path) -> _Part:
     mapping = _map_file(path)
     shown = printable(path, limit=1000)
+    _refuse_interrupted(path, shown)
     header = HeaderParser(mapping, shown)
     header.parse()
     return _Part(path, shown, mapping, header)
@@ -214,6 +226,20 @@ def _map_file(path: Path) -> mmap.mmap:
         raise GGUFError(f"{shown}: cannot be opened: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name, or a file emptied a moment ago
         raise GGUFError(f"{shown}: cannot be opened: {error}") from error
+
+
+def _refuse_interrupted(path: Path, shown: str) -> None:
+    """A header that an edit had begun to overwrite may look whole and be wrong."""
+    undo = undo_path(path)
+    if not undo.is_file():
+        return
+    with open(undo, "rb") as file:
+        interrupted = file.read(len(UNDO_MAGIC)) == UNDO_MAGIC
+    if interrupted:
+        raise FormatError(
+            f"{shown}: a change of its metadata is under way or was interrupted; in the second "
+            "case `gguf set FILE --recover` puts back what it was"
+        )
 
 
 def _check_regular(mode: int, shown: str) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 import gguf_tools.cli
+import gguf_tools.file_commands
 import runtime.cli
 import runtime.tokenize_command
 from gguf_tools.command import run_command
@@ -24,6 +25,8 @@ app = typer.Typer(
 app.command()(gguf_tools.cli.convert)
 app.command()(gguf_tools.cli.info)
 app.command()(gguf_tools.cli.models)
+for name, command in gguf_tools.file_commands.COMMANDS.items():
+    app.command(name)(command)
 app.command()(runtime.cli.run)
 app.command()(runtime.cli.bench)
 app.command()(runtime.cli.doctor)
