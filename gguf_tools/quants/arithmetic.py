@@ -38,8 +38,8 @@ def low_byte(x: Floats) -> npt.NDArray[np.int32]:
 
 
 def ordered_sum(terms: Floats) -> Floats:
-    """Sums along the last axis, added from left to right as a C loop does."""
-    total: Floats = np.add.accumulate(terms, axis=-1)[..., -1]
+    """Sums along the last axis, added from left to right as a C loop does that starts with 0."""
+    total: Floats = np.add.accumulate(terms, axis=-1)[..., -1] + np.float32(0)  # never -0
     return total
 
 

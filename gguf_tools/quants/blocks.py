@@ -3,16 +3,39 @@
 A format module describes one block: its `dequantize` takes an array of the BLOCK dtype, one entry
 per block, and gives (n_blocks, block_size) float32; its `quantize_reference` goes the other way.
 The blocks of all rows lie one after another, so a format never sees rows.
+
+With an importance matrix ggml quantises by another routine, `quantize_weighted_reference` here. It
+is told how much an error counts at each weight; see `Spread` for how that is made of how much an
+error counts in each column.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from gguf_tools.errors import UnsupportedQuantError
+from gguf_tools.quants.arithmetic import ordered_sum
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a format weighs errors: importance * sqrt(sigma^2 + weight^2).
+
+    sigma^2 is times * (the sum of the squares of `span` weights) / over, and their mean over the
+    whole row where `span` is 0.
+    """
+
+    span: int = 0
+    times: int = 1
+    over: int = 0
+
+    def of_row(self, k: int) -> "Spread":
+        """The same with numbers, for rows of k weights."""
+        return self if self.span else Spread(k, 1, k)
 
 
 def block_quant(
@@ -23,10 +46,13 @@ def block_quant(
     block: np.dtype[Any],
     dequantize: Callable[[Array], Floats],
     quantize_reference: Callable[[Floats], Array] | None = None,
+    quantize_weighted_reference: Callable[[Floats, Floats], Array] | None = None,
+    spread: Spread | None = None,
 ) -> QuantType:
     """The QuantType of a format given by functions on blocks.
 
-    A format that can be quantised has a kernel too: see `quantize_with_kernel`.
+    A format that can be quantised has a kernel too, and another for weights that count more and
+    less: see `quantize_with_kernel`. Without a `spread` the importance is taken as it is.
     """
     block_bytes = block.itemsize
 
@@ -37,16 +63,26 @@ def block_quant(
             weights = dequantize(blocks)
         return weights.reshape(*rows.shape[:-1], n_blocks * block_size)
 
-    def quantize_rows_reference(weights: Floats) -> Bytes:
+    def quantize_rows_reference(weights: Floats, importance: Floats | None = None) -> Bytes:
         assert quantize_reference is not None
         row_bytes = quant.row_bytes(weights.shape[-1])
+        x = split_blocks(weights, block_size)
         with np.errstate(all="ignore"):
-            blocks = quantize_reference(split_blocks(weights, block_size))
+            if importance is None or quantize_weighted_reference is None:
+                blocks = quantize_reference(x)
+            else:
+                weighed = weigh_reference(weights, check_importance(importance, weights), spread)
+                blocks = quantize_weighted_reference(x, weighed.reshape(-1, block_size))
         return blocks.view(np.uint8).reshape(*weights.shape[:-1], row_bytes)
 
-    def quantize_rows(weights: Floats) -> Bytes:
+    def quantize_rows(weights: Floats, importance: Floats | None = None) -> Bytes:
         row_bytes = quant.row_bytes(weights.shape[-1])
-        data = quantize_with_kernel(name, split_blocks(weights, block_size), block_bytes)
+        x = split_blocks(weights, block_size)
+        if importance is None or quantize_weighted_reference is None:
+            data = quantize_with_kernel(name, x, block_bytes)
+        else:
+            weighed = weigh(weights, check_importance(importance, weights), spread)
+            data = quantize_with_kernel(name, x, block_bytes, weighed.reshape(-1, block_size))
         return data.reshape(*weights.shape[:-1], row_bytes)
 
     can_quantize = quantize_reference is not None
@@ -81,24 +117,77 @@ def split_blocks(weights: Floats, block_size: int) -> Floats:
     return np.ascontiguousarray(weights).reshape(-1, block_size)
 
 
-def quantize_with_kernel(name: str, blocks: Floats, block_bytes: int) -> Bytes:
-    """Run the compiled quantiser of a format, which is `kernels.NAME.quantize`.
+def check_importance(importance: Floats, weights: Floats) -> Floats:
+    """One float32 for each column, contiguous."""
+    if importance.dtype != np.float32 or importance.shape != weights.shape[-1:]:
+        raise ValueError(
+            f"the importance of rows of {weights.shape[-1]} weights is as many float32, not "
+            f"{importance.dtype} {importance.shape}"
+        )
+    return np.ascontiguousarray(importance)
 
-    A kernel takes whole groups of GROUP blocks; what is left over is padded with zeros. Compilers
-    are imported here, at the first use, and not by those who only ask for a type's size.
+
+def weigh_reference(weights: Floats, importance: Floats, spread: Spread | None) -> Floats:
+    """How much an error counts at each weight, in the shape of the weights."""
+    k = weights.shape[-1]
+    if spread is None or weights.size == 0:
+        return np.broadcast_to(importance, weights.shape)
+    spread = spread.of_row(k)
+    spans = weights.reshape(-1, spread.span)
+    squares = np.float32(spread.times) * ordered_sum(spans * spans)
+    sigma2: Floats = squares / np.float32(spread.over)
+    roots: Floats = np.sqrt(sigma2[:, None] + spans * spans)
+    return importance * roots.reshape(-1, k)
+
+
+def weigh(weights: Floats, importance: Floats, spread: Spread | None) -> Floats:
+    """The same, fast."""
+    if spread is None or weights.size == 0:
+        return np.ascontiguousarray(np.broadcast_to(importance, weights.shape))
+    from gguf_tools.quants.kernels import weighing
+
+    k = weights.shape[-1]
+    spread = spread.of_row(k)
+    x = np.ascontiguousarray(weights)
+    weighed = np.empty_like(x)
+    scratch, _memory = _scratch(weighing.SCRATCH)
+    weighing.weigh(
+        *(x.ctypes.data, importance.ctypes.data, weighed.ctypes.data, x.size // k, k),
+        *(spread.span, spread.times, spread.over, scratch),
+    )
+    return weighed
+
+
+def quantize_with_kernel(
+    name: str, blocks: Floats, block_bytes: int, weighed: Floats | None = None
+) -> Bytes:
+    """Run the compiled quantiser of a format: `quantize` of kernels.NAME, or `quantize_weighted`.
+
+    A kernel takes whole groups of blocks; what is left over is padded with zeros. Compilers are
+    imported here, at the first use, and not by those who only ask for a type's size.
     """
     module = import_module(f"gguf_tools.quants.kernels.{name.lower()}")
-    group = module.GROUP
-    memory = np.empty(module.SCRATCH + 64, np.uint8)  # of this call: threads share nothing
-    scratch = memory.ctypes.data + -memory.ctypes.data % 64
+    if weighed is None:
+        kernel, group, size, inputs = module.quantize, module.GROUP, module.SCRATCH, [blocks]
+    else:
+        kernel, group = module.quantize_weighted, module.WEIGHTED_GROUP
+        size, inputs = module.WEIGHTED_SCRATCH, [blocks, weighed]
+    scratch, _memory = _scratch(size)
     data = np.empty((len(blocks), block_bytes), np.uint8)
     whole = len(blocks) - len(blocks) % group
     if whole:
-        module.quantize(blocks.ctypes.data, data.ctypes.data, whole, scratch)
+        kernel(*(array.ctypes.data for array in inputs), data.ctypes.data, whole, scratch)
     if whole < len(blocks):
-        padded = np.zeros((group, blocks.shape[1]), np.float32)
-        padded[: len(blocks) - whole] = blocks[whole:]
+        padded = [np.zeros((group, blocks.shape[1]), np.float32) for _ in inputs]
+        for array, part in zip(padded, inputs, strict=True):
+            array[: len(blocks) - whole] = part[whole:]
         last = np.empty((group, block_bytes), np.uint8)
-        module.quantize(padded.ctypes.data, last.ctypes.data, group, scratch)
+        kernel(*(array.ctypes.data for array in padded), last.ctypes.data, group, scratch)
         data[whole:] = last[: len(blocks) - whole]
     return data
+
+
+def _scratch(size: int) -> tuple[int, Bytes]:
+    """A 64-byte aligned address of memory of this call (threads share nothing), and its owner."""
+    memory = np.empty(size + 64, np.uint8)
+    return memory.ctypes.data + -memory.ctypes.data % 64, memory

@@ -14,7 +14,7 @@ def dequantize(rows: Bytes) -> Floats:
     return np.array(rows, order="C").reshape(-1).view("<f4").reshape(*rows.shape[:-1], n)
 
 
-def quantize(weights: Floats) -> Bytes:
+def quantize(weights: Floats, importance: Floats | None = None) -> Bytes:
     if weights.dtype != np.float32:
         raise ValueError(f"weights to quantise are float32, not {weights.dtype}")
     shape = (*weights.shape[:-1], 4 * weights.shape[-1])

@@ -20,13 +20,12 @@ def nearest_level(x: Floats) -> npt.NDArray[np.intp]:
     return np.where(x <= LEVELS[0], 0, np.where(nearer_below, above - 1, above))
 
 
-def fit_scale(x: Floats) -> Floats:
-    """The scale of each group (n_groups, 32), weighted by the squares of x.
+def fit_scale(x: Floats, weights: Floats) -> Floats:
+    """The scale of each group (n_groups, 32).
 
     The weight of largest magnitude is tried at level 127, then around -127 in steps of 1.
     """
     largest = first_largest(x)
-    weights = x * x
 
     def sums_of(inverse_scale: Floats) -> tuple[Floats, Floats]:
         level = LEVELS[nearest_level(inverse_scale[:, None] * x)]

@@ -9,7 +9,7 @@ weight = d * LEVELS[q]                               LEVELS of iq4.py
 import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, join_nibbles, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
 from gguf_tools.quants.quanttype import Array, Floats
 
@@ -23,7 +23,11 @@ def dequantize(blocks: Array) -> Floats:
 
 
 def quantize_reference(x: Floats) -> Array:
-    scale = fit_scale(x)
+    return quantize_weighted_reference(x, x * x)
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    scale = fit_scale(x, weights)
     q = nearest_level(inverse(scale)[:, None] * x)
     blocks = np.zeros(len(x), BLOCK)
     blocks["d"] = to_half(scale)
@@ -38,4 +42,6 @@ IQ4_NL = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(span=32, over=16),
 )

@@ -18,7 +18,7 @@ from gguf_tools.quants.arithmetic import (
     nearest_int,
     to_half,
 )
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
 from gguf_tools.quants.quanttype import Array, Floats
 
@@ -39,8 +39,12 @@ def dequantize(blocks: Array) -> Floats:
 
 
 def quantize_reference(x: Floats) -> Array:
+    return quantize_weighted_reference(x, x * x)
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     groups = x.reshape(-1, 8, 32)
-    scales = fit_scale(x.reshape(-1, 32)).reshape(-1, 8)
+    scales = fit_scale(x.reshape(-1, 32), weights.reshape(-1, 32)).reshape(-1, 8)
     d = -first_largest(scales) / np.float32(32)
     steps = nearest_int(inverse(d)[:, None] * scales).clip(-32, 31)
     scales = d[:, None] * steps.astype(np.float32)  # with d as it was before it became a half
@@ -61,4 +65,6 @@ IQ4_XS = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(span=256, over=128),
 )

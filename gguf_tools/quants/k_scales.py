@@ -10,9 +10,9 @@ They count in steps of two float16 of the block: scale = d * 6 bits, minimum = d
 
 import numpy as np
 
-from gguf_tools.quants.arithmetic import nearest_int, to_half
+from gguf_tools.quants.arithmetic import nearest_int, ordered_sum, to_half
 from gguf_tools.quants.quanttype import Array, Floats
-from gguf_tools.quants.search import Fit
+from gguf_tools.quants.search import Fit, fit_scale_and_minimum, fit_steps
 
 
 def unpack_scales(packed: Array) -> tuple[Array, Array]:
@@ -55,6 +55,26 @@ def store_levels(blocks: Array, x: Floats, fit: Fit, top: int) -> Array:
     blocks["d"], scales = _six_bits(fit.scale.reshape(-1, 8))
     blocks["dmin"], minima = _six_bits(fit.minimum.reshape(-1, 8))
     blocks["scales"] = pack_scales(scales, minima)
+    return _levels(blocks, x, fit, top)
+
+
+def store_weighted_levels(blocks: Array, x: Floats, weights: Floats, top: int) -> Array:
+    """The same with weights given: the scales of a block are fitted, too, not only rounded."""
+    groups = weights.reshape(-1, 32)
+    fit = fit_scale_and_minimum(
+        x.reshape(-1, 32), groups, top=top, first=-0.9, step=0.05, n_trials=37
+    )
+    totals = ordered_sum(groups).reshape(-1, 8)
+    d, scales = fit_steps(fit.scale.reshape(-1, 8), totals, top=63)
+    dmin, minima = fit_steps(fit.minimum.reshape(-1, 8), totals, top=63)
+    if top == 31:  # in Q4_K ggml lets what is left of a negative scale run into the next
+        scales, minima = np.minimum(63, scales), np.minimum(63, minima)
+    blocks["d"], blocks["dmin"] = to_half(d), to_half(dmin)
+    blocks["scales"] = pack_scales(scales, minima)
+    return _levels(blocks, x, fit, top)
+
+
+def _levels(blocks: Array, x: Floats, fit: Fit, top: int) -> Array:
     d, dmin = scales_and_minima(blocks)
     levels = nearest_int((x.reshape(-1, 8, 32) + dmin) / d).clip(0, top)
     return np.where(d != 0, levels, fit.levels.reshape(-1, 8, 32)).reshape(-1, 256)

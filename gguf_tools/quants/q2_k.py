@@ -13,10 +13,10 @@ weight = d * scale[g] * q - dmin * minimum[g]        g = one of 16 groups of 16
 
 import numpy as np
 
-from gguf_tools.quants.arithmetic import nearest_int, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.arithmetic import nearest_int, ordered_sum, to_half
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.quanttype import Array, Floats
-from gguf_tools.quants.search import fit_scale_and_minimum
+from gguf_tools.quants.search import Fit, fit_scale_and_minimum, fit_steps
 
 BLOCK = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
 assert BLOCK.itemsize == 84
@@ -37,12 +37,31 @@ def quantize_reference(x: Floats) -> Array:
     blocks = np.zeros(len(x), BLOCK)
     blocks["d"], scales = _four_bits(fit.scale.reshape(-1, 16))
     blocks["dmin"], minima = _four_bits(fit.minimum.reshape(-1, 16))
+    _store(blocks, x, scales, minima, fit)
+    return blocks
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    groups = weights.reshape(-1, 16)
+    fit = fit_scale_and_minimum(
+        x.reshape(-1, 16), groups, top=3, first=-0.9, step=0.05, n_trials=37
+    )
+    totals = ordered_sum(groups).reshape(-1, 16)
+    d, scales = fit_steps(fit.scale.reshape(-1, 16), totals, top=15)
+    dmin, minima = fit_steps(fit.minimum.reshape(-1, 16), totals, top=15)
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"], blocks["dmin"] = to_half(d), to_half(dmin)
+    _store(blocks, x, scales, minima, fit)
+    return blocks
+
+
+def _store(blocks: Array, x: Floats, scales: Array, minima: Array, fit: Fit) -> None:
+    """Set the scales, and the levels that go with them; a scale of 0 keeps those of the search."""
     blocks["scales"] = (scales | minima << 4).astype(np.uint8)
     d, dmin = _scales_and_minima(blocks)
     levels = nearest_int((x.reshape(-1, 16, 16) + dmin) / d).clip(0, 3)
     levels = np.where(d != 0, levels, fit.levels.reshape(-1, 16, 16))
     blocks["qs"] = join_two_bits(levels)
-    return blocks
 
 
 def split_two_bits(qs: Array) -> Array:
@@ -83,4 +102,6 @@ Q2_K = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(span=256, over=256),
 )

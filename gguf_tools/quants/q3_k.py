@@ -13,11 +13,17 @@ weight = d * (scale[g] - 32) * (q - 4)               g = one of 16 groups of 16
 
 import numpy as np
 
-from gguf_tools.quants.arithmetic import first_largest, join_nibbles, nearest_int, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.arithmetic import (
+    first_largest,
+    join_nibbles,
+    nearest_int,
+    ordered_sum,
+    to_half,
+)
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.q2_k import join_two_bits, split_two_bits
 from gguf_tools.quants.quanttype import Array, Floats
-from gguf_tools.quants.search import fit_scale_by_turns
+from gguf_tools.quants.search import Fit, fit_scale, fit_scale_by_turns
 
 BLOCK = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])
 assert BLOCK.itemsize == 110
@@ -40,6 +46,23 @@ def quantize_reference(x: Floats) -> Array:
     steps = np.where(largest[:, None] != 0, steps, 0)
     blocks = np.zeros(len(x), BLOCK)
     blocks["d"] = to_half(np.where(largest != 0, np.float32(1) / inverse, np.float32(0)))
+    _store(blocks, x, steps, fit)
+    return blocks
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    groups = weights.reshape(-1, 16)
+    fit = fit_scale(x.reshape(-1, 16), groups, top=4)
+    totals = ordered_sum(groups).reshape(-1, 16)
+    of_scales = fit_scale(fit.scale.reshape(-1, 16), totals, top=32)
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(of_scales.scale)
+    _store(blocks, x, of_scales.levels + 32, fit)
+    return blocks
+
+
+def _store(blocks: Array, x: Floats, steps: Array, fit: Fit) -> None:
+    """Set the scales, and the levels that go with them; a scale of 0 keeps those of the search."""
     blocks["scales"][:, :8] = join_nibbles(steps[:, :8] & 15, steps[:, 8:] & 15)
     high = steps >> 4
     blocks["scales"][:, 8:] = (
@@ -51,7 +74,6 @@ def quantize_reference(x: Floats) -> Array:
     blocks["qs"] = join_two_bits(q & 3)
     third = q.reshape(-1, 8, 32) >> 2
     blocks["hmask"] = np.packbits(third.astype(np.uint8), axis=1, bitorder="little")[:, 0]
-    return blocks
 
 
 def _scales(blocks: Array) -> Floats:
@@ -72,4 +94,6 @@ Q3_K = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(span=256, times=2, over=256),
 )

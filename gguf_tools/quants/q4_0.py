@@ -11,8 +11,9 @@ d is the weight of largest magnitude over -8, so that this weight is met exactly
 import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.quanttype import Array, Floats
+from gguf_tools.quants.search import fit_scale
 
 BLOCK = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 18
@@ -33,6 +34,15 @@ def quantize_reference(x: Floats) -> Array:
     return blocks
 
 
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    fit = fit_scale(x, weights, top=8)
+    q = fit.levels + 8
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(fit.scale)
+    blocks["qs"] = join_nibbles(q[:, :16], q[:, 16:])
+    return blocks
+
+
 Q4_0 = block_quant(
     "Q4_0",
     2,
@@ -40,4 +50,6 @@ Q4_0 = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(),
 )

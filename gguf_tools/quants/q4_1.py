@@ -11,8 +11,9 @@ m is the smallest weight; d spreads 15 steps up to the largest.
 import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, join_nibbles, low_byte, range_of, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.quanttype import Array, Floats
+from gguf_tools.quants.search import fit_scale_and_minimum
 
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 20
@@ -36,6 +37,15 @@ def quantize_reference(x: Floats) -> Array:
     return blocks
 
 
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    fit = fit_scale_and_minimum(x, weights, top=15, first=-0.9, step=0.05, n_trials=37)
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(fit.scale)
+    blocks["m"] = to_half(-fit.minimum)
+    blocks["qs"] = join_nibbles(fit.levels[:, :16], fit.levels[:, 16:])
+    return blocks
+
+
 Q4_1 = block_quant(
     "Q4_1",
     3,
@@ -43,4 +53,6 @@ Q4_1 = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(),
 )

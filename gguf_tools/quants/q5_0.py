@@ -13,8 +13,9 @@ d is the weight of largest magnitude over -16, so that this weight is met exactl
 import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.quanttype import Array, Floats
+from gguf_tools.quants.search import fit_scale
 
 BLOCK = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 22
@@ -30,6 +31,15 @@ def quantize_reference(x: Floats) -> Array:
     q = np.minimum(31, low_byte(x * inverse(d)[:, None] + np.float32(16.5)))
     blocks = np.zeros(len(x), BLOCK)
     blocks["d"] = to_half(d)
+    store_five_bits(blocks, q)
+    return blocks
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    fit = fit_scale(x, weights, top=16)
+    q = fit.levels + 16
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(fit.scale)
     store_five_bits(blocks, q)
     return blocks
 
@@ -53,4 +63,6 @@ Q5_0 = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(),
 )

@@ -13,9 +13,10 @@ m is the smallest weight; d spreads 31 steps up to the largest.
 import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, low_byte, range_of, to_half
-from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.q5_0 import five_bits, store_five_bits
 from gguf_tools.quants.quanttype import Array, Floats
+from gguf_tools.quants.search import fit_scale_and_minimum
 
 BLOCK = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 assert BLOCK.itemsize == 24
@@ -38,6 +39,15 @@ def quantize_reference(x: Floats) -> Array:
     return blocks
 
 
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    fit = fit_scale_and_minimum(x, weights, top=31, first=-0.9, step=0.05, n_trials=37)
+    blocks = np.zeros(len(x), BLOCK)
+    blocks["d"] = to_half(fit.scale)
+    blocks["m"] = to_half(-fit.minimum)
+    store_five_bits(blocks, fit.levels)
+    return blocks
+
+
 Q5_1 = block_quant(
     "Q5_1",
     7,
@@ -45,4 +55,6 @@ Q5_1 = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(),
 )

@@ -14,8 +14,13 @@ The packing of the scales is drawn in k_scales.py.
 import numpy as np
 
 from gguf_tools.quants.arithmetic import join_nibbles
-from gguf_tools.quants.blocks import block_quant
-from gguf_tools.quants.k_scales import group_weights, scales_and_minima, store_levels
+from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.k_scales import (
+    group_weights,
+    scales_and_minima,
+    store_levels,
+    store_weighted_levels,
+)
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale_and_minimum
 
@@ -40,11 +45,21 @@ def quantize_reference(x: Floats) -> Array:
     weights = group_weights(groups)
     fit = fit_scale_and_minimum(groups, weights, top=31, first=-0.5, n_trials=16)
     blocks = np.zeros(len(x), BLOCK)
-    q = store_levels(blocks, x, fit, top=31).reshape(-1, 4, 2, 32)
+    _store_bits(blocks, store_levels(blocks, x, fit, top=31))
+    return blocks
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
+    blocks = np.zeros(len(x), BLOCK)
+    _store_bits(blocks, store_weighted_levels(blocks, x, weights, top=31))
+    return blocks
+
+
+def _store_bits(blocks: Array, levels: Array) -> None:
+    q = levels.reshape(-1, 4, 2, 32)
     blocks["qs"] = join_nibbles(q[:, :, 0] & 15, q[:, :, 1] & 15).reshape(-1, 128)
     high = q.reshape(-1, 8, 32) >> 4
     blocks["qh"] = np.packbits(high.astype(np.uint8), axis=1, bitorder="little")[:, 0]
-    return blocks
 
 
 Q5_K = block_quant(
@@ -54,4 +69,6 @@ Q5_K = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
+    spread=Spread(span=256, times=2, over=256),
 )

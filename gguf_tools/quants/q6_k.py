@@ -33,8 +33,12 @@ def dequantize(blocks: Array) -> Floats:
 
 
 def quantize_reference(x: Floats) -> Array:
+    return quantize_weighted_reference(x, x * x)
+
+
+def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     groups = x.reshape(-1, 16, 16)
-    fit = fit_scale(x.reshape(-1, 16), top=32)
+    fit = fit_scale(x.reshape(-1, 16), weights.reshape(-1, 16), top=32)
     scales = fit.scale.reshape(-1, 16)
     largest = first_largest(scales)
     inverse = np.float32(-128) / largest
@@ -66,4 +70,5 @@ Q6_K = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    quantize_weighted_reference=quantize_weighted_reference,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,17 @@ from gguf_tools.errors import UnsupportedQuantError
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
+
+
+class Quantize(Protocol):
+    """From rows of weights to rows of bytes.
+
+    `importance` says how much an error counts: (k,) float32, finite and not negative, one number
+    for each column; the formats then search with ggml's other routine, made for it. F32, F16,
+    BF16 and Q8_0 have nothing to weigh and give the same bytes with it.
+    """
+
+    def __call__(self, weights: Floats, importance: Floats | None = None) -> Bytes: ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class QuantType:
     block_size: int  # weights in a block
     block_bytes: int
     dequantize: Callable[[Bytes], Floats]  # vectorised NumPy: the definition of the format
-    quantize_reference: Callable[[Floats], Bytes] | None  # NumPy, step for step as ggml
-    quantize: Callable[[Floats], Bytes] | None  # the same bytes, fast; threads may share it
+    quantize_reference: Quantize | None  # NumPy, step for step as ggml
+    quantize: Quantize | None  # the same bytes, fast; threads may share it
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights."""

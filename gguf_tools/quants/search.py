@@ -31,13 +31,15 @@ def fit_scale_and_minimum(
     *,
     top: int,
     first: float,
+    step: float = 0.1,
     n_trials: int,
     absolute: bool = False,
 ) -> Fit:
-    """Levels 0 to `top` above a minimum that is at most 0 (ggml: make_qkx2_quants).
+    """Levels 0 to `top` above a minimum that is at most 0 (ggml: make_qkx2_quants,
+    make_qkx3_quants).
 
     After the plain grid from minimum to maximum, trial i stretches the grid to
-    top + first + i / 10 levels. The error is the weighted sum of squares, or of magnitudes when
+    top + first + i * step levels. The error is the weighted sum of squares, or of magnitudes when
     `absolute`. The grid starts from the best minimum so far, which the trials move.
     """
     low, high = range_of(x)
@@ -61,7 +63,7 @@ def fit_scale_and_minimum(
     best_levels = levels_of(inverse_scale)
     best_error = error_of(scale, low, best_levels)
     for trial in range(n_trials):
-        stretch = np.float32(first) + np.float32(0.1) * np.float32(trial) + np.float32(top)
+        stretch = np.float32(first) + np.float32(step) * np.float32(trial) + np.float32(top)
         levels = levels_of(stretch / (high - low))
         level = levels.astype(np.float32)
         sum_l = ordered_sum(weights * level)
@@ -85,13 +87,12 @@ def fit_scale_and_minimum(
     return Fit(scale, -low, np.where(flat[:, None], 0, best_levels))
 
 
-def fit_scale(x: Floats, *, top: int) -> Fit:
-    """Levels -top to top - 1, weighted by the squares of x (ggml: make_qx_quants).
+def fit_scale(x: Floats, weights: Floats, *, top: int) -> Fit:
+    """Levels -top to top - 1 (ggml: make_qx_quants).
 
     The weight of largest magnitude starts at level -top; 18 trials move it by up to 0.9.
     """
     largest = first_largest(x)
-    weights = x * x
 
     def levels_of(stretch: np.float32) -> npt.NDArray[np.int32]:
         inverse_scale = -stretch / largest
@@ -153,3 +154,60 @@ def fit_scale_by_turns(x: Floats, *, top: int) -> Fit:
     # ggml leaves the stored level of a group of zeros at 0, which stands for -top.
     whole = np.where(zeros[:, None], -top, levels).astype(np.int32)
     return Fit(scale, np.zeros_like(scale), whole)
+
+
+def fit_steps(x: Floats, weights: Floats, *, top: int) -> tuple[Floats, npt.NDArray[np.int32]]:
+    """One step for scales that are not negative, and how many each is (ggml: make_qp_quants).
+
+    The best of nine grids around 0 to `top` steps up to the largest is taken; then the scales
+    change their numbers in turn wherever that makes the fit better, five times over. ggml keeps
+    the numbers in bytes, which shows where rounding left a scale below zero.
+    """
+    largest = np.zeros(len(x), np.float32)
+    for column in x.T:
+        largest = np.where(largest > column, largest, column)
+
+    def steps_of(inverse: Floats) -> Floats:
+        return np.minimum(top, nearest_int(inverse[:, None] * x)).astype(np.float32)
+
+    def error_of(inverse: Floats, steps: Floats) -> Floats:
+        distance = x - (np.float32(1) / inverse)[:, None] * steps
+        return ordered_sum(weights * distance * distance)
+
+    inverse: Floats = np.float32(top) / largest
+    best_error = error_of(inverse, low_bytes(nearest_int(inverse[:, None] * x)))
+    for trial in (*range(-4, 0), *range(1, 5)):
+        stretch = np.float32(0.1) * np.float32(trial) + np.float32(top)
+        tried: Floats = stretch / largest
+        error = error_of(tried, steps_of(tried))
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        inverse = np.where(better, tried, inverse)
+
+    steps = steps_of(inverse)
+    sum_xl = ordered_sum(weights * x * steps)
+    sum_l2 = ordered_sum(weights * steps * steps)
+    steps = low_bytes(steps.astype(np.int32))
+    for _ in range(5):  # ggml stops after a round without change: so does the result
+        for i in range(x.shape[1]):
+            w, v, level = weights[:, i], x[:, i], steps[:, i]
+            new_xl = sum_xl - w * v * level
+            new_l2 = sum_l2 - w * level * level
+            quotient: Floats = np.divide(v * new_l2, new_xl)
+            new = np.minimum(top, nearest_int(quotient)).astype(np.float32)
+            change = (new_xl > 0) & (new_l2 > 0) & (new != level)
+            new_xl = new_xl + w * v * new
+            new_l2 = new_l2 + w * new * new
+            change &= new_xl * new_xl * sum_l2 > sum_xl * sum_xl * new_l2
+            steps[:, i] = np.where(change, low_bytes(new.astype(np.int32)), level)
+            sum_xl = np.where(change, new_xl, sum_xl)
+            sum_l2 = np.where(change, new_l2, sum_l2)
+
+    zeros = largest < TINY
+    scale = np.where((sum_l2 > 0) & ~zeros, sum_xl / sum_l2, np.float32(0))
+    return scale, np.where(zeros[:, None], 0, steps).astype(np.int32)
+
+
+def low_bytes(x: npt.NDArray[np.int32]) -> Floats:
+    """What is left of whole numbers in a byte, 0 to 255."""
+    return (x & 0xFF).astype(np.float32)

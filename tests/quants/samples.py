@@ -29,6 +29,16 @@ def plain_rows(n_rows: int, k: int, *, seed: int = 1) -> np.ndarray:
     return rows
 
 
+def importance(k: int) -> np.ndarray:
+    """How much an error counts in each of k columns: of many sizes, and some not at all."""
+    squares = bell(k, seed=77) ** 2
+    sizes = np.float32(10) ** (np.arange(k) % 7 - 4).astype(np.float32)
+    squares = (squares * sizes).astype(np.float32)
+    squares[::11] = 0
+    squares[64:96] = 0  # a group of 32
+    return squares
+
+
 def hard_rows() -> dict[str, np.ndarray]:
     """Rows of HARD_WIDTH finite weights that quantisers stumble over, by name."""
     n = HARD_WIDTH

@@ -6,6 +6,11 @@ Each module has
     GROUP      n_blocks must be a multiple of it
     SCRATCH    bytes the kernel may use at `scratch`, which is 64-byte aligned
 
+and, where ggml quantises otherwise with an importance matrix, in the same way
+
+    quantize_weighted(x, weights, data, n_blocks, scratch)    weights: how much an error counts
+    WEIGHTED_GROUP, WEIGHTED_SCRATCH
+
 ggml's reference routines add in a fixed order, and every bit of the result hangs on it. So a
 kernel turns the weights around: what ggml does for one group of weights after the other is done
 for 16 groups at once, one in each lane, in the same order within the lane. There is no fused

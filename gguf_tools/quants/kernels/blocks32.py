@@ -1,12 +1,14 @@
 """Q4_0, Q4_1, Q5_0 and Q5_1: 32 weights, 4 or 5 bits each, with or without a minimum.
 
-The scales of 16 blocks are found in the 16 lanes; the levels are then made block by block.
+The scales of 16 blocks are found in the 16 lanes; the levels are then made block by block. With
+weights the scales come from the searches of the K formats.
 """
 
 from numba import float32, int32, int64
 
 from gguf_tools.jit import jit
-from gguf_tools.quants.kernels.lanes import inverse, only_small, store_halves, turn
+from gguf_tools.quants.kernels.lanes import inverse, only_small, round_level, store_halves, turn
+from gguf_tools.quants.kernels.search import fit_scale, fit_scale_and_minimum
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
@@ -26,6 +28,8 @@ from gguf_tools.simd import (
 
 GROUP = 16
 SCRATCH = 2048 + 4 * 64  # the weights turned around, then four vectors
+WEIGHTED_GROUP = 16
+WEIGHTED_SCRATCH = 3 * 2048 + 6 * 64  # weights, their weights, levels, then six vectors
 
 
 @jit
@@ -79,6 +83,55 @@ def from_smallest(x, data, n_blocks, scratch, n_levels, block_bytes):
             low = (ld_f32x16(at) - base) * scale + splat_f32x16(float32(0.5))
             high = (ld_f32x16(at + 64) - base) * scale + splat_f32x16(float32(0.5))
             _store_levels(low, high, y + b * block_bytes + 4, n_levels, found + 192)
+
+
+@jit
+def weighted_from_largest(x, weights, data, n_blocks, scratch, n_levels, block_bytes):
+    """Q4_0 and Q5_0 with weights for errors."""
+    found = scratch + 3 * 2048  # scale and inverse scale
+    half = float32(n_levels // 2)
+    least, most = splat_f32x16(-half), splat_f32x16(half - float32(1.0))
+    _prepare(found + 320)
+    for first in range(0, n_blocks, 16):
+        blocks, y = x + first * 128, data + first * block_bytes
+        turn(blocks, 128, 32, scratch)
+        turn(weights + first * 128, 128, 32, scratch + 2048)
+        fit_scale(scratch, found, 32, n_levels // 2, False)
+        store_halves(ld_f32x16(found), y, block_bytes, found + 256)
+        for b in range(16):
+            inverse_scale = ld_f32(found + 64 + b * 4)
+            low = high = least  # of zeros
+            if inverse_scale != float32(0.0):
+                scale = splat_f32x16(inverse_scale)
+                low = round_level(ld_f32x16(blocks + b * 128) * scale, least, most)
+                high = round_level(ld_f32x16(blocks + b * 128 + 64) * scale, least, most)
+            _store_levels(low - least, high - least, y + b * block_bytes + 2, n_levels, found + 320)
+
+
+@jit
+def weighted_from_smallest(x, weights, data, n_blocks, scratch, n_levels, block_bytes):
+    """Q4_1 and Q5_1 with weights for errors."""
+    found = scratch + 3 * 2048  # scale, minimum, inverse scale and lowest value
+    zero, most = zero_f32x16(), splat_f32x16(float32(n_levels - 1))
+    _prepare(found + 320)
+    for first in range(0, n_blocks, 16):
+        blocks, y = x + first * 128, data + first * block_bytes
+        turn(blocks, 128, 32, scratch)
+        turn(weights + first * 128, 128, 32, scratch + 2048)
+        levels = scratch + 2 * 2048
+        fit_scale_and_minimum(
+            scratch, scratch + 2048, levels, found, 32, n_levels - 1, -0.9, 0.05, 37, False
+        )
+        store_halves(ld_f32x16(found), y, block_bytes, found + 256)
+        store_halves(
+            ld_f32x16(found + 64) * splat_f32x16(float32(-1.0)), y + 2, block_bytes, found + 256
+        )
+        for b in range(16):
+            scale = splat_f32x16(ld_f32(found + 128 + b * 4))
+            base = splat_f32x16(ld_f32(found + 192 + b * 4))
+            low = round_level(scale * (ld_f32x16(blocks + b * 128) - base), zero, most)
+            high = round_level(scale * (ld_f32x16(blocks + b * 128 + 64) - base), zero, most)
+            _store_levels(low, high, y + b * block_bytes + 4, n_levels, found + 320)
 
 
 @jit

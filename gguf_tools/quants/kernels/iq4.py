@@ -49,14 +49,16 @@ def _below(x, limit, new_level, new_index, level, index):
 
 @jit
 def fit_scale(turned):
-    """The scales; `turned` has 16 groups of 32 weights, turned around, and room for as many."""
+    """The scales of 16 groups of 32.
+
+    turned   the groups, turned around; how much an error counts at each weight
+    """
     zero = zero_f32x16()
     largest = magnitude = zero
     for i in range(32):
         v = ld_f32x16(turned + i * 64)
         largest = sel_lt(magnitude, vfabs(v), v, largest)
         magnitude = sel_lt(magnitude, vfabs(v), vfabs(v), magnitude)
-        st(turned + 2048 + i * 64, v * v)
     scale = best = zero
     for trial in range(-N_TRIALS - 1, N_TRIALS + 1):
         if trial < -N_TRIALS:  # first of all, the largest weight at level 127

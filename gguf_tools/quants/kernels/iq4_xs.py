@@ -5,6 +5,7 @@ from numba import float32, int64
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.iq4 import fit_scale, store_levels
 from gguf_tools.quants.kernels.lanes import inverse, round_level, turn
+from gguf_tools.quants.kernels.search import square_weights
 from gguf_tools.simd import (
     concat,
     cvt_i32x16,
@@ -22,20 +23,36 @@ GROUP = 2
 SCRATCH = 4096 + 2 * 64  # the weights and their squares, then scales and steps
 
 
+WEIGHTED_GROUP, WEIGHTED_SCRATCH = GROUP, SCRATCH
+
+
 @kernel("iiii")
 def quantize(x, data, n_blocks, scratch):
-    found, steps = scratch + 4096, scratch + 4096 + 64
     for first in range(0, n_blocks, 2):
-        y = data + first * 136
         turn(x + first * 1024, 128, 32, scratch)
-        st(found, fit_scale(scratch))
-        _round_scales(found, steps, y)
-        for block in range(2):
-            _pack_scales(steps + block * 32, y + block * 136 + 2)
-            for g in range(8):
-                weights = x + (first + block) * 1024 + g * 128
-                group_inverse = ld_f32(found + block * 32 + g * 4)
-                store_levels(weights, group_inverse, y + block * 136 + 8 + g * 16)
+        square_weights(scratch, 32)
+        _quantize_two(x + first * 1024, data + first * 136, scratch)
+
+
+@kernel("iiiii")
+def quantize_weighted(x, weights, data, n_blocks, scratch):
+    for first in range(0, n_blocks, 2):
+        turn(x + first * 1024, 128, 32, scratch)
+        turn(weights + first * 1024, 128, 32, scratch + 2048)
+        _quantize_two(x + first * 1024, data + first * 136, scratch)
+
+
+@jit
+def _quantize_two(blocks, y, scratch):
+    found, steps = scratch + 4096, scratch + 4096 + 64
+    st(found, fit_scale(scratch))
+    _round_scales(found, steps, y)
+    for block in range(2):
+        _pack_scales(steps + block * 32, y + block * 136 + 2)
+        for g in range(8):
+            group_inverse = ld_f32(found + block * 32 + g * 4)
+            at = block * 1024 + g * 128
+            store_levels(blocks + at, group_inverse, y + block * 136 + 8 + g * 16)
 
 
 @jit

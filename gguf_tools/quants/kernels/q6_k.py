@@ -4,7 +4,7 @@ from numba import float32, int8
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.lanes import round_level, turn
-from gguf_tools.quants.kernels.search import TINY, fit_scale
+from gguf_tools.quants.kernels.search import TINY, fit_scale, square_weights
 from gguf_tools.simd import (
     cvt_f32x16,
     cvt_i8x16,
@@ -22,28 +22,43 @@ from gguf_tools.simd import (
 GROUP = 1
 RESULT = 3 * 1024  # where scales begin, after the weights, their squares and their cubes
 SCRATCH = RESULT + 3 * 64 + 256
+WEIGHTED_GROUP, WEIGHTED_SCRATCH = GROUP, SCRATCH
 
 
 @kernel("iiii")
 def quantize(x, data, n_blocks, scratch):
-    result, levels = scratch + RESULT, scratch + RESULT + 3 * 64
     for b in range(n_blocks):
-        block, y = x + b * 1024, data + b * 210
-        turn(block, 64, 16, scratch)
-        fit_scale(scratch, result, 16, 32)
-        largest = magnitude = float32(0.0)
-        for g in range(16):
-            scale = ld_f32(result + g * 4)
-            if abs(scale) > magnitude:
-                magnitude = abs(scale)
-                largest = scale
-        if magnitude < TINY:
-            for i in range(210):
-                st_u8(y + i, 0)
-            continue
-        _store_scales(y, result, largest)
-        _make_levels(block, result, levels)
-        _pack(levels, y)
+        turn(x + b * 1024, 64, 16, scratch)
+        square_weights(scratch, 16)
+        _quantize_one(x + b * 1024, data + b * 210, scratch)
+
+
+@kernel("iiiii")
+def quantize_weighted(x, weights, data, n_blocks, scratch):
+    for b in range(n_blocks):
+        turn(x + b * 1024, 64, 16, scratch)
+        turn(weights + b * 1024, 64, 16, scratch + 1024)
+        _quantize_one(x + b * 1024, data + b * 210, scratch)
+
+
+@jit
+def _quantize_one(block, y, scratch):
+    """A block, whose weights and their weights are turned around already."""
+    result, levels = scratch + RESULT, scratch + RESULT + 3 * 64
+    fit_scale(scratch, result, 16, 32, False)
+    largest = magnitude = float32(0.0)
+    for g in range(16):
+        scale = ld_f32(result + g * 4)
+        if abs(scale) > magnitude:
+            magnitude = abs(scale)
+            largest = scale
+    if magnitude < TINY:
+        for i in range(210):
+            st_u8(y + i, 0)
+        return
+    _store_scales(y, result, largest)
+    _make_levels(block, result, levels)
+    _pack(levels, y)
 
 
 @jit

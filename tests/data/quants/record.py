@@ -1,7 +1,7 @@
 """Record what ggml makes of the sample weights: python record.py PATH/libggml-base.so
 
-Writes ggml.npz beside this file: the bytes of the hard rows and of a few plain ones, and the
-SHA-256 of many plain ones, for every type the library quantises without an importance matrix.
+Writes two files beside this one: the bytes of the hard rows and of a few plain ones, and the
+SHA-256 of many plain ones; ggml.npz without an importance matrix, ggml-weighted.npz with one.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent.parent))
 
 from gguf_tools.quants import QUANTS  # noqa: E402
-from tests.quants.samples import hard_matrix, plain_rows  # noqa: E402
+from tests.quants.samples import hard_matrix, importance, plain_rows  # noqa: E402
 
 NAMES = (
     *("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -35,13 +35,16 @@ class Library:
             *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
         ]
 
-    def quantize(self, type_id: int, row_bytes: int, weights: np.ndarray) -> np.ndarray:
-        """(n_rows, row_bytes), as llama-quantize makes them without an importance matrix."""
+    def quantize(
+        self, type_id: int, row_bytes: int, weights: np.ndarray, column_weights: np.ndarray | None
+    ) -> np.ndarray:
+        """(n_rows, row_bytes), as llama-quantize makes them."""
         weights = np.ascontiguousarray(weights, np.float32)
         n_rows, k = weights.shape
         data = np.zeros((n_rows, row_bytes), np.uint8)
         written = self.functions.ggml_quantize_chunk(
-            type_id, weights.ctypes.data, data.ctypes.data, 0, n_rows, k, None
+            *(type_id, weights.ctypes.data, data.ctypes.data, 0, n_rows, k),
+            None if column_weights is None else column_weights.ctypes.data,
         )
         if written != data.size:
             raise SystemExit(f"type {type_id}: ggml wrote {written} bytes, expected {data.size}")
@@ -51,18 +54,27 @@ class Library:
 def main(path: str) -> None:
     library = Library(path)
     samples = {"hard": hard_matrix(), "few": plain_rows(*FEW), "many": plain_rows(*MANY, seed=3)}
+    for file, weighted in (("ggml.npz", False), ("ggml-weighted.npz", True)):
+        answers = record(library, samples, weighted=weighted)
+        np.savez_compressed(HERE / file, **answers)
+        print(f"{len(answers)} answers of {path}")
+
+
+def record(
+    library: Library, samples: dict[str, np.ndarray], *, weighted: bool
+) -> dict[str, np.ndarray]:
     answers = {}
     for quant in QUANTS:
         if quant.name not in NAMES:
             continue
         for sample, weights in samples.items():
             row_bytes = quant.row_bytes(weights.shape[1])
-            data = library.quantize(quant.type_id, row_bytes, weights)
+            column_weights = importance(weights.shape[1]) if weighted else None
+            data = library.quantize(quant.type_id, row_bytes, weights, column_weights)
             if sample == "many":
                 data = np.frombuffer(hashlib.sha256(data.tobytes()).digest(), np.uint8)
             answers[f"{quant.name} {sample}"] = data
-    np.savez_compressed(HERE / "ggml.npz", **answers)
-    print(f"{len(answers)} answers of {path}")
+    return answers
 
 
 if __name__ == "__main__":
