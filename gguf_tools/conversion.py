@@ -6,7 +6,7 @@ No more than a few bands are in memory, however large a tensor is.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from gguf_tools.archs.config import HFConfig
 from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
 from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantError, printable
 from gguf_tools.file_types import FileType
+from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.matching import match_tensors
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.safetensors_file import Floats, LazyTensor
@@ -44,16 +45,25 @@ class Progress:
         return self.n_rows == self.tensor.source.n_rows
 
 
-def plan_conversion(folder: str | os.PathLike[str], file_type: FileType) -> Plan:
-    """Read everything but the weights, and say what the file will hold."""
+def plan_conversion(
+    folder: str | os.PathLike[str], file_type: FileType, adapters: Sequence[Scaled] = ()
+) -> Plan:
+    """Read everything but the weights, and say what the file will hold.
+
+    The adapters are merged into the weights.
+    """
     checkpoint = open_checkpoint(folder)
     where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
-    model = match_tensors(checkpoint, archs.find(HFConfig(checkpoint.config, where)))
+    architecture = archs.find(HFConfig(checkpoint.config, where))
+    checkpoint, merged = with_adapters(checkpoint, architecture, adapters)
+    model = match_tensors(checkpoint, architecture)
     vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
     plan = build_plan(
         model, file_type=file_type, vocab_metadata=vocab.metadata, sampling=vocab.sampling
     )
-    return Plan(plan.file_type, plan.tensors, plan.metadata, (*plan.notes, *vocab.warnings))
+    return Plan(
+        plan.file_type, plan.tensors, plan.metadata, (*merged, *plan.notes, *vocab.warnings)
+    )
 
 
 def convert(

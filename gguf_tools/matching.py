@@ -161,10 +161,7 @@ def _present(
         if architecture.skipped and name.startswith(architecture.skipped):
             skipped.append(tensor)
             continue
-        for beginning, instead in architecture.renamed:
-            if name.startswith(beginning):
-                name = instead + name.removeprefix(beginning)
-                break
+        name = architecture.rename(name)
         if name in present:
             raise CheckpointError(
                 f"{printable(checkpoint.folder, limit=1000)}: tensor {printable(name)} is there "

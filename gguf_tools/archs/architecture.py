@@ -141,3 +141,10 @@ class Architecture:
     # it. The first that is there is switched on.
     layouts: tuple[tuple[str, str], ...] = ()
     predictors: bool = False  # checkpoints have further layers that guess ahead: left out, said
+
+    def rename(self, name: str) -> str:
+        """A checkpoint's name as the rules have it."""
+        for beginning, instead in self.renamed:
+            if name.startswith(beginning):
+                return instead + name.removeprefix(beginning)
+        return name
