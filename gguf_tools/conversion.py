@@ -17,8 +17,15 @@ import numpy.typing as npt
 from gguf_tools import archs
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
-from gguf_tools.errors import CheckpointError, OutputError, UnsupportedQuantError, printable
+from gguf_tools.errors import (
+    CheckpointError,
+    GGUFError,
+    OutputError,
+    UnsupportedQuantError,
+    printable,
+)
 from gguf_tools.file_types import FileType
+from gguf_tools.journal import Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.matching import match_tensors
 from gguf_tools.plan import Plan, TensorPlan, build_plan
@@ -39,6 +46,7 @@ class Progress:
     index: int  # of the tensor in the plan
     n_rows: int  # of the tensor written so far
     n_bytes: int  # in this band
+    kept: bool = False  # by an earlier run, that this one goes on from
 
     @property
     def finished(self) -> bool:
@@ -73,20 +81,33 @@ def convert(
     threads: int,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[Progress]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
     `check` is called with the finished file before it gets its name; if it raises, no file is left.
+    With a journal, what an earlier run with the same inputs wrote is kept, and what this one wrote
+    is kept for the next if it is stopped; an error then says so.
     """
     if threads < 1:
         raise ValueError(f"expected at least one thread, got {threads}")
-    with GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force) as writer:
-        for progress, blocks in _quantised_bands(plan, threads):
-            writer.write(progress.tensor.name, blocks)
-            del blocks
-            yield progress
-        if check is not None:
-            check(writer.part)
+    try:
+        with GGUFWriter(
+            path, metadata=plan.metadata, tensors=plan.specs, force=force, journal=journal
+        ) as writer:
+            yield from _kept_bands(plan, writer.position)
+            for progress, blocks in _quantised_bands(plan, threads, writer.position):
+                writer.write(progress.tensor.name, blocks)
+                del blocks
+                yield progress
+            if journal is not None:
+                journal.confirm_inputs()
+            if check is not None:
+                check(writer.part)
+    except GGUFError as error:
+        if journal is None or not journal.kept:
+            raise
+        raise type(error)(f"{error}; {journal.kept}") from error
 
 
 def protect_checkpoint(folder: Path, output: Path) -> None:
@@ -103,14 +124,36 @@ def protect_checkpoint(folder: Path, output: Path) -> None:
         )
 
 
-def _quantised_bands(plan: Plan, threads: int) -> Iterator[tuple[Progress, npt.NDArray[np.uint8]]]:
-    """All bands in the order of the file, with at most a few made in advance."""
+def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:
+    """What there is before `position`: a tensor index, and how many bytes of that tensor."""
+    index, n_bytes = position
+    for i, tensor in enumerate(plan.tensors[:index]):
+        yield Progress(tensor, i, tensor.source.n_rows, tensor.nbytes, kept=True)
+    if n_bytes:
+        yield Progress(plan.tensors[index], index, _n_rows(plan, position), n_bytes, kept=True)
+
+
+def _n_rows(plan: Plan, position: tuple[int, int]) -> int:
+    """How many rows of its tensor lie before `position`."""
+    index, n_bytes = position
+    if not n_bytes:
+        return 0
+    tensor = plan.tensors[index]
+    return n_bytes // tensor.quant.row_bytes(tensor.source.row_length)
+
+
+def _quantised_bands(
+    plan: Plan, threads: int, position: tuple[int, int]
+) -> Iterator[tuple[Progress, npt.NDArray[np.uint8]]]:
+    """All bands from `position` on in the order of the file, at most a few made in advance."""
+    start = position[0]
     executor = ThreadPoolExecutor(threads, thread_name_prefix="quantise")
     waiting: deque[tuple[Progress, Future[npt.NDArray[np.uint8]]]] = deque()
     try:
-        for index, tensor in enumerate(plan.tensors):
+        for index, tensor in enumerate(plan.tensors[start:], start):
             step = rows_per_band(tensor)
-            for first in range(0, tensor.source.n_rows, step):
+            begin = _n_rows(plan, position) if index == start else 0  # whole bands
+            for first in range(begin, tensor.source.n_rows, step):
                 last = min(first + step, tensor.source.n_rows)
                 n_bytes = (last - first) * tensor.quant.row_bytes(tensor.source.row_length)
                 future = executor.submit(quantise_band, tensor, first, last)

@@ -2,7 +2,8 @@
 
 The size of every tensor follows from its type and shape, so the whole header is known before any
 weight has been read, and tensors can be written band by band as they are made. Until the last byte
-is on the disk the file is called NAME.part; whatever goes wrong before, it is removed.
+is on the disk the file is called NAME.part; whatever goes wrong before, it is removed. With a
+journal (gguf_tools/journal.py) it is kept if a later run can go on from it.
 """
 
 import errno
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gguf_tools.errors import OutputError, printable
+from gguf_tools.errors import GGUFError, OutputError, printable
+from gguf_tools.journal import Journal
 from gguf_tools.values import (
     ALIGNMENT_KEY,
     ARRAY_ID,
@@ -78,6 +80,8 @@ class GGUFWriter:
     with GGUFWriter(path, metadata=metadata, tensors=specs) as writer:
         for spec in specs:
             writer.write(spec.name, blocks)
+
+    With a journal, writing begins at `position`: what lies before is there already.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class GGUFWriter:
         tensors: Sequence[TensorSpec],
         force: bool = False,
         alignment: int = DEFAULT_ALIGNMENT,
+        journal: Journal | None = None,
     ) -> None:
         self.path = Path(path)
         self.part = self.path.parent / (self.path.name + ".part")
@@ -97,6 +102,8 @@ class GGUFWriter:
         self._header = _encode_header(metadata, self._tensors, alignment)
         padded = [_padded(tensor.nbytes, alignment) for tensor in self._tensors]
         self.total_size = len(self._header) + sum(padded)
+        # On Windows it is the removal of an old .part that tells whether somebody writes it.
+        self._journal = journal if sys.platform != "win32" else None
         self._fd = -1
         self._current = 0  # index of the tensor being written
         self._written = 0  # bytes of it written so far
@@ -107,11 +114,9 @@ class GGUFWriter:
             self._fd = open_locked(self.part)
             try:
                 self._check_target()  # another process may have finished the same file just now
-                os.ftruncate(self._fd, 0)
-                self._check_space()
-                self._write_all(self._header)
-            except BaseException:
-                self._discard()
+                self._begin()
+            except BaseException as error:
+                self._leave(error)
                 raise
         except OSError as error:
             raise self._output_error(error) from error
@@ -127,9 +132,18 @@ class GGUFWriter:
             if kind is None:
                 self._finish()
         except OSError as failure:
+            error = failure
             raise self._output_error(failure) from failure
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
-            self._discard()
+            self._leave(error)
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The index of the tensor to be written next, and how many bytes of it are written."""
+        return self._current, self._written
 
     def write(self, name: str, data: np.ndarray) -> None:
         """Append `data`, the uint8 bytes of tensor `name` or of its next band of rows.
@@ -152,10 +166,14 @@ class GGUFWriter:
                 f"got at least {self._written + data.size:,}"
             )
         try:
-            self._write_all(np.ascontiguousarray(data).reshape(-1).data)
+            padding = bytes(_padding(tensor.nbytes, self._alignment) if data.size == left else 0)
+            band = np.ascontiguousarray(data).reshape(-1).data
+            self._write_all(band)
+            self._write_all(padding)
+            if self._journal is not None:
+                self._journal.append(band, padding)
             self._written += data.size
             if data.size == left:
-                self._write_all(bytes(_padding(tensor.nbytes, self._alignment)))
                 self._current += 1
                 self._written = 0
         except OSError as error:
@@ -192,13 +210,33 @@ class GGUFWriter:
                 f"{self._shown} exists already; use --force to replace it, or choose another name"
             )
 
-    def _check_space(self) -> None:
-        free = shutil.disk_usage(self.path.parent).free
-        if free < self.total_size:
-            raise OutputError(
-                f"{self._shown}: the file needs {self.total_size:,} bytes "
-                f"and the disk has {free:,} free"
+    def _begin(self) -> None:
+        """Write the header, or find the place from which an earlier run can be continued."""
+        kept = 0
+        if self._journal is not None:
+            kept = self._journal.open(
+                self.part, self._fd, header=self._header, total=self.total_size
             )
+        os.ftruncate(self._fd, kept)
+        self._check_space(self.total_size - kept)
+        if not kept:
+            self._write_all(self._header)
+            return
+        os.lseek(self._fd, kept, os.SEEK_SET)
+        self._written = kept - len(self._header)
+        for tensor in self._tensors:
+            size = _padded(tensor.nbytes, self._alignment)
+            if self._written < size:
+                break
+            self._current += 1
+            self._written -= size
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.path.parent).free
+        if free < needed:
+            raise OutputError(
+                f"{self._shown}: the file needs {needed:,} bytes and the disk has {free:,} free"
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _write_all(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -213,7 +251,12 @@ class GGUFWriter:
                 f"{self._shown}: tensor {printable(tensor.name)}: expected "
                 f"{tensor.nbytes:,} bytes, got {self._written:,}"
             )
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:  # what is read back now may never reach the disk: keep nothing
+            raise OutputError(
+                f"{self._shown}: the disk failed: {error.strerror}; the incomplete file was removed"
+            ) from None
         self._check_target()
         if sys.platform == "win32":  # an open file cannot be renamed there
             os.close(self._fd)
@@ -221,6 +264,8 @@ class GGUFWriter:
             os.replace(self.part, self.path)
             return
         os.replace(self.part, self.path)  # while the lock is held
+        if self._journal is not None:
+            self._journal.close(keep=False)
         os.close(self._fd)
         self._fd = -1
         with suppress(OSError):  # some file systems cannot flush a folder; the file is safe
@@ -230,10 +275,17 @@ class GGUFWriter:
             finally:
                 os.close(folder)
 
-    def _discard(self) -> None:
-        """Remove what was written, unless the file is finished."""
+    def _leave(self, error: BaseException | None) -> None:
+        """Unless the file is finished, remove what was written or keep it for the next run."""
         if self._fd < 0:
             return
+        if self._journal is not None:
+            keep = self._journal.has_bands and _may_go_better(error)
+            self._journal.close(keep=keep)
+            if keep:
+                os.close(self._fd)
+                self._fd = -1
+                return
         with suppress(OSError):  # gone already, or a folder that has become read-only
             if sys.platform != "win32":
                 os.unlink(self.part)  # while the lock is held
@@ -245,9 +297,10 @@ class GGUFWriter:
 
     def _output_error(self, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            kept = self._journal is not None and self._journal.has_bands  # as the journal will say
             return OutputError(
-                f"{self._shown}: no room for {self.total_size:,} bytes ({error.strerror}); "
-                "the incomplete file was removed"
+                f"{self._shown}: no room for {self.total_size:,} bytes ({error.strerror})"
+                + ("" if kept else "; the incomplete file was removed")
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return OutputError(
@@ -255,6 +308,13 @@ class GGUFWriter:
                 "choose another folder"
             )
         return OutputError(f"{self._shown}: cannot be written: {error.strerror or error}")
+
+
+def _may_go_better(error: BaseException | None) -> bool:
+    """Whether the next run can get further: the user or the machine ended this, not the input."""
+    if isinstance(error, GGUFError):
+        error = error.__cause__
+    return isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 def open_locked(part: Path) -> int:
