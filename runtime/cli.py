@@ -301,10 +301,12 @@ def bench(
     from runtime.bandwidth import measure_bandwidth
     from runtime.bench_terminal import draw_progress, draw_table
     from runtime.config import read_config
+    from runtime.decoders import check_architecture
 
     prompts, generated = _parse_counts("--prompt", prompt), _parse_counts("--gen", gen)
     depths, counts = _parse_counts("--depth", depth), _parse_counts("--threads", threads)
     with GGUFFile(find_with_bar(find_model, file)) as opened:
+        check_architecture(opened)
         cases = measuring.make_cases(
             read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
         )

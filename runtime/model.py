@@ -13,12 +13,16 @@ from gguf_tools.errors import ContextFullError, DeviceError, printable
 from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
 from runtime.config import ModelConfig, read_config
-from runtime.decoders import build_program
+from runtime.decoders import build_program, check_architecture
 from runtime.program import Floats, Program
 
 DEFAULT_CONTEXT = 8192  # at most, when the user names none: the KV cache costs memory
 BACKENDS = ("cpu", "reference")
 KV_TYPES = ("f16", "q8_0")
+
+# Weights of a damaged file may be NaN or huge. So then are the logits; NumPy's warnings about it
+# would come between the user's lines.
+_damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 class Model:
@@ -35,6 +39,7 @@ class Model:
         self._n_batch = n_batch
 
     @classmethod
+    @_damaged_weights
     def load(
         cls,
         file: GGUFFile,
@@ -64,6 +69,7 @@ class Model:
             raise ValueError(f"n_ctx must be positive, not {n_ctx}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be positive, not {threads}")
+        check_architecture(file)
         config = read_config(file)
         if in_memory:
             _check_room(file)
@@ -87,6 +93,7 @@ class Model:
         """Remarks for the user, each worth saying once."""
         return self._backend.notes
 
+    @_damaged_weights
     def forward(self, ids: Sequence[int], *, all_logits: bool = False) -> Floats:
         """Read `ids` after the tokens already held.
 

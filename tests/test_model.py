@@ -107,6 +107,47 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     assert re.search(r"lla\\x1bma cannot be run yet; known: .*\bllama\b", str(raised.value))
 
 
+def test_an_unknown_architecture_is_named_before_its_keys(tmp_path: Path) -> None:
+    """Others keep arrays, or nothing, under the keys that are known here."""
+    path = llama_file(tmp_path / "m.gguf", extra={"general.architecture": Value("str", "rwkv9")})
+    with GGUFFile(path) as file, pytest.raises(UnsupportedModelError, match="rwkv9 cannot be run"):
+        Model.load(file)
+
+
+def test_more_heads_than_dimensions(tmp_path: Path) -> None:
+    """The largest Gemma scales queries by their quotient."""
+    own = {
+        "context_length": 64,
+        "embedding_length": 64,
+        "block_count": 46,
+        "feed_forward_length": 96,
+        "attention.head_count": 128,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+    }
+    extra = {f"gemma2.{key}": Value("u32", value) for key, value in own.items()}
+    extra["gemma2.attention.layer_norm_rms_epsilon"] = Value("f32", 1e-6)
+    extra["general.architecture"] = Value("str", "gemma2")
+    path = llama_file(tmp_path / "m.gguf", extra=extra)
+    with GGUFFile(path) as file, pytest.raises(MissingTensorError, match="attn_q"):
+        Model.load(file)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("quant", ["Q4_0", "F64"])  # with kernels and without
+def test_damaged_weights_run_without_warnings(quant: str, backend: str, tmp_path: Path) -> None:
+    path = llama_file(tmp_path / "m.gguf", quant=quant)
+    data = bytearray(path.read_bytes())
+    with GGUFFile(path) as file:
+        for name in ("blk.0.attn_k.weight", "blk.1.ffn_up.weight"):
+            tensor = file.tensors[name]
+            data[tensor.offset : tensor.offset + tensor.nbytes] = b"\xff\x7b" * (tensor.nbytes // 2)
+    path.write_bytes(data)
+    with GGUFFile(path) as file, Model.load(file, backend=backend) as model:
+        assert model.forward([1] * 9).shape == (70,)
+        assert model.forward([2]).shape == (70,)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 def test_real_file_against_an_independent_pass(smollm2_gguf: Path, batched: bool) -> None:
     from runtime.tokenizer import Tokenizer

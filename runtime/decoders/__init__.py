@@ -35,6 +35,21 @@ DECODERS: dict[str, Build] = {
 }
 
 
+def check_architecture(file: GGUFFile) -> None:
+    """Refuse a file that no decoder here runs, before its other keys are looked at.
+
+    UnsupportedModelError lists the known architectures; FormatError for a file without weights.
+    """
+    found = file.metadata.get("general.architecture")
+    if isinstance(found, str) and found not in DECODERS:
+        raise UnsupportedModelError(
+            f"{printable(file.path)}: the architecture {printable(found)} cannot be "
+            f"run yet; known: {', '.join(sorted(DECODERS))}"
+        )
+    if not file.tensors:
+        raise FormatError(f"{printable(file.path)}: holds a vocabulary only, no weights to run")
+
+
 def build_program(
     file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0, in_memory: bool = False
 ) -> Program:
@@ -47,15 +62,8 @@ def build_program(
     UnsupportedModelError lists the known architectures; MissingTensorError names every tensor
     that is missing, of another shape, or not expected.
     """
-    build = DECODERS.get(config.architecture)
-    if build is None:
-        raise UnsupportedModelError(
-            f"{printable(file.path)}: the architecture {printable(config.architecture)} cannot be "
-            f"run yet; known: {', '.join(sorted(DECODERS))}"
-        )
-    if not file.tensors:
-        raise FormatError(f"{printable(file.path)}: holds a vocabulary only, no weights to run")
+    check_architecture(file)
     weights = Weights(file, in_memory=in_memory)
-    program = build(weights, config, n_ctx or config.n_ctx_train)
+    program = DECODERS[config.architecture](weights, config, n_ctx or config.n_ctx_train)
     weights.finish()
     return program

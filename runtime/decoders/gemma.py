@@ -108,7 +108,7 @@ def _build(
 
 def _query_scale(config: ModelConfig, n_layers_27b: int) -> float:
     is_27b = config.n_layers == n_layers_27b
-    divisor = config.dim // config.n_heads if is_27b else config.key_dim
+    divisor = config.dim / config.n_heads if is_27b else config.key_dim
     usual = 1 / math.sqrt(divisor)
     return config.own.real("attention.scale", low=1e-6, high=1e6, default=usual)
 
