@@ -14,11 +14,16 @@ from gguf_tools.command import run_command
 from gguf_tools.file_commands import COMMANDS
 
 if TYPE_CHECKING:
+    from gguf_tools.journal import Journal
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
 
+# Options that leave the bytes of the output as they are; any other starts a conversion over.
+DECIDE_NO_BYTE = ("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run")
+
 
 def convert(
+    context: typer.Context,
     model_dir: Annotated[
         Path,
         typer.Argument(
@@ -57,6 +62,14 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
+    no_resume: Annotated[
+        bool,
+        typer.Option(
+            "--no-resume",
+            help="Start over, whatever a stopped run has left. Without it the same command goes on "
+            "from FILE.part.",
+        ),
+    ] = False,
     strict: Annotated[
         bool,
         typer.Option(
@@ -78,6 +91,7 @@ def convert(
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.journal import Journal
     from gguf_tools.models_by_name import find_checkpoint
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
@@ -87,6 +101,8 @@ def convert(
     chosen = find_file_type(file_type)
     model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
+    options, files = _deciding_options(context)
+    journal = Journal((model_dir, *files), options=options, resume=not no_resume)
     plan = plan_conversion(model_dir, chosen)
     target = output if output is not None else Path(output_name(model_dir, chosen.name))
     protect_checkpoint(model_dir, target)
@@ -97,7 +113,14 @@ def convert(
         print()
     else:
         checked = TokenizerCheck(model_dir, target, strict=strict)
-        _write(plan, target, threads=threads or default_threads(), force=force, check=checked.run)
+        _write(
+            plan,
+            target,
+            threads=threads or default_threads(),
+            force=force,
+            check=checked.run,
+            journal=journal,
+        )
         agreement = checked.agreement
         seconds = time.monotonic() - start
     _print_pairs(closing_rows(plan, target, seconds, agreement))
@@ -120,8 +143,8 @@ def info(
             help="Print one JSON object: architecture, parameters, file_size, bits_per_weight, "
             "types (name to count), tensors (name, type, shape, bytes, offset) and metadata "
             "(complete). A shape is in the file's order, the fastest dimension (the length of a "
-            "row) first; an offset counts bytes from the start of the file. Tensors of a split "
-            "model have a part, too, from 1.",
+            "row) first; an offset counts bytes from the start of the file. A split model has "
+            "parts (file, file_size, tensors, bytes), too, and its tensors a part, from 1.",
         ),
     ] = False,
     metadata: Annotated[
@@ -193,10 +216,29 @@ def _application(commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
     return application
 
 
+def _deciding_options(context: typer.Context) -> tuple[str, list[Path]]:
+    """The options that decide bytes, as text, and the files among them."""
+    given = {name: value for name, value in context.params.items() if name not in DECIDE_NO_BYTE}
+    values = [v for value in given.values() for v in (value if _is_list(value) else [value])]
+    return repr(sorted(given.items())), [value for value in values if isinstance(value, Path)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def _write(
-    plan: "Plan", target: Path, *, threads: int, force: bool, check: Callable[[Path], None]
+    plan: "Plan",
+    target: Path,
+    *,
+    threads: int,
+    force: bool,
+    check: Callable[[Path], None],
+    journal: "Journal",
 ) -> None:
-    """Convert, with a progress bar on a terminal."""
+    """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
+    from contextlib import closing
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -210,6 +252,10 @@ def _write(
     from gguf_tools.conversion import convert as write_file
     from gguf_tools.errors import printable
 
+    def note(text: str) -> None:
+        if text:
+            console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -219,13 +265,23 @@ def _write(
         TimeRemainingColumn(),
     )
     total = sum(tensor.nbytes for tensor in plan.tensors)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=total)
-        for step in write_file(plan, target, threads=threads, force=force, check=check):
-            name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
-            bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+    steps = write_file(plan, target, threads=threads, force=force, check=check, journal=journal)
+    try:
+        with (
+            Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            ) as bar,
+            closing(steps),
+        ):
+            task = bar.add_task("", total=total)
+            for number, step in enumerate(steps):
+                if number == 0:
+                    note(journal.remark)
+                name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
+                bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+    except (KeyboardInterrupt, SystemExit):
+        note(journal.kept)
+        raise
 
 
 def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:

@@ -11,6 +11,7 @@ from gguf_tools.errors import printable
 from gguf_tools.reader import GGUFFile, TensorInfo
 
 SHOWN_ITEMS = 6  # of a long array, on the terminal
+SHOWN_PARTS = 20  # of a split model, on the terminal
 SHOWN_CHARACTERS = 100  # of a long string, on the terminal
 
 TOKENIZER = "tokenizer.ggml."
@@ -31,10 +32,12 @@ SPECIAL_TOKENS = {  # the key's middle part, and how people call the token
 
 def describe(file: GGUFFile) -> dict[str, Any]:
     """Everything about `file` in the types of JSON: the object that `gguf info --json` prints."""
+    parts = {} if len(file.paths) == 1 else {"parts": describe_parts(file)}
     return {
         "architecture": architecture(file),
         "parameters": count_parameters(file),
         "file_size": file.file_size,
+        **parts,
         "bits_per_weight": bits_per_weight(file),
         "types": count_types(file),
         "tensors": [describe_tensor(file, tensor) for tensor in file.tensors.values()],
@@ -82,6 +85,22 @@ def describe_tensor(file: GGUFFile, tensor: TensorInfo) -> dict[str, Any]:
     return facts if len(file.paths) == 1 else {**facts, "part": tensor.part + 1}
 
 
+def describe_parts(file: GGUFFile) -> list[dict[str, Any]]:
+    """The files of a model: the name of each, its size, its tensors and their bytes."""
+    tensors: list[list[TensorInfo]] = [[] for _ in file.paths]
+    for tensor in file.tensors.values():
+        tensors[tensor.part].append(tensor)
+    return [
+        {
+            "file": path.name,
+            "file_size": size,
+            "tensors": len(held),
+            "bytes": sum(tensor.nbytes for tensor in held),
+        }
+        for path, size, held in zip(file.paths, file.part_sizes, tensors, strict=True)
+    ]
+
+
 def to_json(value: Any) -> Any:
     """A metadata value as JSON can hold it; JSON has no NaN and no infinity, so these are text."""
     if isinstance(value, np.ndarray):
@@ -109,6 +128,7 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
         yield "parameters", "none (no tensors in this file)"
     where = f" in {len(file.paths)} files" if len(file.paths) > 1 else ""
     yield "file size", f"{file.file_size:,} bytes ({short_size(file.file_size)}){where}"
+    yield from _summarise_parts(file)
     bits = bits_per_weight(file)
     if bits is not None:
         yield "bits per weight", f"{bits:.4f}"
@@ -167,6 +187,19 @@ def _show_item(item: Any) -> str:
     if isinstance(item, (list, np.ndarray)):
         return f"[{len(item):,} values]"
     return show_value(item)
+
+
+def _summarise_parts(file: GGUFFile) -> Iterator[tuple[str, str]]:
+    parts = describe_parts(file) if len(file.paths) > 1 else []
+    for number, part in enumerate(parts[:SHOWN_PARTS], 1):
+        plural = "tensor" if part["tensors"] == 1 else "tensors"
+        yield (
+            f"part {number}",
+            f"{printable(part['file'], limit=1000)}: {short_size(part['file_size'])}, "
+            f"{part['tensors']:,} {plural}",
+        )
+    if len(parts) > SHOWN_PARTS:
+        yield "", f"... and {len(parts) - SHOWN_PARTS:,} more"
 
 
 def _summarise_types(file: GGUFFile) -> Iterator[tuple[str, str]]:

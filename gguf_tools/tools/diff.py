@@ -1,5 +1,7 @@
 """Compare two GGUF files: metadata, tensors, and how far their weights are apart.
 
+How a model is split into files is no difference: `split.*` is not compared.
+
 The first file is what the second is measured by: the relative error of a tensor is the root mean
 square of the differences over that of the first file's weights.
 """
@@ -15,6 +17,7 @@ from gguf_tools.describe import show_value, to_json
 from gguf_tools.errors import printable
 from gguf_tools.reader import GGUFFile, TensorInfo
 
+SPLIT = "split."
 SHOWN_TENSORS = 12
 SHOWN_KEYS = 12
 
@@ -64,15 +67,19 @@ class Difference:
 
 def compare(a: GGUFFile, b: GGUFFile) -> Difference:
     """What differs between two files. Weights are read in bands."""
-    keys = tuple(_compare_keys(a, b))
+    names = [
+        key
+        for key in (*a.metadata, *(key for key in b.metadata if key not in a.metadata))
+        if not key.startswith(SPLIT)
+    ]
+    keys = tuple(_compare_keys(a, b, names))
     tensors = tuple(_compare_tensors(a, b))
     common = [name for name in a.tensors if name in b.tensors]
     changed = sum(1 for item in tensors if item.a and item.b)
     return Difference(
         keys,
         tensors,
-        n_keys_same=len(a.metadata.keys() & b.metadata.keys())
-        - sum(1 for item in keys if item.a_type and item.b_type),
+        n_keys_same=len(names) - len(keys),
         n_tensors_same=len(common) - changed,
         order=common != [name for name in b.tensors if name in a.tensors],
     )
@@ -130,8 +137,8 @@ def difference_lines(found: Difference, *, everything: bool = False) -> Iterator
 # --- metadata
 
 
-def _compare_keys(a: GGUFFile, b: GGUFFile) -> Iterator[KeyDifference]:
-    for key in (*a.metadata, *(key for key in b.metadata if key not in a.metadata)):
+def _compare_keys(a: GGUFFile, b: GGUFFile, names: list[str]) -> Iterator[KeyDifference]:
+    for key in names:
         types = a.metadata_types.get(key), b.metadata_types.get(key)
         first, second = a.metadata.get(key), b.metadata.get(key)
         if None in types or types[0] != types[1]:
