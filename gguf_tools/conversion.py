@@ -6,7 +6,7 @@ No more than a few bands are in memory, however large a tensor is.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def convert(
     force: bool = False,
     check: Callable[[Path], None] | None = None,
     journal: Journal | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
     `check` is called with the finished file before it gets its name; if it raises, no file is left.
