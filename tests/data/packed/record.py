@@ -9,8 +9,11 @@ compilers to be installed. Matrices have sizes that no block or group divides wh
 it. Weights are drawn once more wide in a few columns, so that scales differ.
 """
 
+import importlib.util
 import json
 import sys
+import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +140,169 @@ def fp8(
     return record
 
 
+# --- GPTQ ---------------------------------------------------------------------------------------
+
+
+def gptq(bits: int, *, version: int = 1, sym: bool = True, act_order: bool = False) -> Any:
+    size = 32
+
+    def record() -> Result:
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+        from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+        from gptqmodel.utils.model_dequant import convert_gptq_file
+
+        config = {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": size,
+            "sym": sym,
+            "desc_act": act_order,
+            "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        }
+        parts = {}
+        for name, weight in matrices().items():
+            height, width = weight.shape
+            generator = torch.Generator().manual_seed(1)
+            order = torch.randperm(width, generator=generator) if act_order else torch.arange(width)
+            g_idx = torch.empty(width, dtype=torch.int32)
+            g_idx[order] = torch.arange(width, dtype=torch.int32) // size
+            scales, zeros = torch.empty(2, height, width // size)
+            for group in range(width // size):
+                band = weight[:, g_idx == group]
+                low = -band.abs().amax(1) if sym else band.amin(1).clamp(max=0)
+                high = band.abs().amax(1) if sym else band.amax(1).clamp(min=0)
+                scale = ((high - low) / (2**bits - 1)).half().float()
+                scales[:, group] = scale
+                middle = torch.full_like(scale, 2.0 ** (bits - 1))
+                zeros[:, group] = middle if sym else (-low / scale).round().clamp(1, 2**bits - 1)
+            linear = torch.nn.Linear(width, height, bias=False)
+            linear.weight.data = weight
+            module = TorchLinear(
+                bits=bits, group_size=size, sym=sym, desc_act=act_order, in_features=width,
+                out_features=height, bias=False, pack_dtype=torch.int32, register_buffers=True,
+            )  # fmt: skip
+            module.pack_block(linear, scales, zeros, g_idx)
+            if version == 1:
+                convert_gptq_v2_to_v1_format_module(module, module)
+            for part in ("qweight", "qzeros", "scales", "g_idx"):
+                parts[f"{name}.{part}"] = getattr(module, part).clone()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in parts.items()}, file)
+            read = convert_gptq_file(file, torch.float32, config, "cpu")
+        return parts, {name: read[f"{name}.weight"].float() for name in SHAPES}, config
+
+    return record
+
+
+# --- AWQ ----------------------------------------------------------------------------------------
+
+
+def awq() -> Result:
+    skip_package("awq")
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    parts, floats, size = {}, {}, 32
+    for name, weight in matrices().items():
+        height, width = weight.shape
+        groups = weight.reshape(height, width // size, size)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales = ((high - low) / 15).half().float()
+        zeros = (-low / scales).round().clamp(0, 15)
+        linear = torch.nn.Linear(width, height, bias=False)
+        scale = scales.repeat_interleave(size, 1)
+        zero = zeros.repeat_interleave(size, 1)
+        codes = ((weight / scale).round() + zero).clamp(0, 15)
+        linear.weight.data = (codes - zero) * scale
+        module = WQLinear_GEMM.from_linear(
+            linear, 4, size, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
+        )
+        for part in ("qweight", "qzeros", "scales"):
+            parts[f"{name}.{part}"] = getattr(module, part)
+        found = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), 4, size)
+        floats[name] = found.T
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": size,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    }
+    return parts, floats, config
+
+
+def skip_package(name: str) -> None:
+    """Let submodules be imported without what the packages themselves import."""
+    for part in (name, f"{name}.utils", f"{name}.modules", f"{name}.modules.linear"):
+        found = importlib.util.find_spec(part)
+        assert found is not None
+        module = types.ModuleType(part)
+        module.__path__ = list(found.submodule_search_locations or ())
+        sys.modules[part] = module
+
+
+# --- bitsandbytes -------------------------------------------------------------------------------
+
+
+def four_bits(kind: str, *, nested: bool, size: int = 64) -> Callable[[], Result]:
+    def record() -> Result:
+        from bitsandbytes import functional
+        from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+        parts, floats = {}, {}
+        for name, weight in matrices().items():
+            codes, state = functional.quantize_4bit(
+                weight, blocksize=size, compress_statistics=nested, quant_type=kind
+            )
+            parts[f"{name}.weight"] = codes
+            stored = state.as_dict(packed=True)
+            parts |= {f"{name}.weight.{part}": tensor for part, tensor in stored.items()}
+            peaks = state.absmax
+            if nested:
+                peaks = functional.dequantize_blockwise(peaks, state.state2) + state.offset
+            # Not dequantize_4bit: for CPUs (0.50.2) it begins a block with each row, which the
+            # quantiser does not, so that widths that are no multiple of a block come out wrong.
+            floats[name] = _dequantize_4bit_compute(
+                codes.reshape(-1), peaks, state.code, size, weight.shape, torch.float32
+            )
+        config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": nested,
+        }
+        return parts, floats, config
+
+    return record
+
+
+def int8() -> Result:
+    from bitsandbytes import functional
+
+    parts, floats = {}, {}
+    for name, weight in matrices().items():
+        codes, peaks, _ = functional.int8_vectorwise_quant(weight.half())
+        parts |= {f"{name}.weight": codes, f"{name}.SCB": peaks}
+        parts[f"{name}.weight_format"] = torch.zeros((), dtype=torch.uint8)
+        floats[name] = functional.int8_vectorwise_dequant(codes, peaks)
+    return parts, floats, {"load_in_8bit": True, "llm_int8_threshold": 6.0}
+
+
 RECORDS: dict[str, Callable[[], Result]] = {
+    "gptq-2": gptq(2),
+    "gptq-3": gptq(3),
+    "gptq-3-asym": gptq(3, sym=False),
+    "gptq-4": gptq(4),
+    "gptq-4-asym-act": gptq(4, sym=False, act_order=True),
+    "gptq-4-v2-asym": gptq(4, version=2, sym=False),
+    "gptq-8-act": gptq(8, act_order=True),
+    "awq": awq,
+    "bnb-nf4": four_bits("nf4", nested=False),
+    "bnb-nf4-double": four_bits("nf4", nested=True),
+    "bnb-fp4-double": four_bits("fp4", nested=True, size=128),
+    "bnb-int8": int8,
     "fp8-block": fp8(
         "fp8",
         torch.float8_e4m3fn,
