@@ -19,14 +19,15 @@ EACH = 1 << 30  # parts: claim unit by unit
 class Frame:
     """The memory of a program as one of its lowerings sees it."""
 
-    def __init__(self, program: Program, memory: Memory, *, one_token: bool) -> None:
+    def __init__(self, program: Program, memory: Memory, *, one_token: bool, owns: bool) -> None:
+        """`owns`: threads have buffers of their own for what is cheap to make."""
         self.program = program
         self.memory = memory
         self.one_token = one_token
         self.places = dict(memory.shared)
         self._widths: dict[str, int] = {}  # of what buffers hold now, which may have room for more
         self._vectors: dict[int, int] = {}
-        if one_token:
+        if owns:
             for name in sorted(owned_buffers(program)):
                 self.places[name] = self.own(program.buffers[name] * 4)
 

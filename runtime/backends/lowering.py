@@ -68,7 +68,10 @@ class Lowering:
         self.memory = memory
         self.one_token = one_token
         self.host_types: set[str] = set()
-        self.frame = Frame(program, memory, one_token=one_token)
+        # A late thread leaves a table that the caller has left for a product of the host: what it
+        # was to make for itself there, the next table would miss.
+        owns = one_token and not any(host_type(step) for step in program.steps)
+        self.frame = Frame(program, memory, one_token=one_token, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
         self._ropes: dict[int, tuple[int, int]] = {}
@@ -86,6 +89,7 @@ class Lowering:
             else:
                 assert isinstance(step, (MatMul, ExpertMatMul))
                 self.host_types.add(quant)
+                self._forms.clear()
                 table = Table()
                 parts += [HostProduct(step, self.frame.width(step.source)), table]
             self._note(step)
