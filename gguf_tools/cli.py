@@ -84,6 +84,32 @@ def convert(
             "--dry-run", help="Show every tensor's type and the exact final size; write nothing."
         ),
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="ADAPTER[:SCALE]",
+            help="Merge a LoRA adapter (the folder that PEFT saved) into the weights; of several "
+            "the changes add up.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_only: Annotated[
+        bool,
+        typer.Option(
+            "--lora-only",
+            help="MODEL_DIR is a LoRA adapter: write it as a GGUF adapter (F32, F16 or BF16).",
+        ),
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL_DIR",
+            help="With --lora-only: the model that the adapter is for; its weights are not needed.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file, quantised in the same pass."""
     import time
@@ -92,36 +118,52 @@ def convert(
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.journal import Journal
+    from gguf_tools.lora import open_adapter
+    from gguf_tools.lora_file import plan_adapter
+    from gguf_tools.lora_merging import read_scaled
     from gguf_tools.models_by_name import find_checkpoint
     from gguf_tools.naming import output_name
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
     from gguf_tools.vocab.agreement import TokenizerCheck
 
+    if lora if lora_only else base is not None:
+        raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
+    source = context.get_parameter_source("file_type")
+    if lora_only and source is not None and source.name == "DEFAULT":
+        file_type = "F32"
     chosen = find_file_type(file_type)
-    model_dir = find_with_bar(find_checkpoint, model_dir)
+    adapters = [read_scaled(text) for text in lora or ()]
+    if not lora_only:
+        model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
     options, files = _deciding_options(context)
-    journal = Journal((model_dir, *files), options=options, resume=not no_resume)
-    plan = plan_conversion(model_dir, chosen)
-    target = output if output is not None else Path(output_name(model_dir, chosen.name))
-    protect_checkpoint(model_dir, target)
+    merged = [scaled.adapter.folder for scaled in adapters]
+    journal = Journal((model_dir, *files, *merged), options=options, resume=not no_resume)
+    if lora_only:
+        plan = plan_adapter(open_adapter(model_dir), chosen, base)
+    else:
+        plan = plan_conversion(model_dir, chosen, adapters)
+    named = output_name(model_dir, chosen.name, adapters=merged)
+    target = output if output is not None else Path(named)
+    for folder in (model_dir, *merged):
+        protect_checkpoint(folder, target)
     seconds = agreement = None
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        checked = TokenizerCheck(model_dir, target, strict=strict)
+        checked = None if lora_only else TokenizerCheck(model_dir, target, strict=strict)
         _write(
             plan,
             target,
             threads=threads or default_threads(),
             force=force,
-            check=checked.run,
+            check=checked.run if checked else None,
             journal=journal,
         )
-        agreement = checked.agreement
+        agreement = checked.agreement if checked else None
         seconds = time.monotonic() - start
     _print_pairs(closing_rows(plan, target, seconds, agreement))
     sys.stdout.flush()
@@ -233,7 +275,7 @@ def _write(
     *,
     threads: int,
     force: bool,
-    check: Callable[[Path], None],
+    check: Callable[[Path], None] | None,
     journal: "Journal",
 ) -> None:
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""

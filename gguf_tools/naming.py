@@ -6,6 +6,7 @@ encoding behind it.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def model_id(folder: Path) -> str:
     return path.name or "model"
 
 
-def output_name(folder: Path, file_type: str) -> str:
-    """The default name of the output file."""
-    stem = _UNFIT.sub("-", model_id(folder)).strip("-.") or "model"
+def output_name(folder: Path, file_type: str, *, adapters: Sequence[Path] = ()) -> str:
+    """The default name of the output file: the model's, with those of adapters merged into it."""
+    names = "-".join(map(model_id, (folder, *adapters)))
+    stem = _UNFIT.sub("-", names).strip("-.") or "model"
     return f"{stem[:180]}-{file_type}.gguf"
 
 
