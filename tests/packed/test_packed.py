@@ -7,6 +7,7 @@ import pytest
 
 from gguf_tools import conversion
 from gguf_tools.checkpoint import open_checkpoint
+from gguf_tools.packed import columns
 from gguf_tools.reader import GGUFFile
 from tests.packed.recorded import NAMES, make, read
 from tests.test_conversion import convert_to, expected_tensors
@@ -43,3 +44,17 @@ def test_bands_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
     plan = convert_to(tmp_path / "model", tmp_path / "whole.gguf", "Q8_0")
     assert (tmp_path / "bands.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert "Q8_0 quantise its weights a second time" in plan.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith(("gptq", "awq", "bnb"))]
+)
+def test_panels_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Columns read in panels narrower than a band."""
+    make(tmp_path / "model", read(name))
+    tensors = open_checkpoint(tmp_path / "model").tensors
+    whole = {key: tensor.load(0, tensor.n_rows) for key, tensor in tensors.items()}
+    monkeypatch.setattr(columns, "PANEL_BYTES", 256)
+    monkeypatch.setattr(columns, "READ_BYTES", 500)
+    for key, tensor in open_checkpoint(tmp_path / "model").tensors.items():
+        np.testing.assert_array_equal(tensor.load(0, tensor.n_rows), whole[key])
