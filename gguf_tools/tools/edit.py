@@ -99,7 +99,7 @@ def plan_change(
 def apply_in_place(change: Change) -> None:
     """Write the new header over the old one. Either the whole change is made or none of it."""
     assert change.header is not None
-    with _alone(change) as lock, open(change.file, "r+b") as file:
+    with _alone(change) as lock, open(change.file, "r+b", buffering=0) as file:
         file.seek(change.offset)
         old = file.read(len(change.header))
         _write_undo(lock, undo_path(change.file), change.offset, old)
@@ -149,7 +149,7 @@ def recover(path: Path) -> bool:
             raise OutputError(f"{printable(undo, limit=1000)} has just changed; try again")
         offset, old = found
         if old:
-            with open(path, "r+b") as file:
+            with open(path, "r+b", buffering=0) as file:
                 if file.read(4) != MAGIC or os.fstat(file.fileno()).st_size < offset + len(old):
                     raise FormatError(
                         f"{printable(undo, limit=1000)} does not belong to "
