@@ -32,8 +32,11 @@ def count_not_finite(quant: QuantType, band: Bytes) -> int:
         return 0
     if quant.name == "BF16":
         return int(np.count_nonzero(band.view("<u2") & 0x7F80 == 0x7F80))
-    if quant.name == "MXFP4":  # 255 is the NaN of its scales
-        return int(np.count_nonzero(band.reshape(-1, quant.block_bytes)[:, 0] == 255))
+    if quant.name == "MXFP4":  # a scale is a power of two; 255 stands for NaN
+        scales = band[:: quant.block_bytes]
+        large = band.reshape(-1, quant.block_bytes)[scales >= 250]
+        finite = np.isfinite(quant.dequantize(large)).all(axis=1) & (large[:, 0] != 255)
+        return int(np.count_nonzero(~finite))
     block = _block(quant)
     if block is None:
         weights = quant.dequantize(band).reshape(-1, quant.block_size)
@@ -41,9 +44,8 @@ def count_not_finite(quant: QuantType, band: Bytes) -> int:
     blocks = np.ascontiguousarray(band).view(block)
     if block.names is None:
         return int(blocks.size - np.count_nonzero(np.isfinite(blocks)))
-    scales = [name for name in block.names if block[name].kind == "f"]
     bad = np.zeros(len(blocks), bool)
-    for name in scales:
+    for name in (name for name in block.names if block[name].kind == "f"):
         bad |= ~np.isfinite(blocks[name])
     return int(np.count_nonzero(bad))
 
@@ -60,10 +62,10 @@ def _block(quant: QuantType) -> np.dtype[Any] | None:
                 "itemsize": quant.block_bytes,
             }
         )
-    if quant.name == "F64":
-        return np.dtype("<f8")
     if quant.name == "F32":
         return np.dtype("<f4")
+    if quant.name == "Q8_K":  # its float32 scale can be too large for its levels
+        return None
     try:
         module = import_module(f"gguf_tools.quants.{quant.name.lower()}")
     except ModuleNotFoundError:
