@@ -111,7 +111,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not names:
         what = "is empty: expected config.json, tokenizer files and safetensors"
     elif "adapter_config.json" in names:
-        what = "is a LoRA adapter, not a model: convert its base with --lora, or it with --lora-only"
+        what = "is a LoRA adapter, not a model: convert its base with --lora, or use --lora-only"
     elif any(name.endswith(".gguf") for name in names):
         what = "has no config.json but GGUF files, which need no conversion"
     elif "params.json" in names:
