@@ -131,9 +131,7 @@ def set_value(
 def verify(
     files: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="FILE...", help="GGUF files, or names of models.", show_default=False
-        ),
+        typer.Argument(metavar="FILE", help="GGUF files, or names of models.", show_default=False),
     ],
     digests: Annotated[
         Path | None,
