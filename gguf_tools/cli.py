@@ -39,7 +39,8 @@ def convert(
             "--type",
             metavar="TYPE",
             help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, "
-            "Q4_0, IQ4_XS, IQ4_NL, Q3_K_L, Q3_K_M, Q3_K_S or Q2_K; upper or lower case.",
+            "Q4_0, IQ4_XS, IQ4_NL, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K or Q2_K_S (with --imatrix); "
+            "upper or lower case.",
         ),
     ] = "Q8_0",
     output: Annotated[
@@ -74,10 +75,63 @@ def convert(
         bool,
         typer.Option(
             "--strict",
-            help="Fail, and leave no file, unless the file's tokenizer encodes a set of test texts "
-            "exactly as the checkpoint's does. Without it a difference is only told.",
+            help="Fail, and leave no file, where a tensor would not get the type asked for, or "
+            "unless the file's tokenizer encodes a set of test texts exactly as the checkpoint's "
+            "does. Without it both are only told.",
         ),
     ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            metavar="FILE",
+            help="An importance matrix (GGUF or .dat, of llama-imatrix or run imatrix): how much "
+            "an error in each column counts.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="The type of the tensors in whose name the expression is found, such as "
+            "ffn_down=Q6_K; may be given several times, the first that matches holds.",
+            show_default=False,
+        ),
+    ] = None,
+    output_type: Annotated[
+        str | None,
+        typer.Option(
+            "--output-type",
+            metavar="TYPE",
+            help="The type of output.weight, or of the embedding that takes its place.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_type: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding-type",
+            metavar="TYPE",
+            help="The type of token_embd.weight.",
+            show_default=False,
+        ),
+    ] = None,
+    pure: Annotated[
+        bool,
+        typer.Option("--pure", help="One type for all matrices, without a mixture's exceptions."),
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="NAME",
+            help="A tensor that stays in the float type it has in the checkpoint; * stands for "
+            "anything; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -117,12 +171,15 @@ def convert(
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.imatrix import read_importance_matrix
     from gguf_tools.journal import Journal
     from gguf_tools.lora import open_adapter
     from gguf_tools.lora_file import plan_adapter
     from gguf_tools.lora_merging import read_scaled
     from gguf_tools.models_by_name import find_checkpoint
     from gguf_tools.naming import output_name
+    from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
+    from gguf_tools.plan import refuse_fallbacks
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
     from gguf_tools.vocab.agreement import TokenizerCheck
@@ -133,6 +190,16 @@ def convert(
     if lora_only and source is not None and source.name == "DEFAULT":
         file_type = "F32"
     chosen = find_file_type(file_type)
+    overrides = parse_overrides(
+        tensor_types=tensor_type or (),
+        output=output_type,
+        embedding=embedding_type,
+        pure=pure,
+        keep=keep or (),
+    )
+    matrix = read_importance_matrix(imatrix) if imatrix is not None else None
+    if lora_only and (matrix or overrides != NO_OVERRIDES):
+        raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
     adapters = [read_scaled(text) for text in lora or ()]
     if not lora_only:
         model_dir = find_with_bar(find_checkpoint, model_dir)
@@ -143,7 +210,9 @@ def convert(
     if lora_only:
         plan = plan_adapter(open_adapter(model_dir), chosen, base)
     else:
-        plan = plan_conversion(model_dir, chosen, adapters)
+        plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
+    if strict:
+        refuse_fallbacks(plan)
     named = output_name(model_dir, chosen.name, adapters=merged)
     target = output if output is not None else Path(named)
     for folder in (model_dir, *merged):

@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,11 @@ from gguf_tools.errors import (
     printable,
 )
 from gguf_tools.file_types import FileType
+from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.journal import Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.matching import match_tensors
+from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.safetensors_file import Floats, LazyTensor
 from gguf_tools.views import MXFP4
@@ -54,7 +56,12 @@ class Progress:
 
 
 def plan_conversion(
-    folder: str | os.PathLike[str], file_type: FileType, adapters: Sequence[Scaled] = ()
+    folder: str | os.PathLike[str],
+    file_type: FileType,
+    adapters: Sequence[Scaled] = (),
+    *,
+    overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
 ) -> Plan:
     """Read everything but the weights, and say what the file will hold.
 
@@ -67,11 +74,14 @@ def plan_conversion(
     model = match_tensors(checkpoint, architecture)
     vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
     plan = build_plan(
-        model, file_type=file_type, vocab_metadata=vocab.metadata, sampling=vocab.sampling
+        model,
+        file_type=file_type,
+        vocab_metadata=vocab.metadata,
+        sampling=vocab.sampling,
+        overrides=overrides,
+        matrix=matrix,
     )
-    return Plan(
-        plan.file_type, plan.tensors, plan.metadata, (*merged, *plan.notes, *vocab.warnings)
-    )
+    return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
 
 
 def convert(
@@ -194,7 +204,7 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.u
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"
         )
-    blocks = quant.quantize(rows)
+    blocks = _quantise(tensor, rows, first)
     if peak > LARGE and quant.name != "F32" and not np.isfinite(quant.dequantize(blocks)).all():
         worst = int(np.argmax(np.abs(original)))
         raise UnsupportedQuantError(
@@ -202,6 +212,22 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.u
             f"type {quant.name} can hold; convert to F32 or BF16"
         )
     return blocks
+
+
+def _quantise(tensor: TensorPlan, rows: Floats, first: int) -> npt.NDArray[np.uint8]:
+    """The blocks of the rows from `first` on; each expert has an importance of its own."""
+    quantize = tensor.quant.quantize
+    assert quantize is not None
+    if tensor.importance is None:
+        return quantize(rows)
+    height = tensor.shape[-2]
+    last = first + len(rows)
+    parts = []
+    for matrix in range(first // height, -(-last // height)):
+        begin, end = max(first, matrix * height), min(last, (matrix + 1) * height)
+        of_matrix = rows[begin - first : end - first]
+        parts.append(quantize(of_matrix, tensor.importance.of_matrix(matrix)))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _check_finite(source: LazyTensor, rows: Floats, first: int) -> float:

@@ -17,6 +17,7 @@ class RecipeFacts:
     n_heads: int
     n_kv_heads: int
     n_experts: int = 0
+    has_importance: bool = False  # an importance matrix is at hand
 
     @property
     def sharing(self) -> int:
@@ -83,6 +84,10 @@ def eight_experts(place: Place) -> bool:
     return place.facts.n_experts == 8
 
 
+def with_importance(place: Place) -> bool:
+    return place.facts.has_importance
+
+
 def falcon(place: Place) -> bool:
     return place.falcon
 
@@ -96,6 +101,7 @@ def negation(condition: Callable[[Place], bool]) -> Callable[[Place], bool]:
 
 
 NOT_FALCON = negation(falcon)
+WITHOUT = negation(with_importance)
 NOT_EIGHT = negation(eight_experts)
 PLAIN = both(NOT_FALCON, NOT_EIGHT)  # attn_output of most models
 
@@ -145,9 +151,9 @@ FILE_TYPES: tuple[FileType, ...] = (
     FileType("F32", 0, "F32"),
     FileType("F16", 1, "F16"),
     FileType("BF16", 32, "BF16"),
-    FileType("Q4_0", 2, "Q4_0"),
+    FileType("Q4_0", 2, "Q4_0", rules={"ffn_down": (("Q4_1", both(with_importance, first(8))),)}),
     FileType("Q4_1", 3, "Q4_1"),
-    FileType("Q5_0", 8, "Q5_0"),
+    FileType("Q5_0", 8, "Q5_0", rules={"ffn_down": (("Q5_1", both(with_importance, first(8))),)}),
     FileType("Q5_1", 9, "Q5_1"),
     FileType("Q8_0", 7, "Q8_0", output="Q8_0"),
     FileType(
@@ -219,10 +225,10 @@ FILE_TYPES: tuple[FileType, ...] = (
         "IQ3_XXS", 23, "IQ3_XXS", "Q5_K",
         rules={
             "embedding": (("IQ3_S", always),),
-            "attn_v": (("Q4_K", shared), ("IQ3_S", always)),
+            "attn_v": (("Q4_K", shared), ("IQ3_S", WITHOUT)),
             "attn_k": (("IQ2_S", always),),
             "attn_q": (("IQ2_S", always),),
-            "ffn_down": (("Q4_K", first(8)), ("Q3_K", always)),
+            "ffn_down": (("Q4_K", both(WITHOUT, first(8))), ("Q3_K", WITHOUT)),
             "attn_output": (EXPERT_OUTPUT, ("IQ3_S", PLAIN)),
         },
     ),
@@ -253,7 +259,7 @@ FILE_TYPES: tuple[FileType, ...] = (
         "IQ4_NL", 25, "IQ4_NL",
         rules={
             "attn_v": (("Q5_K", shared),),
-            "ffn_down": (("Q5_K", first(8)),),
+            "ffn_down": (("Q5_K", both(WITHOUT, first(8))),),
             "attn_output": (EXPERT_OUTPUT,),
         },
     ),
@@ -261,7 +267,7 @@ FILE_TYPES: tuple[FileType, ...] = (
         "IQ4_XS", 30, "IQ4_XS",
         rules={
             "attn_v": (("Q5_K", shared),),
-            "ffn_down": (("Q5_K", first(8)),),
+            "ffn_down": (("Q5_K", both(WITHOUT, first(8))),),
             "attn_output": (EXPERT_OUTPUT,),
         },
     ),

@@ -11,19 +11,30 @@ from functools import cached_property
 
 from gguf_tools import views
 from gguf_tools.archs.transforms import Transform
+from gguf_tools.errors import GGUFError, UnsupportedQuantError, printable
 from gguf_tools.file_types import FileType, RecipeFacts
+from gguf_tools.imatrix import Importance, ImportanceMatrix
 from gguf_tools.matching import MatchedModel
 from gguf_tools.model_card import card_metadata, read_card
 from gguf_tools.naming import model_id, name_parts, size_label, title
+from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.quants import by_name
 from gguf_tools.quants.quanttype import QuantType
-from gguf_tools.recipes import Choice, block_number, choose_types, sorted_names
+from gguf_tools.recipes import (
+    Choice,
+    block_number,
+    choose_types,
+    is_quantisable,
+    needs_importance,
+    sorted_names,
+)
 from gguf_tools.safetensors_file import LazyTensor
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
 PLAIN = ("F32", "F16", "BF16")
+NOTHING_TO_WEIGH = (*PLAIN, "Q8_0", views.MXFP4)  # types that are the same with an importance
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class TensorPlan:
     transform: Transform | None
     quant: QuantType
     choice: Choice
+    importance: Importance | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,13 +63,14 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Tensors of one kind that did not get the type that the file type asks for."""
+    """Tensors of one kind that did not get the type that was asked for."""
 
     pattern: str  # blk.*.attn_k.weight
     count: int
     wanted: str
     type: str
     reason: str
+    nbytes: int  # of all of them
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]  # in the order of the file
     metadata: Mapping[str, MetadataValue]
     notes: tuple[str, ...]
+    matrix: ImportanceMatrix | None = None
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -92,18 +106,18 @@ class Plan:
 
     @property
     def fallbacks(self) -> list[Fallback]:
-        groups: Counter[tuple[str, str, str, str]] = Counter()
+        groups: dict[tuple[str, str, str, str], list[int]] = {}
         for tensor in self.tensors:
             choice = tensor.choice
             if choice.reason:
-                pattern = tensor.name
-                if block_number(pattern) >= 0:
-                    pattern = "blk.*." + pattern.split(".", 2)[2]
-                groups[pattern, choice.wanted, choice.type, choice.reason] += 1
-        return [
-            Fallback(pattern, count, wanted, type_, reason)
-            for (pattern, wanted, type_, reason), count in groups.items()
-        ]
+                kind = (kind_of_name(tensor.name), choice.wanted, choice.type, choice.reason)
+                groups.setdefault(kind, []).append(tensor.nbytes)
+        return [Fallback(k[0], len(n), *k[1:], sum(n)) for k, n in groups.items()]
+
+    @property
+    def weighable(self) -> list[TensorPlan]:
+        """The tensors whose type makes use of an importance matrix."""
+        return [t for t in self.tensors if t.choice.type not in NOTHING_TO_WEIGH]
 
 
 def build_plan(
@@ -112,6 +126,8 @@ def build_plan(
     file_type: FileType,
     vocab_metadata: Mapping[str, MetadataValue],
     sampling: Mapping[str, MetadataValue],
+    overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
 ) -> Plan:
     """Types, sizes and metadata of the output file."""
     facts = model.facts
@@ -121,13 +137,16 @@ def build_plan(
         facts.n_heads,
         facts.n_kv_heads,
         facts.n_experts or 0,
+        has_importance=matrix is not None,
     )
     by_tensor = {tensor.name: tensor for tensor in model.tensors}
     shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
-    choices = choose_types(file_type, shapes, facts=recipe_facts)
+    overrides.check(sorted_names(shapes), is_mix=file_type.is_mix, file_type=file_type.name)
+    choices = choose_types(file_type, shapes, facts=recipe_facts, overrides=overrides)
     for tensor in model.tensors:
-        if tensor.source.dtype == views.MXFP4:  # kept as it is, whatever the file type
-            choices[tensor.name] = Choice(views.MXFP4, views.MXFP4)
+        kept = _kept_type(tensor.name, tensor.source, overrides)
+        if kept:
+            choices[tensor.name] = Choice(kept, kept)
     tensors = tuple(
         TensorPlan(
             name,
@@ -135,9 +154,16 @@ def build_plan(
             by_tensor[name].transform,
             by_name(choices[name].type),
             choices[name],
+            _importance(name, shapes[name], choices[name].type, file_type, matrix),
         )
         for name in sorted_names(shapes)
     )
+    if matrix is not None and all(name not in matrix.entries for name in shapes):
+        raise GGUFError(
+            f"{printable(matrix.path, limit=1000)}: expected the importance of this model's "
+            f"tensors, found none of them, but {printable(next(iter(matrix.entries)))} and others; "
+            "give the matrix that was made with this model"
+        )
     metadata = {
         **_general_metadata(model, tensors, sampling),
         **_model_metadata(model),
@@ -145,9 +171,59 @@ def build_plan(
         # Last, where llama-quantize puts them: its file and ours are then the same to the byte.
         "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
         "general.file_type": Value("u32", file_type.file_type_id),
+        **(matrix.metadata() if matrix is not None else {}),
     }
     notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
-    return Plan(file_type, tensors, metadata, notes)
+    return Plan(file_type, tensors, metadata, notes, matrix)
+
+
+def kind_of_name(name: str) -> str:
+    """`blk.*.attn_k.weight` for those of all layers."""
+    return "blk.*." + name.split(".", 2)[2] if block_number(name) >= 0 else name
+
+
+def refuse_fallbacks(plan: Plan) -> None:
+    """UnsupportedQuantError if a tensor did not get the type that was asked for."""
+    if plan.fallbacks:
+        fallback = plan.fallbacks[0]
+        more = f", and {len(plan.fallbacks) - 1} more kinds" if len(plan.fallbacks) > 1 else ""
+        raise UnsupportedQuantError(
+            f"--strict: {printable(fallback.pattern)} would be {fallback.type} instead of "
+            f"{fallback.wanted}{more}: {fallback.reason}; choose types that fit with --tensor-type "
+            "or another --type (--dry-run without --strict shows them all)"
+        )
+
+
+def _kept_type(name: str, source: LazyTensor, overrides: Overrides) -> str:
+    """The type of a tensor that stays as it is, or nothing."""
+    if source.dtype == views.MXFP4:  # whatever the file type
+        return views.MXFP4
+    if not overrides.keeps(name) or not is_quantisable(name, source.shape):
+        return ""
+    return source.dtype if source.dtype in PLAIN else "F32"
+
+
+def _importance(
+    name: str,
+    shape: tuple[int, ...],
+    type_: str,
+    file_type: FileType,
+    matrix: ImportanceMatrix | None,
+) -> Importance | None:
+    """Of a tensor whose type makes use of it; an error if it is a must and missing."""
+    if type_ in NOTHING_TO_WEIGH:
+        return None
+    found = matrix.find(name, shape) if matrix is not None else None
+    if found is None and needs_importance(file_type, name, type_):
+        if matrix is None:
+            what = "needs an importance matrix: give one with --imatrix"
+        else:
+            what = f"needs its importance, which {printable(matrix.path, limit=1000)} has not"
+        raise UnsupportedQuantError(
+            f"tensor {printable(name)} as {type_} of a {file_type.name} file {what}, or choose "
+            "Q2_K, which needs none"
+        )
+    return found
 
 
 def _second_quantisation(scheme: str, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gguf_tools.errors import UnsupportedQuantError, printable
 from gguf_tools.file_types import FALLBACKS, FILE_TYPES, FileType, Place, RecipeFacts
+from gguf_tools.overrides import EMBEDDINGS, NO_OVERRIDES, Overrides
 from gguf_tools.quants import QUANTS
 
 # Kinds of tensors; the first whose text is in the name. `ffn_down` is `ffn_down_exps` too.
@@ -47,10 +48,10 @@ BLOCK_SIZES = {quant.name: quant.block_size for quant in QUANTS}
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of a tensor, and why it is not the one that the file type asks for."""
+    """The type of a tensor, and why it is not the one that was asked for."""
 
     type: str
-    wanted: str  # what the file type asks for
+    wanted: str  # what the file type or an option asks for
     reason: str = ""  # empty unless `type` is not `wanted`
 
 
@@ -64,22 +65,29 @@ def find_file_type(name: str) -> FileType:
 
 
 def available() -> tuple[FileType, ...]:
-    """The file types for which every tensor type that can occur has a quantiser.
+    """The file types for which every tensor type that can occur has a quantiser."""
+    can = {quant.name for quant in QUANTS if quant.quantize is not None}
+    return tuple(file_type for file_type in FILE_TYPES if _types_of(file_type) <= can)
 
-    Those that are garbage without an importance matrix are not among them.
-    """
-    can = {quant.name for quant in QUANTS if quant.quantize is not None} - NEED_IMPORTANCE
-    return tuple(
-        file_type
-        for file_type in FILE_TYPES
-        if _types_of(file_type) <= can and file_type.name not in NEED_IMPORTANCE
-    )
+
+def needs_importance(file_type: FileType, name: str, type_: str) -> bool:
+    """Whether tensor `name` would be garbage as `type_` without an importance matrix."""
+    if name == "output.weight" or name in EMBEDDINGS:
+        return False
+    return type_ in NEED_IMPORTANCE or (file_type.name in NEED_IMPORTANCE and type_ == "Q2_K")
 
 
 def choose_types(
-    file_type: FileType, shapes: Mapping[str, tuple[int, ...]], *, facts: RecipeFacts
+    file_type: FileType,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    facts: RecipeFacts,
+    overrides: Overrides = NO_OVERRIDES,
 ) -> dict[str, Choice]:
-    """The type of every tensor, by name; `shapes` are in NumPy order."""
+    """The type of every tensor, by name; `shapes` are in NumPy order.
+
+    UnsupportedQuantError where a type that was asked for by name cannot hold the tensor.
+    """
     kinds = {name: kind_of(name) for name in shapes}
     is_tied = "output.weight" not in shapes
     totals = {"attn_v": sum(kind == "attn_v" for kind in kinds.values())}
@@ -90,12 +98,23 @@ def choose_types(
         if not is_quantisable(name, shape):
             choices[name] = Choice("F32", "F32")
             continue
+        final = overrides.final(name)
+        if final:
+            choices[name] = _exactly(final, name, shape[-1])
+            continue
         if not file_type.is_mix:
             choices[name] = Choice(file_type.base, file_type.base)
             continue
+        by_pattern = overrides.by_pattern(name) or (file_type.base if overrides.pure else "")
+        if by_pattern:  # such a tensor is not counted among its kind
+            choices[name] = _fit(by_pattern, shape[-1])
+            continue
         kind = kinds[name]
         if kind == "output" or (kind == "embedding" and is_tied):
-            choices[name] = _choose_output(file_type, shape[-1], facts)
+            if overrides.output:
+                choices[name] = _fit(overrides.output, shape[-1])
+            else:
+                choices[name] = _choose_output(file_type, shape[-1], facts)
             continue
         if file_type.experts:
             wanted = file_type.experts if len(shape) > 2 and shape[0] > 1 else file_type.base
@@ -159,6 +178,17 @@ def _adjust(wanted: str, kind: str, facts: RecipeFacts) -> str:
     if kind in ("attn_v", "attn_k") and facts.n_experts == 8:
         wanted = "Q8_0"
     return wanted
+
+
+def _exactly(wanted: str, name: str, row_length: int) -> Choice:
+    """`wanted`, which has no fallback: llama-quantize stops in the middle of its work here."""
+    if row_length % BLOCK_SIZES[wanted]:
+        option = "--output-type" if name == "output.weight" else "--embedding-type"
+        raise UnsupportedQuantError(
+            f"{option} {wanted}: {_reason(row_length, wanted)} in tensor {printable(name)}; choose "
+            f"another type, such as {_fit(wanted, row_length).type}"
+        )
+    return Choice(wanted, wanted)
 
 
 def _fit(wanted: str, row_length: int) -> Choice:

@@ -3,12 +3,14 @@
 Names come from the checkpoint and are made fit for a terminal here.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
-from gguf_tools.plan import Plan
+from gguf_tools.imatrix import ImportanceMatrix
+from gguf_tools.plan import Plan, TensorPlan, kind_of_name
 from gguf_tools.vocab.agreement import Agreement
 
 Row = tuple[str, str]  # label and text
@@ -22,6 +24,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     for tensor, shape in zip(plan.tensors, shapes, strict=True):
         choice = tensor.choice
         why = f"  instead of {choice.wanted}: {choice.reason}" if choice.reason else ""
+        if plan.matrix is not None:
+            why = f"  {_coverage(tensor):<22}{why}".rstrip()
         yield (
             f"{printable(tensor.name):<{name_width}}  {shape:>{shape_width}}  "
             f"{tensor.quant.name:<5} {tensor.nbytes:>14,}{why}"
@@ -39,18 +43,65 @@ def closing_rows(
     yield "bits per weight", f"{plan.bits_per_weight:.4f}"
     types = ", ".join(f"{count} {name}" for name, count in plan.types.most_common())
     yield "tensors", f"{len(plan.tensors)}: {types}"
-    label = "fallbacks"
-    for fallback in plan.fallbacks:
-        count = f" ({fallback.count} tensors)" if fallback.count > 1 else ""
-        yield (
-            label,
-            f"{printable(fallback.pattern)}{count}: {fallback.type} instead of {fallback.wanted}: "
-            f"{fallback.reason}",
-        )
-        label = ""
-    if not plan.fallbacks:
-        yield label, "none"
+    yield from _fallback_rows(plan)
+    if plan.matrix is not None:
+        yield from _importance_rows(plan, plan.matrix)
     if agreement is not None:
         yield "tokenizer", agreement.describe()
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
+
+
+def _fallback_rows(plan: Plan) -> Iterator[Row]:
+    """What did not get the type asked for: a table within the table."""
+    if not plan.fallbacks:
+        yield "fallbacks", "none"
+        return
+    cells = [("tensors", "asked", "got", "bytes", "why")]
+    for fallback in plan.fallbacks:
+        count = f" ({fallback.count} tensors)" if fallback.count > 1 else ""
+        cells.append(
+            (
+                printable(fallback.pattern) + count,
+                *(fallback.wanted, fallback.type, f"{fallback.nbytes:,}", fallback.reason),
+            )
+        )
+    width, asked, got, size = (max(len(row[i]) for row in cells) for i in range(4))
+    for i, row in enumerate(cells):
+        yield (
+            "" if i else "fallbacks",
+            f"{row[0]:<{width}}  {row[1]:<{asked}}  {row[2]:<{got}}  {row[3]:>{size}}  {row[4]}",
+        )
+
+
+def _importance_rows(plan: Plan, matrix: ImportanceMatrix) -> Iterator[Row]:
+    """How much of what is quantised the importance matrix covers."""
+    weighable = plan.weighable
+    covered = [tensor for tensor in weighable if tensor.importance is not None]
+    made = f", {matrix.n_chunks:,} chunks" if matrix.n_chunks else ""
+    made += f" of {printable(matrix.dataset)}" if matrix.dataset else ""
+    yield (
+        "importance",
+        f"{len(covered):,} of {len(weighable):,} tensors that can make use of it; "
+        f"{len(matrix.entries):,} entries{made}",
+    )
+    missing = Counter(kind_of_name(t.name) for t in weighable if t.importance is None)
+    for name, count in missing.items():
+        yield "", f"missing: {printable(name)}" + (f" ({count} tensors)" if count > 1 else "")
+    for tensor in covered:
+        if tensor.importance is not None and tensor.importance.without_counts:
+            yield "", f"{printable(tensor.name)}: {_coverage(tensor)}, which count as without it"
+
+
+def _coverage(tensor: TensorPlan) -> str:
+    """`importance`, `no importance`, or the experts that the text never reached."""
+    if tensor.importance is None:
+        return "no importance"
+    never = tensor.importance.without_counts
+    if not never:
+        return "importance"
+    n_matrices = len(tensor.importance.counts)
+    if n_matrices == 1:
+        return "never reached"
+    few = ", ".join(map(str, never[:8])) + (", ..." if len(never) > 8 else "")
+    return f"{len(never)} of {n_matrices} experts never reached ({few})"
