@@ -29,7 +29,7 @@ def convert(
         typer.Argument(
             metavar="MODEL_DIR",
             help="The folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors), "
-            "or hf:OWNER/REPO to fetch it from the hub.",
+            "hf:OWNER/REPO to fetch it from the hub, or a GGUF file to quantise.",
             show_default=False,
         ),
     ],
@@ -164,8 +164,15 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option(
+            "--allow-requantize",
+            help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
+        ),
+    ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to a GGUF file, quantised in the same pass."""
+    """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
 
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
@@ -180,8 +187,10 @@ def convert(
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
+    from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, plan_lines
+    from gguf_tools.requantising import is_gguf, plan_requantisation, protect_parts, source_name
     from gguf_tools.vocab.agreement import TokenizerCheck
 
     if lora if lora_only else base is not None:
@@ -204,17 +213,25 @@ def convert(
     if not lora_only:
         model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
+    file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
+    if file and adapters:
+        raise typer.BadParameter("--lora merges into a checkpoint, not into a GGUF file")
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
-    journal = Journal((model_dir, *files, *merged), options=options, resume=not no_resume)
+    inputs = file.paths if file else (model_dir,)
+    journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
     if lora_only:
         plan = plan_adapter(open_adapter(model_dir), chosen, base)
+    elif file:
+        plan = plan_requantisation(file, chosen, allow_requantize=allow_requantize)
     else:
         plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
     if strict:
         refuse_fallbacks(plan)
-    named = output_name(model_dir, chosen.name, adapters=merged)
+    named = output_name(source_name(model_dir) if file else model_dir, chosen.name, adapters=merged)
     target = output if output is not None else Path(named)
+    if file:
+        protect_parts(file, target)
     for folder in (model_dir, *merged):
         protect_checkpoint(folder, target)
     seconds = agreement = None
@@ -223,7 +240,8 @@ def convert(
             print(line)
         print()
     else:
-        checked = None if lora_only else TokenizerCheck(model_dir, target, strict=strict)
+        # A GGUF file's tokenizer is carried over as it is.
+        checked = None if lora_only or file else TokenizerCheck(model_dir, target, strict=strict)
         _write(
             plan,
             target,

@@ -31,8 +31,7 @@ from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.matching import match_tensors
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
-from gguf_tools.safetensors_file import Floats, LazyTensor
-from gguf_tools.views import MXFP4
+from gguf_tools.safetensors_file import READABLE, Floats, LazyTensor
 from gguf_tools.vocab import read_vocab
 from gguf_tools.writer import GGUFWriter
 
@@ -190,7 +189,7 @@ def rows_per_band(tensor: TensorPlan) -> int:
 def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.uint8]:
     """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
     source, quant = tensor.source, tensor.quant
-    if source.dtype == MXFP4 and source.raw is not None:
+    if source.raw is not None and source.dtype == quant.name and quant.name not in READABLE:
         return source.raw(first, last)
     rows = source.load(first, last)
     peak = _check_finite(source, rows, first)

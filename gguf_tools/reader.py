@@ -71,6 +71,14 @@ class GGUFFile:
         data = np.frombuffer(self._maps[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
         return data.reshape(tensor.n_rows, tensor.row_bytes)
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """A copy of rows `first` to `last` (exclusive) of `raw`; what was copied is let go of."""
+        tensor = self.tensors[name]
+        blocks = self.raw(name)[first:last].copy()
+        start = tensor.offset + first * tensor.row_bytes
+        self._release(tensor.part, start, blocks.nbytes)
+        return blocks
+
     def bands(self, name: str, n_weights: int = BAND) -> Iterator[np.ndarray]:
         """The bytes of a tensor in order, in bands of whole blocks of about `n_weights`.
 

@@ -168,7 +168,7 @@ def test_wrong_options_are_the_command_lines(tmp_path: Path) -> None:
     [
         (lambda folder: None, "there is no such folder"),
         (lambda folder: folder.mkdir(), "is empty"),
-        (lambda folder: folder.write_bytes(b"GGUF"), "is a GGUF file already"),
+        (lambda folder: folder.write_bytes(b"GGUF"), "expected"),
         (lambda folder: make_llama(folder, architectures=["FooLM"]), "known are LlamaForCausalLM"),
         (lambda folder: make_llama(folder, vocab_size=511), "wrong shape"),
         (lambda folder: make_llama(folder, num_hidden_layers=10**9), "num_hidden_layers"),

@@ -1,0 +1,133 @@
+"""A GGUF file as the source of another: metadata as it was, weights as from the checkpoint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gguf_tools.conversion import convert
+from gguf_tools.errors import GGUFError, UnsupportedQuantError
+from gguf_tools.reader import GGUFFile
+from gguf_tools.recipes import find_file_type
+from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
+from gguf_tools.values import Value
+from tests.checkpoints import STORIES
+from tests.test_conversion import convert_to
+from tests.tiny import llama_file
+
+
+def requantise(source: Path, output: Path, file_type: str, *, allow: bool = False) -> str:
+    with GGUFFile(source) as file:
+        plan = plan_requantisation(file, find_file_type(file_type), allow_requantize=allow)
+        for _ in convert(plan, output, threads=2):
+            pass
+    return " ".join(plan.notes)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("floats") / "stories-F32.gguf"
+    convert_to(STORIES, path, "F32")
+    return path
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "F16", "F32"])
+def test_the_file_is_what_the_checkpoint_gives(
+    tmp_path: Path, floats: Path, file_type: str
+) -> None:
+    """To the byte: metadata, order, types and blocks."""
+    requantise(floats, tmp_path / "again.gguf", file_type)
+    convert_to(STORIES, tmp_path / "direct.gguf", file_type)
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+
+
+def test_quantised_weights_are_not_quantised_again_unasked(tmp_path: Path, floats: Path) -> None:
+    requantise(floats, tmp_path / "q8.gguf", "Q8_0")
+    with pytest.raises(UnsupportedQuantError, match="--allow-requantize"):
+        requantise(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0")
+    assert not (tmp_path / "q4.gguf").exists()
+    note = requantise(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0", allow=True)
+    assert "quantised already (Q8_0)" in note
+    name = "blk.0.ffn_up.weight"
+    with GGUFFile(tmp_path / "q8.gguf") as before, GGUFFile(tmp_path / "q4.gguf") as after:
+        quant = after.tensors[name].quant
+        assert quant.name == "Q4_0"
+        assert quant.quantize is not None
+        blocks = quant.quantize(before.load(name))
+        np.testing.assert_array_equal(after.raw(name), blocks.reshape(after.raw(name).shape))
+
+
+def test_tensors_that_have_the_type_are_copied(tmp_path: Path, floats: Path) -> None:
+    requantise(floats, tmp_path / "one.gguf", "Q8_0")
+    assert requantise(tmp_path / "one.gguf", tmp_path / "two.gguf", "Q8_0") == ""
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+def test_keys_that_we_do_not_know_are_carried_over(tmp_path: Path) -> None:
+    extra = {
+        "general.alignment": Value("u32", 32),
+        "split.count": Value("u16", 0),
+        "somebody.key": Value("f64", 0.1),
+        "general.file_type": Value("u32", 0),
+        "zebra": Value("str", "last"),
+    }
+    source = llama_file(tmp_path / "in.gguf", extra=extra)
+    requantise(source, tmp_path / "out.gguf", "Q8_0")
+    with GGUFFile(source) as before, GGUFFile(tmp_path / "out.gguf") as after:
+        own = ["general.quantization_version", "general.file_type"]
+        gone = {"general.alignment", "split.count", *own}
+        assert list(after.metadata) == [key for key in before.metadata if key not in gone] + own
+        assert after.metadata["somebody.key"] == 0.1
+        assert after.metadata_types["somebody.key"] == "f64"
+        assert after.metadata["general.file_type"] == 7
+
+
+def test_a_file_without_layers_is_refused(tmp_path: Path) -> None:
+    extra = {"llama.block_count": Value("str", "two")}
+    source = llama_file(tmp_path / "in.gguf", extra=extra)
+    with pytest.raises(GGUFError, match=r"llama\.block_count: expected a count, found 'two'"):
+        requantise(source, tmp_path / "out.gguf", "Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("qwen-F16.gguf", "qwen"),
+        ("a/qwen.Q4_K_M.gguf", "a/qwen"),
+        ("qwen2.5-bf16-00001-of-00003.gguf", "qwen2.5"),
+        ("qwen2.5.gguf", "qwen2.5"),
+        ("F16.gguf", "F16"),
+    ],
+)
+def test_the_output_is_named_after_the_model(name: str, model: str) -> None:
+    assert source_name(Path(name)) == Path(model)
+
+
+def test_what_is_taken_for_a_gguf_file(tmp_path: Path, floats: Path) -> None:
+    copied = tmp_path / "model"
+    copied.write_bytes(floats.read_bytes()[:100])
+    assert is_gguf(floats)
+    assert is_gguf(copied)
+    assert is_gguf(tmp_path / "absent.gguf")
+    assert not is_gguf(STORIES)
+    assert not is_gguf(STORIES / "config.json")
+    assert not is_gguf(tmp_path / "absent")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gguf_tools", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_from_the_command_line(tmp_path: Path, floats: Path) -> None:
+    output = tmp_path / "out.gguf"
+    done = run(floats, "--type", "Q8_0", "-o", output)
+    assert done.returncode == 0, done.stderr
+    again = run(output, "--type", "Q4_0", "-o", tmp_path / "q4.gguf")
+    assert again.returncode == 1
+    assert "say --allow-requantize" in again.stderr
+    over = run(output, "--type", "Q8_0", "-o", output, "--force")
+    assert over.returncode == 1
+    assert "is the file that is being read" in over.stderr
