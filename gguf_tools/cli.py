@@ -214,8 +214,8 @@ def convert(
         model_dir = find_with_bar(find_checkpoint, model_dir)
     start = time.monotonic()
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
-    if file and adapters:
-        raise typer.BadParameter("--lora merges into a checkpoint, not into a GGUF file")
+    if file and (adapters or matrix or overrides != NO_OVERRIDES):
+        raise typer.BadParameter("a GGUF file takes neither --lora, --imatrix nor types by name")
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)

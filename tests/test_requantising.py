@@ -128,6 +128,9 @@ def test_from_the_command_line(tmp_path: Path, floats: Path) -> None:
     again = run(output, "--type", "Q4_0", "-o", tmp_path / "q4.gguf")
     assert again.returncode == 1
     assert "say --allow-requantize" in again.stderr
+    named = run(output, "--type", "Q8_0", "--pure", "-o", tmp_path / "q4.gguf")
+    assert named.returncode == 2
+    assert "types by name" in named.stderr
     over = run(output, "--type", "Q8_0", "-o", output, "--force")
     assert over.returncode == 1
     assert "is the file that is being read" in over.stderr
