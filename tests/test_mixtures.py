@@ -170,10 +170,10 @@ def test_experts_in_tensors_of_their_own(rng: np.random.Generator) -> None:
 
 def test_experts_without_kernels(rng: np.random.Generator, monkeypatch) -> None:
     """A format that has none goes through NumPy, with a note."""
-    from runtime.kernels.table import FORMATS
+    from runtime.kernels.table import PLACES
 
     program = mixture(rng, quant="Q8_0")
-    monkeypatch.delitem(FORMATS, "Q8_0")
+    monkeypatch.delitem(PLACES, "Q8_0")
     backend = CPUBackend(program, n_ctx=32, n_threads=1, n_batch=8)
     assert len(backend.notes) == 1 and "Q8_0" in backend.notes[0]
     # A thread that is late for one table would miss what it was to make there for the next.

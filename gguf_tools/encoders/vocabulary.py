@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
 from gguf_tools.pretokenizers import PRETOKENIZERS, PreTokenizer
-from gguf_tools.token_types import ADDED_SCORE, BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
-from gguf_tools.vocab.special import FILL_IN_MIDDLE
+from gguf_tools.token_types import (
+    ADDED_SCORE,
+    BYTE,
+    CONTROL,
+    FILL_IN_MIDDLE,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+)
 
 KNOWN_MODELS = ("llama", "t5", "gpt2", "gemma4", "bert")
 PIECE_MODELS = ("llama", "t5")  # SentencePiece's BPE and unigram models

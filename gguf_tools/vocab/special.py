@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gguf_tools.errors import printable
+from gguf_tools.token_types import FILL_IN_MIDDLE
 
 KEYS = {
     "bos": "bos_token_id",
@@ -44,18 +45,6 @@ TURN_ENDS = (
     "_<EOT>", "[EOT]", "<end_of_utterance>",
 )  # fmt: skip
 MESSAGE_ENDS = ("<|eom_id|>", "<|eom|>")
-
-FILL_IN_MIDDLE = {
-    "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>",
-                "<PRE>", "\u2581<PRE>", "<|code_prefix|>"),
-    "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>",
-                "<SUF>", "\u2581<SUF>", "<|code_suffix|>"),
-    "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>",
-                "<MID>", "\u2581<MID>", "<|code_middle|>"),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
-}  # fmt: skip
 
 
 @dataclass

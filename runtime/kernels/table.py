@@ -1,62 +1,48 @@
-"""The formats that have kernels of their own, by ggml's name."""
+"""The formats that have kernels of their own, by ggml's name.
 
-from runtime.kernels import (
-    floats,
-    iq1_m,
-    iq1_s,
-    iq2_s,
-    iq2_xs,
-    iq2_xxs,
-    iq3_s,
-    iq3_xxs,
-    iq4_nl,
-    iq4_xs,
-    mxfp4,
-    nvfp4,
-    q1_0,
-    q2_0,
-    q2_k,
-    q3_k,
-    q4_0,
-    q4_1,
-    q4_k,
-    q5_0,
-    q5_1,
-    q5_k,
-    q6_k,
-    q8_0,
-    tq1_0,
-    tq2_0,
-)
+A format's module is read when it is first asked for: a model has two or three of them, and all
+would take a tenth of the time to its first token.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+
 from runtime.kernels.formats import FormatKernels
 
-FORMATS: dict[str, FormatKernels] = {
-    "F32": floats.F32,
-    "F16": floats.F16,
-    "BF16": floats.BF16,
-    "Q4_0": q4_0.KERNELS,
-    "Q4_1": q4_1.KERNELS,
-    "Q5_0": q5_0.KERNELS,
-    "Q5_1": q5_1.KERNELS,
-    "Q8_0": q8_0.KERNELS,
-    "Q2_K": q2_k.KERNELS,
-    "Q3_K": q3_k.KERNELS,
-    "Q4_K": q4_k.KERNELS,
-    "Q5_K": q5_k.KERNELS,
-    "Q6_K": q6_k.KERNELS,
-    "IQ4_NL": iq4_nl.KERNELS,
-    "IQ4_XS": iq4_xs.KERNELS,
-    "IQ3_S": iq3_s.KERNELS,
-    "IQ3_XXS": iq3_xxs.KERNELS,
-    "IQ2_S": iq2_s.KERNELS,
-    "IQ2_XS": iq2_xs.KERNELS,
-    "IQ2_XXS": iq2_xxs.KERNELS,
-    "IQ1_M": iq1_m.KERNELS,
-    "IQ1_S": iq1_s.KERNELS,
-    "TQ2_0": tq2_0.KERNELS,
-    "TQ1_0": tq1_0.KERNELS,
-    "MXFP4": mxfp4.KERNELS,
-    "NVFP4": nvfp4.KERNELS,
-    "Q2_0": q2_0.KERNELS,
-    "Q1_0": q1_0.KERNELS,
+PLACES = {  # module of runtime.kernels, and the name there
+    "F32": ("floats", "F32"),
+    "F16": ("floats", "F16"),
+    "BF16": ("floats", "BF16"),
+    **{
+        name: (name.lower(), "KERNELS")
+        for name in (
+            *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+            *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+            *("IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+            *("IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0", "MXFP4", "NVFP4", "Q2_0", "Q1_0"),
+        )
+    },
 }
+
+
+class Formats(Mapping[str, FormatKernels]):
+    """The kernels of each format in PLACES."""
+
+    def __getitem__(self, name: str) -> FormatKernels:
+        module, attribute = PLACES[name]
+        kernels: FormatKernels = getattr(
+            importlib.import_module(f"runtime.kernels.{module}"), attribute
+        )
+        return kernels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in PLACES
+
+
+FORMATS = Formats()
