@@ -122,9 +122,9 @@ def test_what_a_silent_config_means() -> None:
 
 def test_sliding_window_is_mistrals() -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    assert facts_of(**mistral, sliding_window=4096).sliding_window == 4096
+    assert facts_of(**mistral, sliding_window=512).sliding_window == 512
     assert facts_of(**mistral, sliding_window=None).sliding_window is None
-    assert facts_of(**mistral).sliding_window is None
+    assert facts_of(**mistral).sliding_window == 4096  # what transformers assumes
     assert facts_of(sliding_window=4096).sliding_window is None
 
 

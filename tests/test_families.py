@@ -122,6 +122,11 @@ def test_granite_factors_are_always_written() -> None:
     assert metadata_of("GraniteForCausalLM", logits_scaling=8)["logit_scale"] == 8.0
 
 
+def test_what_olmo_assumes() -> None:
+    assert facts_of("Olmo2ForCausalLM").rope.base == 10000
+    assert facts_of("Olmo3ForCausalLM").rope.base == 500000
+
+
 def test_olmo3_windows() -> None:
     facts = facts_of("Olmo3ForCausalLM", num_hidden_layers=5, sliding_window=64)
     assert facts.window_pattern == (True, True, True, False, True)

@@ -17,7 +17,7 @@ from gguf_tools.archs.architecture import (
     MetadataRule,
     ModelFacts,
 )
-from gguf_tools.archs.config import MAX_CONTEXT, HFConfig
+from gguf_tools.archs.config import HFConfig
 from gguf_tools.archs.facts import (
     ATTENTION_NORM,
     EMBEDDING,
@@ -38,6 +38,7 @@ from gguf_tools.archs.facts import (
 from gguf_tools.archs.rope import LLAMA as LLAMA_ROTARY
 from gguf_tools.archs.rope import llama3_divisors, long_factors, short_factors
 from gguf_tools.archs.transforms import Transform, interleave_heads
+from gguf_tools.archs.windows import read_window
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 
@@ -46,8 +47,7 @@ def read_facts(config: HFConfig) -> ModelFacts:
     class_name = config.class_name or (MISTRAL if config.model_type == "mistral" else LLAMA)
     if class_name == MISTRAL:  # has no biases whatever its config.json says
         facts = read_common(config, n_ctx=131072, n_kv_heads=8, rotary=LLAMA_ROTARY)
-        window = config.integer("sliding_window", low=0, high=MAX_CONTEXT, default=0)
-        return replace(facts, sliding_window=window or None)
+        return replace(facts, sliding_window=read_window(config, default=4096))
     facts = read_common(config, n_ctx=2048, rotary=LLAMA_ROTARY)
     return replace(facts, switches=switches(config, "attention_bias", "mlp_bias"))
 

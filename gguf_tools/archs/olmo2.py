@@ -22,6 +22,7 @@ from gguf_tools.archs.facts import (
     read_common,
     refuse_switches,
 )
+from gguf_tools.archs.rope import Rotary
 from gguf_tools.archs.windows import WINDOWS, all_but_each, read_pattern, read_window
 
 OLMO2, OLMO3 = "Olmo2ForCausalLM", "Olmo3ForCausalLM"
@@ -30,9 +31,11 @@ PERIOD = 4
 
 def read_facts(config: HFConfig) -> ModelFacts:
     refuse_switches(config, "attention_bias")
-    facts = read_common(config, n_ctx=2048, epsilon=1e-5)
+    if (config.class_name or config.model_type) not in (OLMO3, "olmo3"):
+        return read_common(config, n_ctx=2048, epsilon=1e-5)
+    facts = read_common(config, n_ctx=2048, epsilon=1e-5, rotary=Rotary(base=500000.0))
     window = read_window(config, default=4096)
-    if window is None or (config.class_name or config.model_type) not in (OLMO3, "olmo3"):
+    if window is None:
         return facts
     silent = all_but_each(PERIOD, facts.n_layers)
     pattern = read_pattern(config, facts.n_layers, silent=silent)
