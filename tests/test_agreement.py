@@ -139,5 +139,5 @@ def test_strict_leaves_no_file(odd_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_strict_is_content_with_the_same(stories260k: Path, tmp_path: Path) -> None:
-    done = convert(tmp_path, stories260k, "--strict")
+    done = convert(tmp_path, stories260k, "--type", "F16", "--strict")
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "x.gguf").is_file()

@@ -1,5 +1,7 @@
 """Whole conversions: the file read back is the checkpoint, permuted, in the types planned."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -284,3 +286,19 @@ def test_smollm2_tensors(smollm2_checkpoint: Path) -> None:
         expected = interleaved(tensor.load(0, tensor.n_rows), n_heads)
         blocks = quantise_band(planned[name], 0, tensor.n_rows)
         np.testing.assert_array_equal(planned[name].quant.dequantize(blocks), expected)
+
+
+def test_threads_that_start_with_different_formats() -> None:
+    """Importing kernels and compiling them take locks in different orders; once they met."""
+    program = """
+import threading
+import numpy as np
+from gguf_tools.quants import by_name
+weights = np.ones((4, 256), np.float32)
+names = ("Q4_0", "Q5_1", "Q8_0", "Q6_K", "F16", "IQ4_NL")
+threads = [threading.Thread(target=by_name(name).quantize, args=(weights,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

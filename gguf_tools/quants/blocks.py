@@ -9,6 +9,7 @@ is told how much an error counts at each weight; see `Spread` for how that is ma
 error counts in each column.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +20,8 @@ import numpy as np
 from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants.arithmetic import ordered_sum
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
+
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,7 @@ def weigh(weights: Floats, importance: Floats, spread: Spread | None) -> Floats:
     """The same, fast."""
     if spread is None or weights.size == 0:
         return np.ascontiguousarray(np.broadcast_to(importance, weights.shape))
-    from gguf_tools.quants.kernels import weighing
-
+    weighing = _load("weighing", "weigh")
     k = weights.shape[-1]
     spread = spread.of_row(k)
     x = np.ascontiguousarray(weights)
@@ -163,10 +165,9 @@ def quantize_with_kernel(
 ) -> Bytes:
     """Run the compiled quantiser of a format: `quantize` of kernels.NAME, or `quantize_weighted`.
 
-    A kernel takes whole groups of blocks; what is left over is padded with zeros. Compilers are
-    imported here, at the first use, and not by those who only ask for a type's size.
+    A kernel takes whole groups of blocks; what is left over is padded with zeros.
     """
-    module = import_module(f"gguf_tools.quants.kernels.{name.lower()}")
+    module = _load(name.lower(), "quantize" if weighed is None else "quantize_weighted")
     if weighed is None:
         kernel, group, size, inputs = module.quantize, module.GROUP, module.SCRATCH, [blocks]
     else:
@@ -185,6 +186,19 @@ def quantize_with_kernel(
         kernel(*(array.ctypes.data for array in padded), last.ctypes.data, group, scratch)
         data[whole:] = last[: len(blocks) - whole]
     return data
+
+
+def _load(module_name: str, kernel: str) -> Any:
+    """A module of kernels, with one of them ready to be called.
+
+    Compilers are imported here, at the first use, and not by those who only ask for a type's size.
+    One thread at a time: one that imports kernels waits for numba's locks, and one that compiles
+    waits for the import system's.
+    """
+    with _LOADING:
+        module = import_module(f"gguf_tools.quants.kernels.{module_name}")
+        getattr(module, kernel).address  # noqa: B018 - compiles
+    return module
 
 
 def _scratch(size: int) -> tuple[int, Bytes]:
