@@ -85,7 +85,7 @@ def convert(
         typer.Option(
             "--imatrix",
             metavar="FILE",
-            help="An importance matrix (GGUF or .dat, of llama-imatrix or run imatrix): how much "
+            help="An importance matrix (GGUF or .dat, of llama-imatrix): how much "
             "an error in each column counts.",
             show_default=False,
         ),

@@ -58,7 +58,7 @@ def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]
         pairs = _possible(pairs, tokens)
     try:
         return BPE(tokens, pairs, **options)
-    except Exception:
+    except Exception:  # the library has no kind of its own for a merge of unknown tokens
         return BPE(tokens, _possible(pairs, tokens), **options)
 
 
