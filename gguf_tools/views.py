@@ -117,11 +117,6 @@ def mxfp4(blocks: LazyTensor, scales: LazyTensor, *, index: int = 0, count: int 
     return LazyTensor(blocks.name, (*outer, height // count, n_blocks * 32), MXFP4, load, raw)
 
 
-def first_rows(tensor: LazyTensor, n: int) -> LazyTensor:
-    """The first n rows of a matrix."""
-    return LazyTensor(tensor.name, (n, tensor.shape[1]), tensor.dtype, tensor.load)
-
-
 def every(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
     """Of every row the elements index, index + count, index + 2 count..."""
     *outer, width = tensor.shape
