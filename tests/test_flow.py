@@ -21,12 +21,12 @@ def product(source: str, target: str) -> MatMul:
 
 
 NORM = RMSNorm("x", "normed", ONES, 1e-5)
+UPDATE = (product("normed", "scores"), product("scores", "delta"), Add("delta", "x"))
 
 
 def test_norms_attention_and_routes_are_own() -> None:
-    assert owned(NORM, product("normed", "delta"), Add("delta", "x")) == {"normed"}
-    layer = LayerNorm("x", "normed", ONES, None, 1e-5)
-    assert owned(layer, product("normed", "delta"), Add("delta", "x")) == {"normed"}
+    assert owned(NORM, *UPDATE) == {"normed"}
+    assert owned(LayerNorm("x", "normed", ONES, None, 1e-5), *UPDATE) == {"normed"}
     assert owned(Attend("k", "delta", 0, 1.0, 0)) == {"delta"}
     assert owned(Route("scores", "routes", 2)) == {"routes"}
     assert owned_buffers(mixture(RNG)) == {"normed", "routes"}
@@ -42,9 +42,17 @@ def test_what_threads_share() -> None:
 
 def test_not_what_is_read_after_its_source_has_changed() -> None:
     """A late thread would make it of the new source, and may still claim what reads it."""
-    update = (product("normed", "delta"), Add("delta", "x"))
-    assert owned(NORM, *update, product("normed", "scores")) == set()
-    assert owned(NORM, *update, NORM, product("normed", "scores")) == {"normed"}
+    assert owned(NORM, *UPDATE, product("normed", "scores")) == set()
+    assert owned(NORM, *UPDATE, NORM, product("normed", "scores")) == {"normed"}
     # nor what was made of such a thing
     again = RMSNorm("normed", "again", ONES, 1e-5)
-    assert owned(NORM, again, *update, product("again", "scores")) == {"normed"}
+    assert owned(NORM, again, *UPDATE, product("again", "scores")) == {"normed"}
+
+
+def test_not_what_is_read_while_its_source_changes() -> None:
+    """A thread that adds its part changes what a late one makes the other part of."""
+    assert owned(NORM, Add("normed", "x")) == set()
+    # a sum is claimed together with the product before it
+    assert owned(NORM, product("normed", "delta"), Add("delta", "x")) == set()
+    delta = RMSNorm("delta", "normed", ONES, 1e-5)
+    assert owned(product("x", "delta"), delta, Add("normed", "x")) == {"normed"}

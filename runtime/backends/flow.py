@@ -32,6 +32,9 @@ from runtime.program import (
 
 PARTIALS = "partials"  # attention's, of one token: no buffer of the program
 
+# What may be claimed together with the step before it.
+ON_COLUMNS = (AddBias, Activate, Add, ExpertBias, ExpertSum, Gate, Scale, SigmoidScale, SoftCap)
+
 
 def unknown(step: NoReturn) -> NoReturn:
     """The end of a match: mypy finds what it lacks, and so does who runs it."""
@@ -80,7 +83,8 @@ def owned_buffers(program: Program) -> set[str]:
 
     They are written by whole-row norms, routing and attention's last step only. A thread that
     comes late may find their sources changed: what it makes of them is wrong, but its claims come
-    too late as well, as long as nothing reads the buffer after its sources have changed.
+    too late as well, as long as nothing reads the buffer after its sources have changed, nor while
+    they are: what reads the buffer, and what may be claimed with that, leaves its sources alone.
     """
     steps = program.steps
     owned = {written_by(step) for step in steps if _is_cheap(step, program)}
@@ -89,12 +93,15 @@ def owned_buffers(program: Program) -> set[str]:
     names = {name for name in owned if name is not None} - {"x", "logits"}
     made_from: dict[str, set[str]] = {}
     stale: set[str] = set()
+    together: set[str] = set()  # what is read by steps that may be claimed together with this one
     for step in steps:
         names -= stale & set(read_by(step))
+        together = (together if isinstance(step, ON_COLUMNS) else set()) | set(read_by(step))
         target = written_by(step)
         if target is None:
             continue
         changed = {target, PARTIALS} if isinstance(step, Attend) else {target}
+        names -= {name for name in together if made_from.get(name, set()) & changed}
         stale |= {name for name, sources in made_from.items() if sources & changed}
         sources = set(read_by(step)) | ({PARTIALS} if isinstance(step, Attend) else set())
         for name in sources & names:

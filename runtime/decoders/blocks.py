@@ -263,10 +263,13 @@ class Blocks:
         self.emit(ExpertSum(out, routes, n, "delta"))
         if e.shared_ffn_dim:
             shared = self.buffer("shared", c.dim)
+            if e.shared_gate:  # how much of it a token gets: one number
+                row = self.weights.row(f"{self.prefix}ffn_gate_inp_shexp.weight", c.dim)
+                self._matmul(row, "normed", "shared_gate")
             width = e.shared_ffn_dim
             self.gated_ffn(activation, target=shared, suffix="_shexp", ffn_dim=width)
             if e.shared_gate:
-                self._shared_gate()
+                self.emit(SigmoidScale("shared_gate", shared))
             self.emit(Add(shared, "delta"))
 
     def residual(self, source: str = "delta") -> None:
@@ -293,9 +296,3 @@ class Blocks:
                 for matrix in whole
             )
             self.emit(ExpertMatMul("normed", target, routes, e.n_used, halves, name))
-
-    def _shared_gate(self) -> None:
-        """How much of the shared expert a token gets: one number, from a vector in the file."""
-        name = f"{self.prefix}ffn_gate_inp_shexp.weight"
-        self._matmul(self.weights.row(name, self.config.dim), "normed", "shared_gate")
-        self.emit(SigmoidScale("shared_gate", "shared"))
