@@ -119,13 +119,13 @@ class Mixture:
         width, wide = self._sharing(step.target, step.n_used, matrix.n_rows)
         accesses = [
             *frame.access(step.routes, WHOLE),
+            *frame.access(step.source, WHOLE),
             *frame.access(step.target, columns(width), written=True),
         ]
         if kernels.activation.quantise is None:
             source = frame.places[step.source]
             row = matrix.n_columns * 4 if self._has_slots(step) else 0
             place: tuple[int, ...] = (source.base, source.thread_stride, row)
-            accesses += frame.access(step.source, WHOLE)
         else:
             place = self._quantised(table, step, kernels)
         routes = frame.places[step.routes]
