@@ -3,15 +3,17 @@
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from runtime.kernels.bandwidth import STEP, read_memory
+from runtime.kernels.bandwidth import read_memory
 
 SECONDS = 0.4  # one measurement
-PASSES = 3  # at least, however slow they are
+PASSES = 4  # over the buffer, for one figure
+PIECE = 4 << 20  # bytes that a thread reads at a time
 CACHES = 4  # the buffer is this many times the last-level caches
 SMALLEST, LARGEST = 256 << 20, 1 << 30  # bytes
 UNKNOWN_CACHE = 64 << 20
@@ -21,31 +23,37 @@ class MemoryReader:
     """Memory well beyond the caches, for threads to read together."""
 
     def __init__(self) -> None:
-        self._buffer = np.empty(buffer_size() // STEP * STEP, np.uint8)
+        self._buffer = np.empty(buffer_size() // PIECE * PIECE, np.uint8)
         # Memory never written to is one page of zeros that stays in the cache.
         self._buffer[:] = 1
         read_memory(self._buffer.ctypes.data, 0, np.empty(8, np.int64).ctypes.data)  # compiles it
 
     def speed(self, n_threads: int) -> float:
-        """Bytes per second that n_threads read together, in one pass."""
-        share = len(self._buffer) // n_threads // STEP * STEP
+        """Bytes per second that n_threads read together, in PASSES passes.
+
+        They take pieces in turn, as they take parts of a product: one that a busy machine holds
+        up leaves more to the others.
+        """
+        pieces = PASSES * len(self._buffer) // PIECE
+        claims = count()
         results = np.empty((n_threads, 16), np.int64)
 
         def read(i: int) -> None:
-            address = self._buffer.ctypes.data + i * share
-            read_memory(address, share, results[i].ctypes.data)
+            while (piece := next(claims)) < pieces:
+                address = self._buffer.ctypes.data + piece * PIECE % len(self._buffer)
+                read_memory(address, PIECE, results[i].ctypes.data)
 
-        return share * n_threads / _run_together(read, n_threads)
+        return pieces * PIECE / _run_together(read, n_threads)
 
 
 def measure_bandwidth(n_threads: int) -> float:
-    """Bytes per second that n_threads read together from memory: the best of several passes."""
+    """Bytes per second that n_threads read together from memory: the best of a short time."""
     reader = MemoryReader()
-    speeds = [reader.speed(n_threads) for _ in range(PASSES)]
     end = time.perf_counter() + SECONDS
+    best = reader.speed(n_threads)
     while time.perf_counter() < end:
-        speeds.append(reader.speed(n_threads))
-    return max(speeds)
+        best = max(best, reader.speed(n_threads))
+    return best
 
 
 def buffer_size() -> int:
