@@ -120,7 +120,7 @@ def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_difference_is_told(odd_checkpoint: Path, tmp_path: Path) -> None:
     done = convert(tmp_path, odd_checkpoint)
     assert done.returncode == 0 and (tmp_path / "x.gguf").is_file()
-    (row,) = (line for line in done.stdout.splitlines() if line.startswith("tokenizer "))
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("self-check "))
     assert f"of {len(TEST_TEXTS)} test texts are encoded as by tokenizer.json" in row
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: tokenizer: '")]
     assert any("Hello world" in note for note in notes)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from gguf_tools.conversion import convert, plan_conversion
+from gguf_tools.quants import by_name
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
+from gguf_tools.writer import GGUFWriter, TensorSpec
 from runtime.backends import streaming
 from runtime.config import read_config
 from runtime.decoders import build_program
@@ -18,7 +20,6 @@ from runtime.model import Model
 from runtime.sources import PlannedWeights, Source
 from runtime.streamed_rows import StreamedRows
 from tests.architectures import FOLDER, NAMES, converted, prompts
-from tests.models import smollm2_checkpoint
 
 
 def planned(folder: Path) -> PlannedWeights:
@@ -29,6 +30,26 @@ def planned(folder: Path) -> PlannedWeights:
 def ids_of(name: str, n: int) -> list[int]:
     *_, longest = prompts(name)
     return list(longest.ids[:n])
+
+
+def write_like(source: Path, target: Path, kind: str) -> Path:
+    """The file with its first matrix in another type."""
+    name, quant = "blk.0.ffn_up.weight", by_name(kind)
+    with GGUFFile(source) as file:
+        specs = [
+            TensorSpec(t.name, quant if t.name == name else t.quant, t.shape)
+            for t in file.tensors.values()
+        ]
+        metadata = {key: file.encoded(key) for key in file.metadata}
+        with GGUFWriter(target, metadata=metadata, tensors=specs) as writer:
+            for tensor in file.tensors.values():
+                blocks = file.raw(tensor.name)
+                if tensor.name == name:
+                    blocks = np.random.default_rng(0).integers(
+                        0, 40, (tensor.n_rows, quant.row_bytes(tensor.row_length)), np.uint8
+                    )
+                writer.write(tensor.name, blocks)
+    return target
 
 
 @contextmanager
@@ -123,8 +144,8 @@ def test_no_weight_is_read_before_it_is_needed() -> None:
         assert names and all(name.startswith("blk.0.") for name in names)
 
 
-def test_smollm2(tmp_path: Path) -> None:
-    folder = smollm2_checkpoint()
+def test_smollm2(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    folder = smollm2_checkpoint
     path = tmp_path / "x.gguf"
     for _ in convert(plan_conversion(folder, find_file_type("BF16")), path, threads=2):
         pass
@@ -154,26 +175,3 @@ def test_streamed_program_has_no_weights(tmp_path: Path) -> None:
     with GGUFFile(converted("qwen3moe", tmp_path)) as file:
         program = build_program(file, read_config(file), stream=True)
     assert isinstance(program.embedding.data, StreamedRows)
-
-
-def write_like(source: Path, target: Path, kind: str) -> Path:
-    """The file with its first matrix in another type."""
-    from gguf_tools.quants import by_name
-    from gguf_tools.writer import GGUFWriter, TensorSpec
-
-    name, quant = "blk.0.ffn_up.weight", by_name(kind)
-    with GGUFFile(source) as file:
-        specs = [
-            TensorSpec(t.name, quant if t.name == name else t.quant, t.shape)
-            for t in file.tensors.values()
-        ]
-        metadata = {key: file.encoded(key) for key in file.metadata}
-        with GGUFWriter(target, metadata=metadata, tensors=specs) as writer:
-            for tensor in file.tensors.values():
-                blocks = file.raw(tensor.name)
-                if tensor.name == name:
-                    blocks = np.random.default_rng(0).integers(
-                        0, 40, (tensor.n_rows, quant.row_bytes(tensor.row_length)), np.uint8
-                    )
-                writer.write(tensor.name, blocks)
-    return target

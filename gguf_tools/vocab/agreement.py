@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_tools.encoders import TextEncoder, read_vocabulary
-from gguf_tools.errors import GGUFError, OutputError, printable
+from gguf_tools.errors import GGUFError, printable
 from gguf_tools.reader import GGUFFile
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
@@ -65,24 +65,6 @@ class Agreement:
             f"{_listing(d.expected)}, the file with {_listing(d.found)}"
             for d in self.differences
         ]
-
-
-class TokenizerCheck:
-    """The comparison as a step of a conversion; with `strict`, what differs is an error."""
-
-    def __init__(self, folder: Path, output: Path, *, strict: bool) -> None:
-        self.agreement: Agreement | None = None
-        self._folder, self._output, self._strict = folder, output, strict
-
-    def run(self, file: Path) -> None:
-        """Compare `file`, which is to become the output."""
-        self.agreement = compare(self._folder, file)
-        if self._strict and not self.agreement.complete:
-            what = "; ".join((self.agreement.describe(), *self.agreement.lines()[:1]))
-            raise OutputError(
-                f"{printable(self._output, limit=1000)} was not written, as --strict asks: "
-                f"the tokenizer: {what}"
-            )
 
 
 def compare(folder: Path, file: Path) -> Agreement:
