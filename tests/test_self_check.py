@@ -206,9 +206,9 @@ def test_end_token_outside_of_the_stop_set(chat_metadata: dict[str, Any]) -> Non
 
 def test_end_token_of_answers_that_are_followed(chat_metadata: dict[str, Any]) -> None:
     """Where the last answer is left open, that of the turn before counts."""
-    source = CHATML.replace("<|im_end|>\n", "{% if not loop.last %}<file_sep>{% endif %}\n")
-    found = template_finding(chat_metadata, source, eot_token_id=4)
-    assert "<file_sep>" in found.text
+    source = CHATML.replace("<|im_end|>\n", "{% if not loop.last %}<|im_end|>{% endif %}\n")
+    found = template_finding(chat_metadata, source)
+    assert found.text == "template ends with <|im_end|>, BOS once" and not found.problems
 
 
 def test_template_without_end_token(chat_metadata: dict[str, Any]) -> None:
@@ -289,15 +289,16 @@ def test_strict_refuses_what_the_check_finds(tmp_path: Path) -> None:
     shutil.copytree(STORIES, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = (
-        "{% for m in messages %}{{ bos_token }}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}"
+        "{% endfor %}"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    done = run_convert(tmp_path, folder, "-o", "x.gguf")
+    done = run_convert(tmp_path, folder, "-o", "x.gguf", "--type", "F16")
     assert done.returncode == 0 and (tmp_path / "x.gguf").is_file()
     assert "BOS doubled" in line_of(done)
     assert done.stderr.startswith("note: a chat begins with <s> twice")
     (tmp_path / "x.gguf").unlink()
-    done = run_convert(tmp_path, folder, "-o", "x.gguf", "--strict")
+    done = run_convert(tmp_path, folder, "-o", "x.gguf", "--type", "F16", "--strict")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "was not written, as --strict asks: a chat begins with <s> twice" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["Odd"]
