@@ -305,7 +305,6 @@ def bench(
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
-    from runtime.bandwidth import measure_bandwidth
     from runtime.bench_terminal import draw_progress, draw_table
     from runtime.config import read_config
     from runtime.decoders import check_architecture
@@ -324,9 +323,8 @@ def bench(
         if json:
             print(dumps(measuring.to_json(results), indent=2))
             return
-        bandwidths = {n: measure_bandwidth(n) for n in sorted({case.threads for case in cases})}
-        print("\n".join(measuring.describe(opened, bandwidths)), end="\n\n")
-        rows = list(measuring.table_rows(results, bandwidths))
+        print("\n".join(measuring.describe(opened, results)), end="\n\n")
+        rows = list(measuring.table_rows(results))
         if markdown:
             print("\n".join(measuring.markdown(rows)))
         else:
