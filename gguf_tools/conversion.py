@@ -215,8 +215,9 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"
         )
-    made = _quantise(tensor, rows, first)
-    blocks = keep_multiples(quant, rows, made)
+    blocks = made = _quantise(tensor, rows, first)
+    if quant.multiples is not None and (quant.multiples.trained or source.scheme):
+        blocks = keep_multiples(quant, rows, made)
     if peak > LARGE and quant.name != "F32" and not np.isfinite(quant.dequantize(blocks)).all():
         worst = int(np.argmax(np.abs(original)))
         raise UnsupportedQuantError(
