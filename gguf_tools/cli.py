@@ -144,8 +144,8 @@ def convert(
         typer.Option(
             "--lora",
             metavar="ADAPTER[:SCALE]",
-            help="Merge a LoRA adapter (the folder that PEFT saved) into the weights; of several "
-            "the changes add up.",
+            help="Merge a LoRA adapter (the folder that PEFT saved, or hf:OWNER/REPO) into the "
+            "weights; of several the changes add up.",
             show_default=False,
         ),
     ] = None,
@@ -161,7 +161,8 @@ def convert(
         typer.Option(
             "--base",
             metavar="MODEL_DIR",
-            help="With --lora-only: the model that the adapter is for; its weights are not needed.",
+            help="With --lora-only: the model that the adapter is for (a folder, or "
+            "hf:OWNER/REPO); its weights are not needed.",
             show_default=False,
         ),
     ] = None,
@@ -185,7 +186,7 @@ def convert(
     from gguf_tools.lora_file import plan_adapter
     from gguf_tools.lora_merging import read_scaled
     from gguf_tools.losses import Losses
-    from gguf_tools.models_by_name import find_checkpoint
+    from gguf_tools.models_by_name import find_adapter, find_checkpoint, find_config
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
@@ -211,9 +212,9 @@ def convert(
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
-    adapters = [read_scaled(text) for text in lora or ()]
-    if not lora_only:
-        model_dir = find_with_bar(find_checkpoint, model_dir)
+    model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
+    base = find_with_bar(find_config, base) if base is not None else None
+    adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
     start = time.monotonic()
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
