@@ -161,7 +161,7 @@ class _Change:
                 rows = rows + change
             return rows
 
-        return LazyTensor(base.name, base.shape, "F32", load)
+        return replace(base, dtype="F32", load=load, raw=None)
 
 
 def _find_changes(
