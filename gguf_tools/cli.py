@@ -15,6 +15,7 @@ from gguf_tools.file_commands import COMMANDS
 
 if TYPE_CHECKING:
     from gguf_tools.journal import Journal
+    from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
 
@@ -141,8 +142,8 @@ def convert(
         typer.Option(
             "--keep",
             metavar="NAME",
-            help="A tensor that stays in the float type it has in the checkpoint; * stands for "
-            "anything; may be given several times.",
+            help="A tensor that stays in the type it has (F32 in a quantised checkpoint); * stands "
+            "for anything; may be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -157,8 +158,8 @@ def convert(
         typer.Option(
             "--lora",
             metavar="ADAPTER[:SCALE]",
-            help="Merge a LoRA adapter (the folder that PEFT saved) into the weights; of several "
-            "the changes add up.",
+            help="Merge a LoRA adapter (the folder that PEFT saved, or hf:OWNER/REPO) into the "
+            "weights; of several the changes add up.",
             show_default=False,
         ),
     ] = None,
@@ -174,7 +175,8 @@ def convert(
         typer.Option(
             "--base",
             metavar="MODEL_DIR",
-            help="With --lora-only: the model that the adapter is for; its weights are not needed.",
+            help="With --lora-only: the model that the adapter is for (a folder, or "
+            "hf:OWNER/REPO); its weights are not needed.",
             show_default=False,
         ),
     ] = None,
@@ -197,13 +199,14 @@ def convert(
     from gguf_tools.lora import open_adapter
     from gguf_tools.lora_file import plan_adapter
     from gguf_tools.lora_merging import read_scaled
-    from gguf_tools.models_by_name import find_checkpoint
+    from gguf_tools.losses import Losses
+    from gguf_tools.models_by_name import find_adapter, find_checkpoint, find_config
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
-    from gguf_tools.report import closing_rows, plan_lines
+    from gguf_tools.report import closing_rows, loss_notes, plan_lines
     from gguf_tools.requantising import is_gguf, plan_requantisation, protect_parts, source_name
     from gguf_tools.self_check import SelfCheck, Source
 
@@ -223,13 +226,13 @@ def convert(
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
-    adapters = [read_scaled(text) for text in lora or ()]
-    if not lora_only:
-        model_dir = find_with_bar(find_checkpoint, model_dir)
+    model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
+    base = find_with_bar(find_config, base) if base is not None else None
+    adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
     start = time.monotonic()
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
-    if file and (adapters or matrix or overrides != NO_OVERRIDES):
-        raise typer.BadParameter("a GGUF file takes neither --lora, --imatrix nor types by name")
+    if file and adapters:
+        raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -237,7 +240,9 @@ def convert(
     if lora_only:
         plan = plan_adapter(open_adapter(model_dir), chosen, base)
     elif file:
-        plan = plan_requantisation(file, chosen, allow_requantize=allow_requantize)
+        plan = plan_requantisation(
+            file, chosen, allow_requantize=allow_requantize, overrides=overrides, matrix=matrix
+        )
     else:
         plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
     if strict:
@@ -249,6 +254,7 @@ def convert(
     for folder in (model_dir, *merged):
         protect_checkpoint(folder, target)
     seconds = checked = None
+    losses = Losses()
     n_threads = threads or default_threads()
     if dry_run:
         for line in plan_lines(plan):
@@ -258,7 +264,7 @@ def convert(
         made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
         if not no_check and not lora_only:
             checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        _write(
+        losses = _write(
             plan,
             target,
             threads=n_threads,
@@ -276,7 +282,8 @@ def convert(
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
-    for note in (*plan.notes, *(checked.problems if checked else ())):
+    found = checked.problems if checked else ()
+    for note in (*plan.notes, *loss_notes(plan, losses), *found):
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -386,7 +393,7 @@ def _write(
     force: bool,
     check: Callable[[Path], None] | None,
     journal: "Journal",
-) -> None:
+) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
 
@@ -402,11 +409,13 @@ def _write(
 
     from gguf_tools.conversion import convert as write_file
     from gguf_tools.errors import printable
+    from gguf_tools.losses import Losses
 
     def note(text: str) -> None:
         if text:
             console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
+    losses = Losses()
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -430,11 +439,14 @@ def _write(
                     note(journal.remark)
                 name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
                 bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+                if step.loss is not None:
+                    losses.add(step.tensor.name, step.loss)
                 if step.finished and step.index == len(plan.tensors) - 1 and check is not None:
                     bar.update(task, description=f"{'self-check':<32}")
     except (KeyboardInterrupt, SystemExit):
         note(journal.kept)
         raise
+    return losses
 
 
 def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:

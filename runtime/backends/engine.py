@@ -27,32 +27,32 @@ from runtime.kernels.interpreter import (
 )
 from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
 from runtime.kernels.matmul import COLUMNS
-from runtime.program import ExpertMatMul, Floats, Program
+from runtime.program import ExpertMatMul, Floats, Stage
 
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
 class Engine:
-    """Memory for a program and the threads that run its tables."""
+    """Memory for a stage and the threads that run its tables."""
 
     def __init__(
-        self, program: Program, *, n_ctx: int, n_threads: int, n_batch: int, kv_type: str
+        self, stage: Stage, *, n_ctx: int, n_threads: int, n_batch: int, kv_type: str
     ) -> None:
-        self.program = program
+        self.stage = stage
         arena = Arena()
         room = (max(n_batch, HEAD_ROWS) + COLUMNS - 1) // COLUMNS * COLUMNS
         n_positions = (n_ctx + POSITIONS - 1) // POSITIONS * POSITIONS
         kv = KV_TYPES[kv_type]
         self.buffers: dict[str, Floats] = {}
         shared: dict[str, Place] = {}
-        for name, width in program.buffers.items():
+        for name, width in stage.buffers.items():
             rows = HEAD_ROWS if name == "logits" else room
             self.buffers[name], shared[name] = arena.rows(rows, width)
-        caches = make_caches(arena, program.caches, kv, n_positions)
+        caches = make_caches(arena, stage.caches, kv, n_positions)
         self.memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)
         self._state = np.zeros(STATE_FIELDS, np.int64)
         self._state[N_THREADS] = n_threads
-        self._state[SCRATCH_BYTES] = scratch_bytes(program, n_positions, room, kv)
+        self._state[SCRATCH_BYTES] = scratch_bytes(stage, n_positions, room, kv)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
 
@@ -94,8 +94,8 @@ class Engine:
         """Attention's pieces of a KV head's work, at most, over all layers."""
         if n_tokens == 1:
             return attention.chunk_count(start + 1)
-        sizes = {attention.query_tokens(s.n_heads // s.n_kv_heads) for s in self.program.caches}
-        return -(-n_tokens // min(sizes))
+        groups = {s.n_heads // s.n_kv_heads for s in self.stage.caches}
+        return -(-n_tokens // min(map(attention.query_tokens, groups), default=n_tokens))
 
 
 def _multiply(part: HostProduct, n_tokens: int, product: Product) -> None:

@@ -21,7 +21,7 @@ from runtime.backends.needs import needed_kernels
 from runtime.backends.reference import matmul
 from runtime.kernels.interpreter import HEADER, ROWS
 from runtime.kernels.table import FORMATS
-from runtime.program import Floats, MatMul, Matrix, Program
+from runtime.program import Floats, MatMul, Matrix, Program, Span, Stage
 
 BAND_BYTES = 8 << 20  # of a matrix that are read together
 
@@ -33,19 +33,22 @@ class StreamedBackend:
         self, program: Program, *, n_tokens: int, n_threads: int, kv_type: str = "f16"
     ) -> None:
         """`program`: from build_program(..., stream=True), whole or with some of its layers."""
-        self.program = program
+        self._n_vocab = program.buffers["logits"]
+        stage = layer_stage(program)
         self._engine = engine = Engine(
-            program, n_ctx=n_tokens, n_threads=n_threads, n_batch=n_tokens, kv_type=kv_type
+            stage, n_ctx=n_tokens, n_threads=n_threads, n_batch=n_tokens, kv_type=kv_type
         )
-        lowering = Lowering(program, engine.memory, one_token=False)
-        self._layers = [engine.ready(lowering.lower(layer)) for layer in program.layers]
-        self._head = engine.ready(lowering.lower(program.head))
+        lowering = Lowering(stage, engine.memory, one_token=False)
+        *self._layers, self._head = (
+            engine.ready(lowering.lower((*span.body, *span.head), span.inputs))
+            for span in stage.spans
+        )
         self._products = BandProducts(engine)
 
     @staticmethod
     def kernels(program: Program, kv_type: str = "f16") -> list[Kernel]:
         """The kernels that `program` needs, the slowest to compile first."""
-        return needed_kernels(program, kv_type)
+        return needed_kernels(layer_stage(program), kv_type)
 
     def layer(self, index: int, x: Floats) -> Floats:
         """The hidden states (n_tokens, dim) after a layer, of a window that begins at position 0.
@@ -57,8 +60,8 @@ class StreamedBackend:
     def head(self, x: Floats) -> Floats:
         """The logits (n_tokens, n_vocab) that follow the hidden states of the last layer."""
         parts = [x[first : first + HEAD_ROWS] for first in range(0, len(x), HEAD_ROWS)]
-        n_vocab = self.program.buffers["logits"]
-        return np.concatenate([self._run(self._head, part, "logits", n_vocab) for part in parts])
+        rows = [self._run(self._head, part, "logits", self._n_vocab) for part in parts]
+        return np.concatenate(rows)
 
     def close(self) -> None:
         self._engine.close()
@@ -71,6 +74,14 @@ class StreamedBackend:
         buffers["x"][:n_tokens, :dim] = x
         self._engine.execute(parts, n_tokens, 0, product=self._products.multiply)
         return buffers[result][:n_tokens, :width].copy()
+
+
+def layer_stage(program: Program) -> Stage:
+    """The whole program on one device, each layer a span, the head the last."""
+    hidden = {"x": program.buffers["x"]}
+    layers = tuple(Span(layer, (), hidden, hidden) for layer in program.layers)
+    head = Span((), program.head, hidden, {"logits": program.buffers["logits"]})
+    return Stage(program.buffers, (*layers, head), program.caches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,12 +136,13 @@ class BandProducts:
         band = replace(matrix, n_rows=n_rows, data=nothing)
         widths = {"source": matrix.n_columns, "target": n_rows}
         step = MatMul("source", "target", band)
-        program = Program(widths, band, layers=((step,),), head=(), caches=())
+        span = Span((step,), (), {"source": matrix.n_columns}, {"target": n_rows})
         blocks: dict[str, Floats] = {}
         places: dict[str, Place] = {}
         for name, width in widths.items():
             blocks[name], places[name] = memory.arena.rows(memory.n_batch, width)
-        lowering = Lowering(program, replace(memory, shared=places), one_token=False)
-        (table,) = engine.ready(lowering.lower([step]))
+        stage = Stage(widths, (span,), caches=())
+        lowering = Lowering(stage, replace(memory, shared=places), one_token=False)
+        (table,) = engine.ready(lowering.lower(span.body, span.inputs))
         assert isinstance(table, ReadyTable)
         return _Product(table, blocks["source"], blocks["target"])
