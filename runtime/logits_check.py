@@ -42,11 +42,11 @@ class Cost:
 COSTS = (
     Cost(16.0, kl=0.02, error=0.02),  # F16, BF16, F32
     Cost(8.0, kl=0.1, error=0.1),
-    Cost(6.0, kl=0.3, error=0.2),
+    Cost(6.0, kl=0.3, error=0.15),
     Cost(5.0, kl=0.6, error=0.3),
     Cost(4.0, kl=1.5, error=0.42),
-    Cost(3.0, kl=2.5, error=0.5),
-    Cost(0.0, kl=4.0, error=0.7),
+    Cost(3.0, kl=2.0, error=0.5),
+    Cost(0.0, kl=3.0, error=0.7),
 )
 
 
