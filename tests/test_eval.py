@@ -271,6 +271,8 @@ FAMILY = [
 def test_cliffs() -> None:
     assert cliffs(FAMILY) == {"Q2"}
     assert cliffs(FAMILY[:-1]) == set()
+    alike = result("Q4_0", 4.4, 0.11)  # nearly the size of Q4 and twice as far off: no cliff
+    assert cliffs([*FAMILY, alike]) == {"Q2"}
     small = [result("a", 8, 0.0001), result("b", 7, 0.01)]  # steep, but nothing is lost
     assert cliffs(small) == set()
 
