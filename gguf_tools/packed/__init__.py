@@ -61,7 +61,8 @@ def unpack(
         settings = HFConfig(found, where)
         parts = Parts(tensors, shown(folder))
         scheme.unpack(parts, settings)
-        return parts.result(), scheme.describe(settings)
+        described = scheme.describe(settings)
+        return parts.result(described), described
     return tensors, ""
 
 

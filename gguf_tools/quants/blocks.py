@@ -20,6 +20,7 @@ import numpy as np
 
 from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants.arithmetic import ordered_sum
+from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
 
 _LOADING = threading.Lock()
@@ -52,6 +53,7 @@ def block_quant(
     quantize_reference: Callable[[Floats], Array] | None = None,
     quantize_weighted_reference: Callable[[Floats, Floats], Array] | None = None,
     spread: Spread | None = None,
+    multiples: Multiples | None = None,
 ) -> QuantType:
     """The QuantType of a format given by functions on blocks.
 
@@ -98,6 +100,7 @@ def block_quant(
         dequantize_rows,
         quantize_rows_reference if can_quantize else None,
         quantize_rows if can_quantize else None,
+        multiples,
     )
     return quant
 
