@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from gguf_tools.command import run_command
+from runtime.eval_command import evaluate
 from runtime.measure_commands import bench, doctor
 from runtime.tokenize_command import tokenize
 
@@ -297,6 +298,7 @@ def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
     known = (run, bench, doctor, tokenize)
     commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
+    commands["eval"] = evaluate
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if command is not None:
         del sys.argv[1]
