@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
+    from gguf_tools.self_check import SelfCheck
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -190,6 +191,7 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
+    from contextlib import nullcontext
 
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
@@ -204,6 +206,7 @@ def convert(
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
+    from gguf_tools.quants.blocks import import_compilers
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
@@ -233,6 +236,8 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    if not dry_run:
+        import_compilers()
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -264,14 +269,15 @@ def convert(
         made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
         if not no_check and not lora_only:
             checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        losses = _write(
-            plan,
-            target,
-            threads=n_threads,
-            force=force,
-            check=checked.run if checked else None,
-            journal=journal,
-        )
+        with checked or nullcontext():
+            losses = _write(
+                plan,
+                target,
+                threads=n_threads,
+                force=force,
+                check=checked,
+                journal=journal,
+            )
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
     if checked is not None:
@@ -391,7 +397,7 @@ def _write(
     *,
     threads: int,
     force: bool,
-    check: Callable[[Path], None] | None,
+    check: "SelfCheck | None",
     journal: "Journal",
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
@@ -425,7 +431,15 @@ def _write(
         TimeRemainingColumn(),
     )
     total = sum(tensor.nbytes for tensor in plan.tensors)
-    steps = write_file(plan, target, threads=threads, force=force, check=check, journal=journal)
+    steps = write_file(
+        plan,
+        target,
+        threads=threads,
+        force=force,
+        begun=check.begin if check else None,
+        check=check.end if check else None,
+        journal=journal,
+    )
     try:
         with (
             Progress(

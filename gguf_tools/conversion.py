@@ -109,12 +109,14 @@ def convert(
     *,
     threads: int,
     force: bool = False,
+    begun: Callable[[Path], None] | None = None,
     check: Callable[[Path], None] | None = None,
     journal: Journal | None = None,
 ) -> Generator[Progress, None, None]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
-    `check` is called with the finished file before it gets its name; if it raises, no file is left.
+    `begun` is called with the file as soon as its metadata is there, which do not change any more;
+    `check` with the finished file before it gets its name; if one raises, no file is left.
     With a journal, what an earlier run with the same inputs wrote is kept, and what this one wrote
     is kept for the next if it is stopped; an error then says so.
     """
@@ -124,6 +126,8 @@ def convert(
         with GGUFWriter(
             path, metadata=plan.metadata, tensors=plan.specs, force=force, journal=journal
         ) as writer:
+            if begun is not None:
+                begun(writer.part)
             yield from _kept_bands(plan, writer.position)
             for progress, band in _quantised_bands(plan, threads, writer.position):
                 writer.write(progress.tensor.name, band.blocks)

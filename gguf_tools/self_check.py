@@ -10,13 +10,13 @@ becomes of it cannot hurt the conversion.
 import json
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from gguf_tools.errors import OutputError, printable
-from gguf_tools.vocab.agreement import compare
-from gguf_tools.vocab.trial import FAILURES, ask
+from gguf_tools.vocab.agreement import ask_for_comparison, read_agreement
+from gguf_tools.vocab.trial import FAILURES, Question
 
 RUNTIME = "runtime.file_check"  # a module with a main that answers with Findings
 TIME_LIMIT = (
@@ -43,16 +43,47 @@ class Source:
 
 
 class SelfCheck:
-    """The check as a step of a conversion; with `strict`, what is wrong is an error."""
+    """The check as a step of a conversion; with `strict`, what is wrong is an error.
+
+    For a `with` block: what needs no finished file runs beside the conversion, from `begin` on.
+    """
 
     def __init__(self, source: Source, output: Path, *, threads: int, strict: bool) -> None:
         self.findings: tuple[Finding, ...] = ()
         self._source, self._output = source, output
         self._threads, self._strict = threads, strict
+        self._tokenizer: Question | None = None
+        self._running: Question | None = None
 
-    def run(self, file: Path) -> None:
-        """Check `file`, which is to become the output."""
-        self.findings = check_file(file, self._source, threads=self._threads)
+    def __enter__(self) -> "SelfCheck":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for question in (self._tokenizer, self._running):
+            if question is not None:
+                question.close()
+
+    def begin(self, part: Path) -> None:
+        """Start with `part`, which is to become the output and has its metadata already."""
+        if self._source.is_checkpoint:
+            self._tokenizer = ask_for_comparison(self._source.path, part)
+        request = {
+            "file": str(part.resolve()),
+            "source": str(self._source.path.resolve()),
+            "is_checkpoint": self._source.is_checkpoint,
+            "adapters": self._source.adapters,
+            "threads": self._threads,
+        }
+        self._running = Question(RUNTIME, [json.dumps(request)], waits=True)
+
+    def end(self, file: Path) -> None:
+        """Wait for what comes of it: the file is finished, its metadata is what it was."""
+        self.findings = (self._check_tokenizer(), *self._check_running())
         if self._strict and self.problems:
             raise OutputError(
                 f"{printable(self._output, limit=1000)} was not written, as --strict asks: "
@@ -71,44 +102,27 @@ class SelfCheck:
     def details(self) -> list[str]:
         return [detail for finding in self.findings for detail in finding.details]
 
+    def _check_tokenizer(self) -> Finding:
+        if self._tokenizer is None:
+            return Finding("tokenizer carried over")
+        found = read_agreement(self._tokenizer)
+        if found.failure:
+            return Finding(f"tokenizer {found.describe()}", (f"tokenizer: {found.failure}",))
+        if found.differences:
+            return Finding(f"tokenizer differs: {found.describe()}", tuple(found.lines()))
+        compared = f"tokenizer: compared with {found.source}"
+        return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
-def check_file(file: Path, source: Source, *, threads: int) -> tuple[Finding, ...]:
-    """All parts of the check, each in a process of its own, at the same time."""
-    with ThreadPoolExecutor(1) as executor:
-        running = executor.submit(_check_running, file, source, threads)
-        tokenizer = _check_tokenizer(file, source)
-        return (tokenizer, *running.result())
-
-
-def _check_tokenizer(file: Path, source: Source) -> Finding:
-    if not source.is_checkpoint:
-        return Finding("tokenizer carried over")
-    agreement = compare(source.path, file)
-    lines = tuple(agreement.lines())
-    if agreement.failure:
-        return Finding(f"tokenizer {agreement.describe()}", (f"tokenizer: {agreement.failure}",))
-    if lines:
-        return Finding(f"tokenizer differs: {agreement.describe()}", lines)
-    text = f"tokenizer agrees on {agreement.n_texts} texts"
-    return Finding(text, details=(f"tokenizer: compared with {agreement.source}",))
-
-
-def _check_running(file: Path, source: Source, threads: int) -> tuple[Finding, ...]:
-    """The chat template and the logits."""
-    request = {
-        "file": str(file.resolve()),
-        "source": str(source.path.resolve()),
-        "is_checkpoint": source.is_checkpoint,
-        "adapters": source.adapters,
-        "threads": threads,
-    }
-    try:
-        return _read(ask(RUNTIME, [json.dumps(request)], seconds=TIME_LIMIT))
-    except subprocess.TimeoutExpired:
-        failure = f"it took longer than {TIME_LIMIT:.0f} seconds"
-    except (*FAILURES, TypeError, KeyError):
-        failure = "the process that was to run it ended early"
-    return (Finding("model not run", (f"the model could not be run: {failure}",)),)
+    def _check_running(self) -> tuple[Finding, ...]:
+        """The chat template and the logits."""
+        assert self._running is not None
+        try:
+            return _read(self._running.answer(seconds=TIME_LIMIT))
+        except subprocess.TimeoutExpired:
+            failure = f"it took longer than {TIME_LIMIT:.0f} seconds"
+        except (*FAILURES, TypeError, KeyError):
+            failure = "the process that was to run it ended early"
+        return (Finding("model not run", (f"the model could not be run: {failure}",)),)
 
 
 def _read(answer: Sequence[dict[str, object]]) -> tuple[Finding, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gguf_tools.errors import GGUFError, UnsupportedModelError
+from gguf_tools.errors import GGUFError
 from gguf_tools.self_check import Finding
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
@@ -60,6 +60,16 @@ class LayerError:
     limit: float
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the source's weights make of some tokens."""
+
+    ids: tuple[int, ...]
+    layers: Sequence[int] | None  # that were run; None: all
+    states: tuple[Floats, ...]  # hidden states before each layer, and after the last
+    logits: Floats
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A file against its source."""
@@ -71,12 +81,10 @@ class Comparison:
     whole: bool  # all layers were run, and the logits are those of the whole model
 
 
-def check_logits(source: Source, file: Source, ids: Sequence[int], *, threads: int) -> Finding:
-    """Run both; an architecture that has no decoder here is no problem of the file's."""
+def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
+    """The file against what its source gives."""
     try:
-        found = compare(source, file, ids, threads=threads, layers=choose_layers(file))
-    except UnsupportedModelError:
-        return Finding("not run: its architecture cannot be run yet")
+        found = compare(expected, file, threads=threads)
     except GGUFError as error:
         return Finding("not run", (f"the file cannot be run: {error}",))
     lightest, cost = lightest_type(file, "")
@@ -106,42 +114,50 @@ def check_logits(source: Source, file: Source, ids: Sequence[int], *, threads: i
     return Finding(text, tuple(problems), tuple(details))
 
 
-def compare(
+def run_source(
     source: Source,
-    file: Source,
     ids: Sequence[int],
     *,
     threads: int,
     layers: Sequence[int] | None = None,
-) -> Comparison:
-    """Run both on the same tokens; with `layers` only these, and the head."""
+) -> Expected:
+    """Run the source's own weights; with `layers` only these, and the head.
+
+    UnsupportedModelError where its architecture has no decoder here.
+    """
     n_tokens = len(ids)
     with LayerwiseModel(source, n_tokens=n_tokens, threads=threads, layers=layers) as model:
-        states = [model.embed(ids)]  # before each layer, and after the last
+        states = [model.embed(ids)]
         for index in range(len(model.program.layers)):
             states.append(model.layer(index, states[-1]))
-        expected = model.head(states[-1])
+        return Expected(tuple(ids), layers, tuple(states), model.head(states[-1]))
+
+
+def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
+    """Run the file on the same tokens."""
+    ids, layers, states = expected.ids, expected.layers, expected.states
+    n_tokens = len(ids)
     numbers = layers if layers is not None else range(len(states) - 1)
     errors = []
     with LayerwiseModel(file, n_tokens=n_tokens, threads=threads, layers=layers) as model:
         own = model.embed(ids)
-        for index, (number, before, after) in enumerate(
-            zip(numbers, states, states[1:], strict=False)
-        ):
+        for index, number in enumerate(numbers):
+            before, after = states[index], states[index + 1]
             error = _off(after - before, model.layer(index, before) - before)
             lightest, cost = lightest_type(file, f"blk.{number}.")
             errors.append(LayerError(number, error, lightest, cost.error))
             if layers is None:
                 own = model.layer(index, own)
         found = model.head(own if layers is None else states[-1])
-    same = int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
-    return Comparison(n_tokens, same, _divergence(expected, found), tuple(errors), layers is None)
+    same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())
+    kl = _divergence(expected.logits, found)
+    return Comparison(n_tokens, same, kl, tuple(errors), layers is None)
 
 
-def choose_layers(file: Source) -> list[int] | None:
+def choose_layers(source: Source) -> list[int] | None:
     """All (None), or of a large model the first and the last."""
-    n_weights = sum(tensor.n_elements for tensor in file.tensors.values())
-    numbers = [name.split(".")[1] for name in file.tensors if name.startswith("blk.")]
+    n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
+    numbers = [name.split(".")[1] for name in source.tensors if name.startswith("blk.")]
     n_layers = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
     if n_weights <= WHOLE_WEIGHTS or n_layers <= 2 * ENDS:
         return None

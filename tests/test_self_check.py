@@ -18,11 +18,11 @@ from gguf_tools.conversion import convert, plan_conversion
 from gguf_tools.errors import OutputError
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
-from gguf_tools.self_check import Finding, SelfCheck, Source, check_file
+from gguf_tools.self_check import Finding, SelfCheck, Source
 from runtime.decoders import DECODERS
-from runtime.file_check import open_source
+from runtime.file_check import check, open_source
 from runtime.layerwise import LayerwiseModel
-from runtime.logits_check import check_logits, choose_layers, compare
+from runtime.logits_check import check_logits, choose_layers, compare, run_source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
 from tests.architectures import FOLDER
@@ -84,8 +84,10 @@ def source_of(folder: Path, *adapters: str) -> Any:
 
 
 def logits_finding(folder: Path, path: Path, ids: list[int] = IDS) -> Finding:
+    source = source_of(folder)
+    expected = run_source(source, ids, threads=2, layers=choose_layers(source))
     with GGUFFile(path) as file:
-        return check_logits(source_of(folder), file, ids, threads=2)
+        return check_logits(expected, file, threads=2)
 
 
 # --- logits -------------------------------------------------------------------------------------
@@ -136,7 +138,8 @@ def test_the_layer_of_a_wrong_tensor_is_named(tmp_path: Path) -> None:
     path = converted(STORIES, tmp_path / "x.gguf", "F32")
     tampered(path, swap("blk.2.ffn_gate.weight", "blk.2.ffn_up.weight"))
     with GGUFFile(path) as file:
-        layers = compare(source_of(STORIES), file, IDS, threads=1).layers
+        expected = run_source(source_of(STORIES), IDS, threads=1)
+        layers = compare(expected, file, threads=1).layers
     assert [layer.number for layer in layers if layer.error > layer.limit] == [2]
     assert max(layer.error for layer in layers if layer.number != 2) < 1e-5
 
@@ -149,9 +152,10 @@ def test_adapters_are_merged_into_the_source_too(tmp_path: Path) -> None:
     done = run_convert(tmp_path, base, "--lora", adapter, "--type", "F32", "-o", target)
     assert done.returncode == 0, done.stderr
     with GGUFFile(target) as file:
-        merged = compare(source_of(base, adapter), file, ids, threads=1)
-        plain = compare(source_of(base), file, ids, threads=1)
-    errors = [max(layer.error for layer in found.layers) for found in (merged, plain)]
+        sources = source_of(base, adapter), source_of(base)
+        runs = [run_source(source, ids, threads=1) for source in sources]
+        found = [compare(expected, file, threads=1) for expected in runs]
+    errors = [max(layer.error for layer in each.layers) for each in found]
     assert errors[0] < 1e-5 < 1e-3 < errors[1]
 
 
@@ -160,7 +164,19 @@ def test_architecture_without_decoder_is_no_problem(
 ) -> None:
     path = converted(STORIES, tmp_path / "x.gguf")
     monkeypatch.delitem(DECODERS, "llama")
-    assert logits_finding(STORIES, path) == Finding("not run: its architecture cannot be run yet")
+    request = {"file": path, "source": STORIES, "is_checkpoint": True, "adapters": []}
+    found = check({**request, "threads": 1}, wait=lambda: None)
+    assert found == [
+        Finding("no chat template"),
+        Finding("not run: its architecture cannot be run yet"),
+    ]
+
+
+def test_source_that_is_gone(tmp_path: Path) -> None:
+    path = converted(STORIES, tmp_path / "x.gguf")
+    request = {"file": path, "source": tmp_path / "gone", "is_checkpoint": True, "adapters": []}
+    *_, found = check({**request, "threads": 1}, wait=lambda: None)
+    assert found.text == "logits not compared" and "no such folder" in found.problems[0]
 
 
 def test_large_models_are_run_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,10 +324,8 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     path = converted(STORIES, tmp_path / "x.gguf")
     source = Source(STORIES, is_checkpoint=True)
     monkeypatch.setattr(self_check, "RUNTIME", "runtime.nothing_of_the_kind")
-    *_, last = check_file(path, source, threads=1)
-    assert last.problems == (
-        "the model could not be run: the process that was to run it ended early",
-    )
-    check = SelfCheck(source, path, threads=1, strict=True)
-    with pytest.raises(OutputError, match=r"as --strict asks: the model could not be run"):
-        check.run(path)
+    with SelfCheck(source, path, threads=1, strict=True) as checked:
+        checked.begin(path)
+        with pytest.raises(OutputError, match=r"as --strict asks: the model could not be run"):
+            checked.end(path)
+    assert checked.line.endswith(", model not run")

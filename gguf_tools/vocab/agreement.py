@@ -15,12 +15,12 @@ from typing import Any
 
 from gguf_tools.encoders import TextEncoder, read_vocabulary
 from gguf_tools.errors import GGUFError, printable
-from gguf_tools.reader import GGUFFile
+from gguf_tools.reader import read_metadata
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.slow_files import MERGES_NAME, VOCAB_NAME, read_slow_files
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
-from gguf_tools.vocab.trial import FAILURES, MEMORY_LIMIT, ask, limit_memory
+from gguf_tools.vocab.trial import FAILURES, MEMORY_LIMIT, Question, limit_memory
 
 MODEL_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer_config.json"
 TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about six
@@ -69,9 +69,20 @@ class Agreement:
 
 def compare(folder: Path, file: Path) -> Agreement:
     """Encode the test texts with the checkpoint in `folder` and with the GGUF file."""
+    with ask_for_comparison(folder, file) as question:
+        return read_agreement(question)
+
+
+def ask_for_comparison(folder: Path, file: Path) -> Question:
+    """The comparison under way; of the file only the metadata need be there."""
     arguments = [str(folder.resolve()), str(file.resolve())]
+    return Question("gguf_tools.vocab.agreement", arguments)
+
+
+def read_agreement(question: Question) -> Agreement:
+    """What came of the comparison, which is waited for."""
     try:
-        answer = ask("gguf_tools.vocab.agreement", arguments, seconds=TIME_LIMIT)
+        answer = question.answer(seconds=TIME_LIMIT)
         differences = tuple(
             Difference(text, tuple(expected), tuple(found))
             for text, expected, found in answer["differences"]
@@ -89,9 +100,8 @@ def main(arguments: Sequence[str]) -> int:
     folder, file = map(Path, arguments)
     answer: dict[str, Any] = {"source": "", "differences": [], "failure": ""}
     try:
-        with GGUFFile(file) as opened:
-            limit_memory(MEMORY_LIMIT + opened.file_size)
-            vocabulary = read_vocabulary(opened.metadata)
+        limit_memory(MEMORY_LIMIT + file.stat().st_size)
+        vocabulary = read_vocabulary(read_metadata(file))
         encoder = TextEncoder(vocabulary)
         source, expected = source_encoder(folder)
         special = source != MODEL_NAME  # SentencePiece's library finds no special token in a text
