@@ -3,6 +3,10 @@
 Weights stay where they are, in the mapped file. One call runs one batch: n_threads - 1 parked
 Python threads are woken, and all run the same table (runtime/kernels/interpreter.py). The calling
 thread never waits for one that has not woken: it does all the work that nobody else has claimed.
+
+A few tokens at once need kernels of their own, which are compiled in the background when such a
+batch is first met. Until then, or where no folder can keep them, the tokens go one after the other.
+That takes longer and gives the same logits to the bit.
 """
 
 from __future__ import annotations
@@ -12,14 +16,15 @@ import ctypes
 import numpy as np
 import numpy.typing as npt
 
-from gguf_tools.jit import Kernel
+from gguf_tools.jit import Background, Kernel
 from runtime.backends.crew import Crew, ReadyTable
-from runtime.backends.lowering import HostProduct, Lowering
+from runtime.backends.frame import Batch
+from runtime.backends.lowering import HostProduct, Lowering, host_type
 from runtime.backends.memory import Arena, Memory, Place, make_caches
-from runtime.backends.needs import needed_kernels, scratch_bytes
+from runtime.backends.needs import few_kernels, needed_kernels, scratch_bytes
 from runtime.backends.reference import expert_matmul, matmul
 from runtime.backends.table import Table
-from runtime.kernels import attention
+from runtime.kernels import attention, experts
 from runtime.kernels.interpreter import (
     EPOCH,
     N_CHUNKS,
@@ -32,10 +37,11 @@ from runtime.kernels.interpreter import (
     STATE_FIELDS,
 )
 from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
-from runtime.kernels.matmul import COLUMNS
+from runtime.kernels.matmul import COLUMNS, FEW_TOKENS
 from runtime.program import ExpertMatMul, Floats, Program
 
-FEW_TOKENS = 4  # up to here one after the other: a tile costs as much as 4 tokens to set up
+Parts = list[ReadyTable | HostProduct]
+
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
@@ -64,14 +70,18 @@ class CPUBackend:
         }
         caches = make_caches(arena, program.caches, kv, n_positions)
         memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)
-        one, many = (Lowering(program, memory, one_token=flag) for flag in (True, False))
-        body = [step for layer in program.layers for step in layer]
-        self._decode = _ready(arena, one.lower([*body, *program.head]))
-        self._body_one = _ready(arena, one.lower(body))
-        self._prompt = _ready(arena, many.lower(body))
+        one, many = (Lowering(program, memory, batch) for batch in (Batch.ONE, Batch.MANY))
+        self._memory = memory
+        self._body = [step for layer in program.layers for step in layer]
+        self._decode = _ready(arena, one.lower([*self._body, *program.head]))
+        self._body_one = _ready(arena, one.lower(self._body))
+        self._prompt = _ready(arena, many.lower(self._body))
         self._head_one = _ready(arena, one.lower(program.head))
         self._head_many = _ready(arena, many.lower(program.head))
         self._one_places, self._many_places = one.frame.places, many.frame.places
+        self._few = few_tokens(program)
+        self._few_kernels = Background(few_kernels(program))
+        self._few_tables: tuple[Parts, Parts] | None = None  # body and head
         slow = sorted(one.host_types)
         self.notes: tuple[str, ...] = ()
         if slow:
@@ -91,6 +101,14 @@ class CPUBackend:
         """The kernels that `program` needs, the slowest to compile first."""
         return needed_kernels(program, kv_type)
 
+    def _tables_for_few(self) -> tuple[Parts, Parts] | None:
+        """Body and head for a few tokens, once their kernels are compiled."""
+        if self._few_tables is None and self._few_kernels.is_done():
+            lowering = Lowering(self.program, self._memory, Batch.FEW)
+            body, head = (lowering.lower(steps) for steps in (self._body, self.program.head))
+            self._few_tables = _ready(self._arena, body), _ready(self._arena, head)
+        return self._few_tables
+
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
         stride = (width + 31) // 32 * 32 + 48
@@ -99,20 +117,24 @@ class CPUBackend:
         return Place(arena.hold(block), 0, stride * 4)
 
     def run(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
-        if len(ids) <= FEW_TOKENS:
-            return self._run_one_by_one(ids, start, n_outputs)
         n, dim = len(ids), self.program.buffers["x"]
+        body, head = self._prompt, self._head_many
+        if n <= self._few:
+            few = self._tables_for_few() if n > 1 else None
+            if few is None:
+                return self._run_one_by_one(ids, start, n_outputs)
+            body, head = few
         n_vocab = self.program.buffers["logits"]
         hidden = self._buffers["x"]
         hidden[:n, :dim] = self.program.embed(ids, start)
-        self._execute(self._prompt, n, start)
+        self._execute(body, n, start)
         logits = np.empty((n_outputs, n_vocab), np.float32)
         for first in range(0, n_outputs, HEAD_ROWS):
             rows = min(HEAD_ROWS, n_outputs - first)
             row = n - n_outputs + first
             if row:
                 hidden[:rows] = hidden[row : row + rows].copy()
-            self._execute(self._head_one if rows == 1 else self._head_many, rows, start + row)
+            self._execute(self._head_one if rows == 1 else head, rows, start + row)
             logits[first : first + rows] = self._buffers["logits"][:rows, :n_vocab]
         return logits
 
@@ -128,9 +150,10 @@ class CPUBackend:
         return logits
 
     def close(self) -> None:
+        self._few_kernels.close()
         self._crew.close()
 
-    def _execute(self, parts: list[ReadyTable | HostProduct], n_tokens: int, start: int) -> None:
+    def _execute(self, parts: Parts, n_tokens: int, start: int) -> None:
         for part in parts:
             if isinstance(part, HostProduct):
                 self._multiply(part, n_tokens)
@@ -145,8 +168,8 @@ class CPUBackend:
 
     def _chunks(self, n_tokens: int, start: int) -> int:
         """Attention's pieces of a KV head's work, at most, over all layers."""
-        if n_tokens == 1:
-            return attention.chunk_count(start + 1)
+        if n_tokens <= self._few:
+            return n_tokens * attention.chunk_count(start + n_tokens)
         sizes = {attention.query_tokens(s.n_heads // s.n_kv_heads) for s in self.program.caches}
         return -(-n_tokens // min(sizes))
 
@@ -165,6 +188,17 @@ class CPUBackend:
         _view(places[step.target], n_tokens, width)[:] = product
 
 
+def few_tokens(program: Program) -> int:
+    """How many tokens, at most, are computed as each of them would be alone.
+
+    NumPy's products depend on their number; experts take so many by matvec.
+    """
+    if any(host_type(step) for step in program.steps):
+        return 1
+    mixed = any(isinstance(step, ExpertMatMul) for step in program.steps)
+    return min(FEW_TOKENS, experts.FEW) if mixed else FEW_TOKENS
+
+
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
     """A buffer as NumPy sees it; the first thread's where each thread has its own."""
     size = place.token_stride // 4
@@ -173,7 +207,7 @@ def _view(place: Place, n_tokens: int, width: int) -> Floats:
     return rows[:, :width]
 
 
-def _ready(arena: Arena, parts: list[Table | HostProduct]) -> list[ReadyTable | HostProduct]:
+def _ready(arena: Arena, parts: list[Table | HostProduct]) -> Parts:
     return [
         ReadyTable(part.array(), arena.zeros(len(part.rows) * PROGRESS_BYTES))
         if isinstance(part, Table)
