@@ -41,6 +41,14 @@ class DeviceError(GGUFError):
     """The device asked for is absent or too small; says what would fit."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A device has no room for what it was to hold; fewer layers may fit."""
+
+
+class DeviceLostError(DeviceError):
+    """A device stopped answering: it was unplugged or reset, or its driver failed."""
+
+
 class ContextFullError(GGUFError):
     """The conversation outgrew the context."""
 

@@ -43,7 +43,6 @@ from gguf_tools.vectors import (
     I64,
     SCALARS,
     VECTORS,
-    X86,
     Vector,
     emit_call,
     emit_convert,
@@ -375,23 +374,6 @@ def dpbusd7(typingctx, total, unsigned, signed):
         return emit_dot(b, *args, small=True)
 
     return total(total, unsigned, signed), emit
-
-
-@intrinsic
-def pmaddwd(typingctx, x, y):
-    """i16 lanes multiplied, neighbours added: i32 lanes, half as many."""
-    result = VECTORS[f"i32x{x.lanes // 2}"]
-    names = {8: "llvm.x86.sse2.pmadd.wd", 16: "llvm.x86.avx2.pmadd.wd"}
-
-    def emit(context, b, sig, args):
-        if X86 and x.lanes in names:
-            return emit_call(b, names[x.lanes], result.llvm(), args)
-        wide = ir.VectorType(I32, x.lanes)
-        products = b.mul(b.sext(args[0], wide), b.sext(args[1], wide))
-        even = emit_shuffle(b, products, None, range(0, x.lanes, 2))
-        return b.add(even, emit_shuffle(b, products, None, range(1, x.lanes, 2)))
-
-    return result(x, x), emit
 
 
 # --- shuffles --------------------------------------------------------------------------------

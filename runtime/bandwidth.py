@@ -3,42 +3,57 @@
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from runtime.kernels.bandwidth import STEP, read_memory
+from runtime.kernels.bandwidth import read_memory
 
 SECONDS = 0.4  # one measurement
-PASSES = 3  # at least, however slow they are
+PASSES = 4  # over the buffer, for one figure
+PIECE = 4 << 20  # bytes that a thread reads at a time
 CACHES = 4  # the buffer is this many times the last-level caches
 SMALLEST, LARGEST = 256 << 20, 1 << 30  # bytes
 UNKNOWN_CACHE = 64 << 20
 
 
-def measure_bandwidth(n_threads: int) -> float:
-    """Bytes per second that n_threads read together from memory: the best of several passes."""
-    share = buffer_size() // n_threads // STEP * STEP
-    buffer = np.empty((n_threads, share), np.uint8)
-    results = np.empty((n_threads, 16), np.int64)
+class MemoryReader:
+    """Memory well beyond the caches, for threads to read together."""
 
-    def fill(i: int) -> None:
+    def __init__(self) -> None:
+        self._buffer = np.empty(buffer_size() // PIECE * PIECE, np.uint8)
         # Memory never written to is one page of zeros that stays in the cache.
-        buffer[i] = 1
+        self._buffer[:] = 1
+        read_memory(self._buffer.ctypes.data, 0, np.empty(8, np.int64).ctypes.data)  # compiles it
 
-    def read(i: int) -> None:
-        read_memory(buffer[i].ctypes.data, share, results[i].ctypes.data)
+    def speed(self, n_threads: int) -> float:
+        """Bytes per second that n_threads read together, in PASSES passes.
 
-    read_memory(buffer.ctypes.data, 0, results.ctypes.data)  # compiles it
-    _run_together(fill, n_threads)
-    fastest = _run_together(read, n_threads)
+        They take pieces in turn, as they take parts of a product: one that a busy machine holds
+        up leaves more to the others.
+        """
+        pieces = PASSES * len(self._buffer) // PIECE
+        claims = count()
+        results = np.empty((n_threads, 16), np.int64)
+
+        def read(i: int) -> None:
+            while (piece := next(claims)) < pieces:
+                address = self._buffer.ctypes.data + piece * PIECE % len(self._buffer)
+                read_memory(address, PIECE, results[i].ctypes.data)
+
+        return pieces * PIECE / _run_together(read, n_threads)
+
+
+def measure_bandwidth(n_threads: int) -> float:
+    """Bytes per second that n_threads read together from memory: the best of a short time."""
+    reader = MemoryReader()
     end = time.perf_counter() + SECONDS
-    passes = 1
-    while passes < PASSES or time.perf_counter() < end:
-        fastest = min(fastest, _run_together(read, n_threads))
-        passes += 1
-    return share * n_threads / fastest
+    best = reader.speed(n_threads)
+    while time.perf_counter() < end:
+        best = max(best, reader.speed(n_threads))
+    return best
 
 
 def buffer_size() -> int:

@@ -1,7 +1,9 @@
 """Measuring a model: how many tokens a second it reads and writes, case by case.
 
 The cases are measured in turn, round after round, so that whatever else the machine does meanwhile
-falls on all of them alike. A case's speed is the median of its rounds.
+falls on all of them alike. A case's speed is the median of its rounds. Decoding is held against
+plain reading of memory just before and after it: how fast that is changes while others use the
+machine.
 """
 
 import statistics
@@ -17,6 +19,7 @@ from gguf_tools.cores import default_threads
 from gguf_tools.describe import count_parameters, short_count, short_size
 from gguf_tools.errors import ContextFullError, GGUFError, printable
 from gguf_tools.reader import GGUFFile
+from runtime.bandwidth import MemoryReader
 from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program
 from runtime.doctor import processor_name
@@ -57,6 +60,16 @@ class Measurement:
     tokens_per_second: float
     spread: float  # tokens/s
     bytes_per_second: float
+    read_bandwidth: float | None  # bytes/s that plain reading got beside it; None for prompts
+    bandwidth_share: float | None  # of that, in the median round
+
+
+@dataclass(frozen=True)
+class Round:
+    """A case measured once."""
+
+    seconds: float
+    bandwidth: float | None  # bytes/s of plain reading, just before and after
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,8 @@ def measure(
     ordered = sorted(cases, key=lambda case: (case.threads, case.depth, case.tokens))
     thread_counts = sorted({case.threads for case in cases})
     total = len(thread_counts) + repeat * len(cases)
-    seconds: dict[Case, list[float]] = {case: [] for case in cases}
+    rounds: dict[Case, list[Round]] = {case: [] for case in cases}
+    memory = MemoryReader()
     if any(1 < case.tokens % BATCH <= FEW_TOKENS for case in cases if case.phase == PROMPT):
         for _ in compile_kernels(few_kernels(program)):
             pass
@@ -173,9 +187,23 @@ def measure(
             for index, case in enumerate(ordered):
                 done = len(thread_counts) + turn * len(cases) + index
                 yield Step(f"round {turn + 1} of {repeat}: {case}", done, total)
-                seconds[case].append(time_case(models[case.threads], case, ids))
+                rounds[case].append(_measure_once(models[case.threads], case, ids, memory))
     for case in cases:
-        yield _summarise(case, seconds[case], bytes_read(program, case, kv_type))
+        yield summarise(case, rounds[case], bytes_read(program, case, kv_type))
+
+
+def summarise(case: Case, rounds: Sequence[Round], n_bytes: int) -> Measurement:
+    """Medians of `rounds`, of a case that reads n_bytes."""
+    speeds = [case.tokens / max(each.seconds, 1e-9) for each in rounds]
+    speed = statistics.median(speeds)
+    spread = max(abs(each - speed) for each in speeds)
+    beside = [each.bandwidth for each in rounds if each.bandwidth is not None]
+    bandwidth = share = None
+    if beside:
+        bandwidth = statistics.median(beside)
+        reads = [n_bytes / case.tokens * each for each in speeds]
+        share = statistics.median(a / b for a, b in zip(reads, beside, strict=True))
+    return Measurement(case, speed, spread, n_bytes * speed / case.tokens, bandwidth, share)
 
 
 def bytes_read(program: Program, case: Case, kv_type: str = "f16") -> int:
@@ -212,38 +240,44 @@ def _weight_bytes(step: Instruction, n_tokens: int) -> int:
 
 def to_json(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
     """The list that `gguf bench --json` prints."""
-    objects = []
-    for measurement in measurements:
-        numbers = asdict(measurement)
-        objects.append({**numbers.pop("case"), **numbers})
-    return objects
+    return [
+        {
+            **asdict(measurement.case),
+            "tokens_per_second": measurement.tokens_per_second,
+            "spread": measurement.spread,
+            "bytes_per_second": measurement.bytes_per_second,
+        }
+        for measurement in measurements
+    ]
 
 
-def describe(file: GGUFFile, bandwidths: dict[int, float]) -> Iterator[str]:
+def describe(file: GGUFFile, measurements: Iterable[Measurement]) -> Iterator[str]:
     """What is measured and on what: the lines above a table."""
     weights = short_count(count_parameters(file))
     size = short_size(file.file_size)
     yield f"{printable(file.path.name)}: {weights} parameters, {main_type(file)}, {size}"
+    name = printable(processor_name())
+    bandwidths: dict[int, list[float]] = {}
+    for measurement in measurements:
+        if measurement.read_bandwidth is not None:
+            bandwidths.setdefault(measurement.case.threads, []).append(measurement.read_bandwidth)
     reads = ", ".join(
-        f"{speed / 1e9:.1f} GB/s with {count(threads, 'thread')}"
-        for threads, speed in bandwidths.items()
+        f"{statistics.median(speeds) / 1e9:.1f} GB/s with {count(threads, 'thread')}"
+        for threads, speeds in sorted(bandwidths.items())
     )
-    yield f"{printable(processor_name())}: reads memory at {reads}"
+    yield f"{name}: reads memory at {reads}" if reads else name
 
 
-def table_rows(
-    measurements: Iterable[Measurement], bandwidths: dict[int, float]
-) -> Iterator[tuple[str, ...]]:
+def table_rows(measurements: Iterable[Measurement]) -> Iterator[tuple[str, ...]]:
     """One row of texts under HEADER for each measurement.
 
-    `bandwidths` are bytes/s by number of threads. Only decoding is held against them: reading a
-    prompt is bound by arithmetic.
+    Only decoding is held against plain reading: reading a prompt is bound by arithmetic.
     """
     for measurement in measurements:
         case, read, share = measurement.case, "", ""
-        if case.phase == DECODE:
+        if measurement.bandwidth_share is not None:
             read = f"{measurement.bytes_per_second / 1e9:.1f}"
-            share = f"{measurement.bytes_per_second / bandwidths[case.threads]:.0%}"
+            share = f"{measurement.bandwidth_share:.0%}"
         speeds = f"{measurement.tokens_per_second:.1f}", f"{measurement.spread:.1f}"
         numbers = (str(n) for n in (case.tokens, case.depth, case.threads))
         yield case.phase, *numbers, *speeds, read, share
@@ -281,8 +315,9 @@ def time_case(model: Model, case: Case, ids: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def _summarise(case: Case, seconds: Sequence[float], n_bytes: int) -> Measurement:
-    speeds = [case.tokens / max(each, 1e-9) for each in seconds]
-    speed = statistics.median(speeds)
-    spread = max(abs(each - speed) for each in speeds)
-    return Measurement(case, speed, spread, n_bytes * speed / case.tokens)
+def _measure_once(model: Model, case: Case, ids: list[int], memory: MemoryReader) -> Round:
+    if case.phase == PROMPT:
+        return Round(time_case(model, case, ids), None)
+    before = memory.speed(case.threads)
+    seconds = time_case(model, case, ids)
+    return Round(seconds, (before + memory.speed(case.threads)) / 2)

@@ -1,4 +1,4 @@
-"""The commands on models: `run`, `bench` and `doctor`; `tokenize` has a file of its own.
+"""The commands on models: `run`, `bench` and `doctor`; `tokenize` and `eval` have their own files.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from gguf_tools.command import run_command
+from runtime.eval_command import evaluate
 from runtime.tokenize_command import tokenize
 
 if TYPE_CHECKING:
@@ -305,7 +306,6 @@ def bench(
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.models_by_name import find_model
     from gguf_tools.reader import GGUFFile
-    from runtime.bandwidth import measure_bandwidth
     from runtime.bench_terminal import draw_progress, draw_table
     from runtime.config import read_config
     from runtime.decoders import check_architecture
@@ -324,9 +324,8 @@ def bench(
         if json:
             print(dumps(measuring.to_json(results), indent=2))
             return
-        bandwidths = {n: measure_bandwidth(n) for n in sorted({case.threads for case in cases})}
-        print("\n".join(measuring.describe(opened, bandwidths)), end="\n\n")
-        rows = list(measuring.table_rows(results, bandwidths))
+        print("\n".join(measuring.describe(opened, results)), end="\n\n")
+        rows = list(measuring.table_rows(results))
         if markdown:
             print("\n".join(measuring.markdown(rows)))
         else:
@@ -365,6 +364,7 @@ def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
     known = (run, bench, doctor, tokenize)
     commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
+    commands["eval"] = evaluate
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
     if command is not None:
         del sys.argv[1]

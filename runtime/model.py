@@ -14,7 +14,8 @@ from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
 from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program, check_architecture
-from runtime.program import Floats, Program
+from runtime.program import Floats, Stage
+from runtime.stages import Pipeline, cut_program
 
 DEFAULT_CONTEXT = 8192  # at most, when the user names none: the KV cache costs memory
 BACKENDS = ("cpu", "reference")
@@ -29,13 +30,13 @@ class Model:
     """Reads tokens and gives logits; remembers them in the KV cache until truncated."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, *, n_ctx: int, n_threads: int, n_batch: int
+        self, config: ModelConfig, pipeline: Pipeline, *, n_ctx: int, n_threads: int, n_batch: int
     ) -> None:
         self.config = config
         self.n_ctx = n_ctx
         self.n_threads = n_threads
         self.tokens: list[int] = []
-        self._backend = backend
+        self._pipeline = pipeline
         self._n_batch = n_batch
 
     @classmethod
@@ -77,21 +78,26 @@ class Model:
         program = build_program(file, config, n_ctx=size, in_memory=in_memory)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
-        runner = _make_backend(
-            backend,
-            program,
-            n_ctx=size,
-            n_threads=n_threads,
-            n_batch=n_batch,
-            kv_type=kv_type,
-            on_compile=on_compile,
-        )
-        return cls(config, runner, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
+
+        def make(place: int, stage: Stage) -> Backend:
+            return _make_backend(
+                backend,
+                stage,
+                n_ctx=size,
+                n_threads=n_threads,
+                n_batch=n_batch,
+                kv_type=kv_type,
+                on_compile=on_compile,
+            )
+
+        cut = cut_program(program, [0] * len(program.steps))
+        pipeline = Pipeline.open(program, cut, make)
+        return cls(config, pipeline, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks for the user, each worth saying once."""
-        return self._backend.notes
+        return self._pipeline.notes
 
     @_damaged_weights
     def forward(self, ids: Sequence[int], *, all_logits: bool = False) -> Floats:
@@ -116,7 +122,7 @@ class Model:
             batch = tokens[first : first + self._n_batch]
             last = first + len(batch) == len(tokens)
             n_outputs = len(batch) if all_logits else int(last)
-            wanted.append(self._backend.run(batch, held + first, n_outputs))
+            wanted.append(self._pipeline.run(batch, held + first, n_outputs))
             self.tokens.extend(batch.tolist())
         return np.concatenate(wanted) if all_logits else wanted[-1][0]
 
@@ -127,7 +133,7 @@ class Model:
         del self.tokens[n:]
 
     def close(self) -> None:
-        self._backend.close()
+        self._pipeline.close()
         self.tokens.clear()
 
     def __enter__(self) -> Model:
@@ -155,7 +161,7 @@ def _check_room(file: GGUFFile) -> None:
 
 def _make_backend(
     name: str,
-    program: Program,
+    stage: Stage,
     *,
     n_ctx: int,
     n_threads: int,
@@ -166,11 +172,11 @@ def _make_backend(
     if name == "reference":
         from runtime.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(program, n_ctx=n_ctx)
+        return ReferenceBackend(stage, n_ctx=n_ctx)
     from gguf_tools.jit import compile_kernels
     from runtime.backends.cpu import CPUBackend
 
-    for done, total in compile_kernels(CPUBackend.kernels(program, kv_type)):
+    for done, total in compile_kernels(CPUBackend.kernels(stage, kv_type)):
         if on_compile is not None:
             on_compile(done, total)
-    return CPUBackend(program, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, kv_type=kv_type)
+    return CPUBackend(stage, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, kv_type=kv_type)

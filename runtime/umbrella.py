@@ -11,6 +11,7 @@ import typer
 import gguf_tools.cli
 import gguf_tools.file_commands
 import runtime.cli
+import runtime.eval_command
 import runtime.tokenize_command
 from gguf_tools.command import run_command
 
@@ -31,6 +32,7 @@ app.command()(runtime.cli.run)
 app.command()(runtime.cli.bench)
 app.command()(runtime.cli.doctor)
 app.command()(runtime.tokenize_command.tokenize)
+app.command("eval")(runtime.eval_command.evaluate)
 
 
 def main() -> NoReturn:

@@ -20,7 +20,8 @@ from runtime.kernels.kv_cache import KV_TYPES
 from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.model import Model
-from runtime.program import KVShape, Scale
+from runtime.program import KVShape, Program, Scale
+from runtime.stages import whole
 from tests.programs import compile_all, mixture, program_of
 from tests.tiny import llama_file
 
@@ -104,26 +105,36 @@ def test_a_few_tokens_share_a_step() -> None:
     experts = mixture(np.random.default_rng(2), quant="Q8_0")
     for program, most in ((gated, FEW_TOKENS), (experts, EXPERTS_AT_ONCE)):
         compile_all(few_kernels(program))
-        backend = CPUBackend(program, n_ctx=64, n_threads=2, n_batch=16)
-        assert few_tokens(program) == most
-        backend.run(np.arange(most + 1), 0, 1)
+        stage = whole(program)
+        backend = CPUBackend(stage, n_ctx=64, n_threads=2, n_batch=16)
+        assert few_tokens(stage) == most
+        read(backend, program, 0, most + 1)
         assert backend._few_tables is None
-        together = backend.run(np.arange(most), 0, most)
+        together = read(backend, program, 0, most)
         assert backend._few_tables is not None
-        single = [backend.run(np.arange(i, i + 1), i, 1) for i in range(most)]
+        single = [read(backend, program, i, i + 1) for i in range(most)]
         assert np.array_equal(together, np.concatenate(single))
         backend.close()
 
 
+def read(backend: CPUBackend, program: Program, first: int, end: int) -> np.ndarray:
+    """The logits after each of some positions, whose tokens have the same numbers."""
+    values = {"x": program.embed(np.arange(first, end), first)}
+    return backend.run(0, values, first, end - first)["logits"]
+
+
 WITHOUT_FOLDER = """
 import numpy as np
-from runtime.program import Scale
-from tests.programs import program_of
 from runtime.backends.cpu import CPUBackend
-backend = CPUBackend(program_of([Scale("x", 0.5)], 40), n_ctx=64, n_threads=1, n_batch=16)
-together = backend.run(np.arange(5), 0, 5)
+from runtime.program import Scale
+from runtime.stages import whole
+from tests.programs import program_of
+from tests.test_backends import read
+program = program_of([Scale("x", 0.5)], 40)
+backend = CPUBackend(whole(program), n_ctx=64, n_threads=1, n_batch=16)
+together = read(backend, program, 0, 5)
 assert backend._few_tables is None
-single = [backend.run(np.arange(i, i + 1), i, 1) for i in range(5)]
+single = [read(backend, program, i, i + 1) for i in range(5)]
 assert np.array_equal(together, np.concatenate(single))
 backend.close()
 """

@@ -17,12 +17,14 @@ from runtime.bench import (
     Case,
     Measurement,
     Note,
+    Round,
     Step,
     bytes_read,
     make_cases,
     markdown,
     measure,
     parse_counts,
+    summarise,
     table_rows,
     time_case,
     to_json,
@@ -157,6 +159,8 @@ def test_events(small: Path) -> None:
     for result in results:
         assert result.tokens_per_second > 0 and result.bytes_per_second > 0
         assert result.spread >= 0
+        held_against_reading = result.read_bandwidth is not None
+        assert held_against_reading == (result.case.phase == "decode")
     assert not [event for event in events if isinstance(event, Note)]
 
 
@@ -164,6 +168,19 @@ def test_one_round_has_no_spread_and_one_token_is_enough(small: Path) -> None:
     with GGUFFile(small) as file:
         *_, result = measure(file, [Case("decode", 1, 0, 1)], repeat=1)
     assert isinstance(result, Measurement) and result.spread == 0
+    assert result.read_bandwidth is not None and result.bandwidth_share is not None
+    share = result.bytes_per_second / result.read_bandwidth
+    assert result.bandwidth_share == pytest.approx(share)
+
+
+def test_a_round_is_held_against_the_reading_beside_it() -> None:
+    """Of three rounds the machine was busy in two: the shares say nothing of it."""
+    seconds, bandwidths = (1.0, 2.0, 2.5), (100.0, 50.0, 40.0)
+    rounds = [Round(*pair) for pair in zip(seconds, bandwidths, strict=True)]
+    result = summarise(Case("decode", 10, 0, 1), rounds, n_bytes=80)
+    assert (result.tokens_per_second, result.spread) == (5, 5)
+    assert (result.bytes_per_second, result.read_bandwidth) == (40, 50)
+    assert result.bandwidth_share == pytest.approx(0.8)
 
 
 def test_models_tell_their_notes(tmp_path: Path) -> None:
@@ -203,8 +220,8 @@ def test_bytes_read(tmp_path: Path, small: Path) -> None:
 # --- how it is shown -------------------------------------------------------------------------
 
 RESULTS = [
-    Measurement(Case("prompt", 512, 0, 1), 1000.04, 5.0, 2e9),
-    Measurement(Case("decode", 64, 1024, 2), 123.4, 0.44, 30e9),
+    Measurement(Case("prompt", 512, 0, 1), 1000.04, 5.0, 2e9, None, None),
+    Measurement(Case("decode", 64, 1024, 2), 123.4, 0.44, 30e9, 40e9, 0.754),
 ]
 
 
@@ -215,7 +232,7 @@ def test_json_objects() -> None:
 
 
 def test_rows_and_markdown() -> None:
-    rows = list(table_rows(RESULTS, {1: 40e9, 2: 40e9}))
+    rows = list(table_rows(RESULTS))
     assert rows == [
         ("prompt", "512", "0", "1", "1000.0", "5.0", "", ""),
         ("decode", "64", "1024", "2", "123.4", "0.4", "30.0", "75%"),

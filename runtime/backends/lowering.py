@@ -1,6 +1,6 @@
-"""From a program to tables of operations for the compiled interpreter.
+"""From a stage of a program to tables of operations for the compiled interpreter.
 
-A program is lowered for one token (decode), for a few, and for many (prompt). What differs:
+A stage is lowered for one token (decode), for a few, and for many (prompt). What differs:
 
 - One token: norms, attention's last step and the quantising of activations are cheap, so every
   thread does them for itself in memory of its own rather than wait for another; products are
@@ -18,13 +18,13 @@ rows that the format's definition decodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gguf_tools.jit import Kernel
-from runtime.backends.flow import PARTIALS, read_by, unknown, written_by
+from runtime.backends.flow import PARTIALS, unknown, width_written, written_by
 from runtime.backends.frame import EACH, Batch, Frame, row_groups
 from runtime.backends.memory import Memory
 from runtime.backends.mixture import Mixture
@@ -45,13 +45,13 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
-    Program,
     RMSNorm,
     Rope,
     Route,
     Scale,
     SigmoidScale,
     SoftCap,
+    Stage,
     StoreKV,
 )
 
@@ -67,21 +67,25 @@ class HostProduct:
 class Lowering:
     """Lowers runs of instructions, for batches of one size, over the same memory."""
 
-    def __init__(self, program: Program, memory: Memory, batch: Batch) -> None:
+    def __init__(self, stage: Stage, memory: Memory, batch: Batch) -> None:
         self.memory = memory
         self.host_types: set[str] = set()
         # A late thread leaves a table that the caller has left for a product of the host: what it
         # was to make for itself there, the next table would miss.
-        owns = batch is Batch.ONE and not any(host_type(step) for step in program.steps)
-        self.frame = Frame(program, memory, batch, owns=owns)
+        owns = batch is Batch.ONE and not any(host_type(step) for step in stage.steps)
+        self.frame = Frame(stage, memory, batch, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
         self._ropes: dict[int, tuple[int, int]] = {}
         self._partials = 0
 
-    def lower(self, steps: Iterable[Instruction]) -> list[Table | HostProduct]:
-        """Tables, and products for the host between them."""
+    def lower(
+        self, steps: Iterable[Instruction], given: Mapping[str, int]
+    ) -> list[Table | HostProduct]:
+        """Tables, and products for the host between them; `given` are the widths of inputs."""
         self._forms.clear()
+        for name, width in given.items():
+            self.frame.set_width(name, width)
         table = Table()
         parts: list[Table | HostProduct] = [table]
         for step in steps:
@@ -103,18 +107,9 @@ class Lowering:
         if target is None:
             return
         self._forms.written(target)
-        match step:
-            case MatMul():
-                frame.set_width(target, step.matrix.n_rows)
-            case ExpertMatMul():
-                frame.set_width(target, step.n_used * step.experts[0].n_rows)
-            case ExpertSum():
-                frame.set_width(target, frame.width(step.source) // step.n_used)
-            case RMSNorm() | LayerNorm() | Gate():
-                frame.set_width(target, frame.width(read_by(step)[0]))
-            case Attend():
-                shape = self.memory.caches[step.layer].shape
-                frame.set_width(target, shape.n_heads * shape.value_dim)
+        width = width_written(step, frame.width, frame.stage.caches)
+        if width is not None:
+            frame.set_width(target, width)
 
     # --- one instruction -----------------------------------------------------------------
 
@@ -295,7 +290,7 @@ class Lowering:
         """Each token by itself."""
         shape = self.memory.caches[step.layer].shape
         kv = self.memory.kv
-        sizes = ((s.n_heads, s.value_dim) for s in self.frame.program.caches)
+        sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
         stride = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
         if not self._partials:
             n_tokens = 1 if self.frame.one_token else FEW_TOKENS

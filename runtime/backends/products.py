@@ -57,9 +57,10 @@ def lower_product(frame: Frame, forms: Forms, table: Table, step: MatMul) -> Non
 def _matvec(frame: Frame, forms: Forms, table: Table, step: MatMul, kernels: FormatKernels) -> None:
     matrix, source = step.matrix, frame.places[step.source]
     accesses = frame.access(step.target, columns(matrix.n_rows), written=True)
+    # Also where each thread reads bytes of its own, made of it: a late one may not have yet.
+    accesses += frame.access(step.source, WHOLE)
     if kernels.activation.quantise is None:
         place: tuple[int, ...] = (source.base, source.thread_stride)
-        accesses += frame.access(step.source, WHOLE)
     else:
         place = quantised(frame, forms, table, step.source, kernels.activation, matrix.n_columns)
     arguments = (
@@ -150,7 +151,7 @@ def form_bytes(form: Activation, k: int) -> int:
 
 def _shapes(frame: Frame) -> set[tuple[int, int]]:
     """Columns of every matrix, and rows of activations that one token has for it."""
-    steps = frame.program.steps
+    steps = frame.stage.steps
     dense = {(step.matrix.n_columns, 1) for step in steps if isinstance(step, MatMul)}
     chosen = (step for step in steps if isinstance(step, ExpertMatMul))
     return dense | {(step.experts[0].n_columns, step.n_used) for step in chosen}
