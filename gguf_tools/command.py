@@ -46,6 +46,8 @@ def run_command(app: Callable[[], object]) -> NoReturn:
         _fail("there is not enough memory for this")
     except KeyboardInterrupt:
         code = INTERRUPTED
+    if isinstance(code, int) and code > 128:
+        _ignore_requests_to_end()
     sys.exit(code)
 
 
@@ -109,6 +111,13 @@ def _tolerate_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _ignore_requests_to_end() -> None:
+    """The interpreter gives up its handlers before it is gone: a second Ctrl-C would kill it."""
+    for name in ENDING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _unwind_on_termination() -> None:
