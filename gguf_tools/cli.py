@@ -15,8 +15,10 @@ from gguf_tools.file_commands import COMMANDS
 
 if TYPE_CHECKING:
     from gguf_tools.journal import Journal
+    from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
+    from gguf_tools.vocab.agreement import TokenizerCheck
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = ("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run")
@@ -127,8 +129,8 @@ def convert(
         typer.Option(
             "--keep",
             metavar="NAME",
-            help="A tensor that stays in the float type it has in the checkpoint; * stands for "
-            "anything; may be given several times.",
+            help="A tensor that stays in the type it has (F32 in a quantised checkpoint); * stands "
+            "for anything; may be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -143,8 +145,8 @@ def convert(
         typer.Option(
             "--lora",
             metavar="ADAPTER[:SCALE]",
-            help="Merge a LoRA adapter (the folder that PEFT saved) into the weights; of several "
-            "the changes add up.",
+            help="Merge a LoRA adapter (the folder that PEFT saved, or hf:OWNER/REPO) into the "
+            "weights; of several the changes add up.",
             show_default=False,
         ),
     ] = None,
@@ -160,7 +162,8 @@ def convert(
         typer.Option(
             "--base",
             metavar="MODEL_DIR",
-            help="With --lora-only: the model that the adapter is for; its weights are not needed.",
+            help="With --lora-only: the model that the adapter is for (a folder, or "
+            "hf:OWNER/REPO); its weights are not needed.",
             show_default=False,
         ),
     ] = None,
@@ -174,6 +177,7 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
+    from contextlib import nullcontext
 
     from gguf_tools.conversion import plan_conversion, protect_checkpoint
     from gguf_tools.cores import default_threads
@@ -183,13 +187,15 @@ def convert(
     from gguf_tools.lora import open_adapter
     from gguf_tools.lora_file import plan_adapter
     from gguf_tools.lora_merging import read_scaled
-    from gguf_tools.models_by_name import find_checkpoint
+    from gguf_tools.losses import Losses
+    from gguf_tools.models_by_name import find_adapter, find_checkpoint, find_config
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
+    from gguf_tools.quants.blocks import import_compilers
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
-    from gguf_tools.report import closing_rows, plan_lines
+    from gguf_tools.report import closing_rows, loss_notes, plan_lines
     from gguf_tools.requantising import is_gguf, plan_requantisation, protect_parts, source_name
     from gguf_tools.vocab.agreement import TokenizerCheck
 
@@ -209,13 +215,15 @@ def convert(
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
-    adapters = [read_scaled(text) for text in lora or ()]
-    if not lora_only:
-        model_dir = find_with_bar(find_checkpoint, model_dir)
+    model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
+    base = find_with_bar(find_config, base) if base is not None else None
+    adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
     start = time.monotonic()
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
-    if file and (adapters or matrix or overrides != NO_OVERRIDES):
-        raise typer.BadParameter("a GGUF file takes neither --lora, --imatrix nor types by name")
+    if file and adapters:
+        raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    if not dry_run:
+        import_compilers()
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -223,7 +231,9 @@ def convert(
     if lora_only:
         plan = plan_adapter(open_adapter(model_dir), chosen, base)
     elif file:
-        plan = plan_requantisation(file, chosen, allow_requantize=allow_requantize)
+        plan = plan_requantisation(
+            file, chosen, allow_requantize=allow_requantize, overrides=overrides, matrix=matrix
+        )
     else:
         plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
     if strict:
@@ -235,6 +245,7 @@ def convert(
     for folder in (model_dir, *merged):
         protect_checkpoint(folder, target)
     seconds = agreement = None
+    losses = Losses()
     if dry_run:
         for line in plan_lines(plan):
             print(line)
@@ -242,19 +253,21 @@ def convert(
     else:
         # A GGUF file's tokenizer is carried over as it is.
         checked = None if lora_only or file else TokenizerCheck(model_dir, target, strict=strict)
-        _write(
-            plan,
-            target,
-            threads=threads or default_threads(),
-            force=force,
-            check=checked.run if checked else None,
-            journal=journal,
-        )
+        with checked or nullcontext():
+            losses = _write(
+                plan,
+                target,
+                threads=threads or default_threads(),
+                force=force,
+                check=checked,
+                journal=journal,
+            )
         agreement = checked.agreement if checked else None
         seconds = time.monotonic() - start
     _print_pairs(closing_rows(plan, target, seconds, agreement))
     sys.stdout.flush()
-    for note in (*plan.notes, *(agreement.lines() if agreement else ())):
+    told = (*plan.notes, *loss_notes(plan, losses), *(agreement.lines() if agreement else ()))
+    for note in told:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -362,9 +375,9 @@ def _write(
     *,
     threads: int,
     force: bool,
-    check: Callable[[Path], None] | None,
+    check: "TokenizerCheck | None",
     journal: "Journal",
-) -> None:
+) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
 
@@ -380,11 +393,13 @@ def _write(
 
     from gguf_tools.conversion import convert as write_file
     from gguf_tools.errors import printable
+    from gguf_tools.losses import Losses
 
     def note(text: str) -> None:
         if text:
             console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
+    losses = Losses()
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -394,7 +409,15 @@ def _write(
         TimeRemainingColumn(),
     )
     total = sum(tensor.nbytes for tensor in plan.tensors)
-    steps = write_file(plan, target, threads=threads, force=force, check=check, journal=journal)
+    steps = write_file(
+        plan,
+        target,
+        threads=threads,
+        force=force,
+        begun=check.begin if check else None,
+        check=check.end if check else None,
+        journal=journal,
+    )
     try:
         with (
             Progress(
@@ -408,9 +431,12 @@ def _write(
                     note(journal.remark)
                 name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
                 bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+                if step.loss is not None:
+                    losses.add(step.tensor.name, step.loss)
     except (KeyboardInterrupt, SystemExit):
         note(journal.kept)
         raise
+    return losses
 
 
 def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:

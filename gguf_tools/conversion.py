@@ -28,15 +28,25 @@ from gguf_tools.file_types import FileType
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.journal import Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
+from gguf_tools.losses import Loss, measure
 from gguf_tools.matching import match_tensors
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
+from gguf_tools.quants.multiples import keep_multiples
 from gguf_tools.safetensors_file import READABLE, Floats, LazyTensor
 from gguf_tools.vocab import read_vocab
 from gguf_tools.writer import GGUFWriter
 
 BAND = 1 << 20  # weights that are read and quantised together
 LARGE = 60_000.0  # from here on a type with 16-bit scales may not hold a weight (65504)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of a tensor as they are written."""
+
+    blocks: npt.NDArray[np.uint8]
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Progress:
     n_rows: int  # of the tensor written so far
     n_bytes: int  # in this band
     kept: bool = False  # by an earlier run, that this one goes on from
+    loss: Loss | None = None  # where it was measured: see losses.py
 
     @property
     def finished(self) -> bool:
@@ -89,12 +100,14 @@ def convert(
     *,
     threads: int,
     force: bool = False,
+    begun: Callable[[Path], None] | None = None,
     check: Callable[[Path], None] | None = None,
     journal: Journal | None = None,
 ) -> Generator[Progress, None, None]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
-    `check` is called with the finished file before it gets its name; if it raises, no file is left.
+    `begun` is called with the file as soon as its metadata is there, which do not change any more;
+    `check` with the finished file before it gets its name; if one raises, no file is left.
     With a journal, what an earlier run with the same inputs wrote is kept, and what this one wrote
     is kept for the next if it is stopped; an error then says so.
     """
@@ -104,11 +117,14 @@ def convert(
         with GGUFWriter(
             path, metadata=plan.metadata, tensors=plan.specs, force=force, journal=journal
         ) as writer:
+            if begun is not None:
+                begun(writer.part)
             yield from _kept_bands(plan, writer.position)
-            for progress, blocks in _quantised_bands(plan, threads, writer.position):
-                writer.write(progress.tensor.name, blocks)
-                del blocks
-                yield progress
+            for progress, band in _quantised_bands(plan, threads, writer.position):
+                writer.write(progress.tensor.name, band.blocks)
+                loss = band.loss
+                del band
+                yield replace(progress, loss=loss)
             if journal is not None:
                 journal.confirm_inputs()
             if check is not None:
@@ -153,11 +169,11 @@ def _n_rows(plan: Plan, position: tuple[int, int]) -> int:
 
 def _quantised_bands(
     plan: Plan, threads: int, position: tuple[int, int]
-) -> Iterator[tuple[Progress, npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[Progress, Band]]:
     """All bands from `position` on in the order of the file, at most a few made in advance."""
     start = position[0]
     executor = ThreadPoolExecutor(threads, thread_name_prefix="quantise")
-    waiting: deque[tuple[Progress, Future[npt.NDArray[np.uint8]]]] = deque()
+    waiting: deque[tuple[Progress, Future[Band]]] = deque()
     try:
         for index, tensor in enumerate(plan.tensors[start:], start):
             step = rows_per_band(tensor)
@@ -186,11 +202,11 @@ def rows_per_band(tensor: TensorPlan) -> int:
     return max(group, step - step % group)
 
 
-def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.uint8]:
+def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
     """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
     source, quant = tensor.source, tensor.quant
     if source.raw is not None and source.dtype == quant.name and quant.name not in READABLE:
-        return source.raw(first, last)
+        return Band(source.raw(first, last))
     rows = source.load(first, last)
     peak = _check_finite(source, rows, first)
     original = rows
@@ -203,14 +219,18 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> npt.NDArray[np.u
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"
         )
-    blocks = _quantise(tensor, rows, first)
+    blocks = made = _quantise(tensor, rows, first)
+    if quant.multiples is not None and (quant.multiples.trained or source.scheme):
+        blocks = keep_multiples(quant, rows, made)
     if peak > LARGE and quant.name != "F32" and not np.isfinite(quant.dequantize(blocks)).all():
         worst = int(np.argmax(np.abs(original)))
         raise UnsupportedQuantError(
             f"{_position(source, first, worst)} is {original.reshape(-1)[worst]:g}, more than "
             f"type {quant.name} can hold; convert to F32 or BF16"
         )
-    return blocks
+    if tensor.is_second or blocks is not made:
+        return Band(blocks, measure(quant, rows, blocks))
+    return Band(blocks)
 
 
 def _quantise(tensor: TensorPlan, rows: Floats, first: int) -> npt.NDArray[np.uint8]:

@@ -53,6 +53,11 @@ class TensorPlan:
         return self.source.shape
 
     @property
+    def is_second(self) -> bool:
+        """Whether weights that were quantised before are rounded again."""
+        return bool(self.source.scheme) and self.quant.name not in ("F32", self.source.dtype)
+
+    @property
     def spec(self) -> TensorSpec:
         return TensorSpec(self.name, self.quant, self.shape)
 
@@ -116,8 +121,8 @@ class Plan:
 
     @property
     def weighable(self) -> list[TensorPlan]:
-        """The tensors whose type makes use of an importance matrix."""
-        return [t for t in self.tensors if t.choice.type not in NOTHING_TO_WEIGH]
+        """The tensors that are quantised to a type that makes use of an importance matrix."""
+        return [t for t in self.tensors if t.choice.type not in (*NOTHING_TO_WEIGH, t.source.dtype)]
 
 
 def build_plan(
@@ -139,31 +144,14 @@ def build_plan(
         facts.n_experts or 0,
         has_importance=matrix is not None,
     )
-    by_tensor = {tensor.name: tensor for tensor in model.tensors}
-    shapes = {name: tensor.source.shape for name, tensor in by_tensor.items()}
-    overrides.check(sorted_names(shapes), is_mix=file_type.is_mix, file_type=file_type.name)
-    choices = choose_types(file_type, shapes, facts=recipe_facts, overrides=overrides)
-    for tensor in model.tensors:
-        kept = _kept_type(tensor.name, tensor.source, overrides)
-        if kept:
-            choices[tensor.name] = Choice(kept, kept)
-    tensors = tuple(
-        TensorPlan(
-            name,
-            by_tensor[name].source,
-            by_tensor[name].transform,
-            by_name(choices[name].type),
-            choices[name],
-            _importance(name, shapes[name], choices[name].type, file_type, matrix),
-        )
-        for name in sorted_names(shapes)
+    tensors = plan_tensors(
+        {tensor.name: (tensor.source, tensor.transform) for tensor in model.tensors},
+        file_type=file_type,
+        facts=recipe_facts,
+        kept={t.name: _kept_type(t.name, t.source, overrides) for t in model.tensors},
+        overrides=overrides,
+        matrix=matrix,
     )
-    if matrix is not None and all(name not in matrix.entries for name in shapes):
-        raise GGUFError(
-            f"{printable(matrix.path, limit=1000)}: expected the importance of this model's "
-            f"tensors, found none of them, but {printable(next(iter(matrix.entries)))} and others; "
-            "give the matrix that was made with this model"
-        )
     metadata = {
         **_general_metadata(model, tensors, sampling),
         **_model_metadata(model),
@@ -175,6 +163,39 @@ def build_plan(
     }
     notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
     return Plan(file_type, tensors, metadata, notes, matrix)
+
+
+def plan_tensors(
+    sources: Mapping[str, tuple[LazyTensor, Transform | None]],
+    *,
+    file_type: FileType,
+    facts: RecipeFacts,
+    kept: Mapping[str, str],
+    overrides: Overrides,
+    matrix: ImportanceMatrix | None,
+) -> tuple[TensorPlan, ...]:
+    """Every tensor with its type, in the order of the file.
+
+    `kept` has the types of those that stay as they are, and nothing (or "") for the others.
+    """
+    shapes = {name: source.shape for name, (source, _) in sources.items()}
+    overrides.check(sorted_names(shapes), is_mix=file_type.is_mix, file_type=file_type.name)
+    choices = choose_types(file_type, shapes, facts=facts, overrides=overrides)
+    choices |= {name: Choice(type_, type_) for name, type_ in kept.items() if type_}
+    if matrix is not None and all(name not in matrix.entries for name in shapes):
+        raise GGUFError(
+            f"{printable(matrix.path, limit=1000)}: expected the importance of this model's "
+            f"tensors, found none of them, but {printable(next(iter(matrix.entries)))} and others; "
+            "give the matrix that was made with this model"
+        )
+    tensors = []
+    for name in sorted_names(shapes):
+        (source, transform), choice = sources[name], choices[name]
+        weighed = None
+        if source.dtype != choice.type:  # others are copied
+            weighed = _importance(name, source.shape, choice.type, file_type, matrix)
+        tensors.append(TensorPlan(name, source, transform, by_name(choice.type), choice, weighed))
+    return tuple(tensors)
 
 
 def kind_of_name(name: str) -> str:

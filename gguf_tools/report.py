@@ -10,6 +10,7 @@ from pathlib import Path
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.imatrix import ImportanceMatrix
+from gguf_tools.losses import Losses
 from gguf_tools.plan import Plan, TensorPlan, kind_of_name
 from gguf_tools.vocab.agreement import Agreement
 
@@ -50,6 +51,26 @@ def closing_rows(
         yield "tokenizer", agreement.describe()
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
+
+
+def loss_notes(plan: Plan, losses: Losses) -> Iterator[str]:
+    """What quantising cost where it was measured: see losses.py."""
+    second = [tensor for tensor in plan.tensors if tensor.is_second]
+    cost = losses.describe(tensor.name for tensor in second)
+    if cost:
+        schemes = ", ".join(sorted({tensor.source.scheme for tensor in second}))
+        n_weights = sum(tensor.source.n_elements for tensor in second)
+        names = {tensor.name for tensor in second}
+        measured = sum(loss.n_weights for name, loss in losses.tensors.items() if name in names)
+        left = n_weights - measured
+        rest = f"; of {left:,} weights an earlier run wrote it is not known" if left else ""
+        yield f"second quantisation ({printable(schemes)}): it cost {cost}{rest}"
+    trained = losses.tensors.keys() - {tensor.name for tensor in second}
+    if trained:
+        yield (
+            "trained for their type: blocks of multiples of one number were found, and kept; their "
+            f"quantisation cost {losses.describe(trained)}"
+        )
 
 
 def _fallback_rows(plan: Plan) -> Iterator[Row]:

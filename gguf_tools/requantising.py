@@ -5,7 +5,7 @@ what describes parts of a split model. Tensors that no file type quantises keep 
 """
 
 import os
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import numpy as np
 
 from gguf_tools.errors import FormatError, OutputError, UnsupportedQuantError, printable
 from gguf_tools.file_types import FILE_TYPES, FileType, RecipeFacts
-from gguf_tools.plan import PLAIN, QUANTIZATION_VERSION, Plan, TensorPlan
-from gguf_tools.quants import by_name
+from gguf_tools.imatrix import ImportanceMatrix
+from gguf_tools.overrides import NO_OVERRIDES, Overrides
+from gguf_tools.plan import PLAIN, QUANTIZATION_VERSION, Plan, TensorPlan, plan_tensors
 from gguf_tools.reader import GGUFFile, TensorInfo
-from gguf_tools.recipes import Choice, choose_types, is_quantisable, sorted_names
+from gguf_tools.recipes import is_quantisable
 from gguf_tools.safetensors_file import Bytes, Floats, LazyTensor
 from gguf_tools.values import ALIGNMENT_KEY, MAGIC, MetadataValue, Value
 
 SPLIT = ("split.no", "split.count", "split.tensors.count")
 VERSION_KEY, TYPE_KEY = "general.quantization_version", "general.file_type"
-REPLACED = (*SPLIT, VERSION_KEY, TYPE_KEY, ALIGNMENT_KEY)
+DROPPED = (*SPLIT, ALIGNMENT_KEY)
 
 
 def is_gguf(path: Path) -> bool:
@@ -34,22 +35,34 @@ def is_gguf(path: Path) -> bool:
 
 
 def plan_requantisation(
-    file: GGUFFile, file_type: FileType, *, allow_requantize: bool = False
+    file: GGUFFile,
+    file_type: FileType,
+    *,
+    allow_requantize: bool = False,
+    overrides: Overrides = NO_OVERRIDES,
+    matrix: ImportanceMatrix | None = None,
 ) -> Plan:
     """What the new file will hold. `file` must stay open until it is written.
 
     Weights that are quantised already are an error unless `allow_requantize`: then they are
     dequantised first, and both errors add up.
     """
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    choices = choose_types(file_type, shapes, facts=_read_facts(file))
-    for name, tensor in file.tensors.items():
-        if not is_quantisable(name, tensor.shape):
-            choices[name] = Choice(tensor.quant.name, tensor.quant.name)
+    tensors = plan_tensors(
+        {name: (_lazy(file, tensor), None) for name, tensor in file.tensors.items()},
+        file_type=file_type,
+        facts=_read_facts(file, has_importance=matrix is not None),
+        kept={
+            name: tensor.quant.name
+            for name, tensor in file.tensors.items()
+            if overrides.keeps(name) or not is_quantisable(name, tensor.shape)
+        },
+        overrides=overrides,
+        matrix=matrix,
+    )
     twice = [
-        tensor
-        for name, tensor in file.tensors.items()
-        if tensor.quant.name not in PLAIN and tensor.quant.name != choices[name].type
+        file.tensors[tensor.name]
+        for tensor in tensors
+        if tensor.source.dtype not in (*PLAIN, tensor.quant.name)
     ]
     if twice and not allow_requantize:
         first = twice[0]
@@ -58,23 +71,15 @@ def plan_requantisation(
             f"({printable(first.name)} is {first.quant.name}): quantising them again adds a second "
             "error to the first; use a file in BF16, F16 or F32, or say --allow-requantize"
         )
-    tensors = tuple(
-        TensorPlan(
-            name,
-            _lazy(file, file.tensors[name]),
-            None,
-            by_name(choices[name].type),
-            choices[name],
-        )
-        for name in sorted_names(shapes)
-    )
-    metadata: dict[str, MetadataValue] = {
-        key: file.encoded(key) for key in file.metadata if key not in REPLACED
-    }
     # Last, where llama-quantize puts them.
-    metadata[VERSION_KEY] = Value("u32", QUANTIZATION_VERSION)
-    metadata[TYPE_KEY] = Value("u32", file_type.file_type_id)
-    return Plan(file_type, tensors, metadata, _notes(file, twice))
+    own: dict[str, MetadataValue] = {
+        VERSION_KEY: Value("u32", QUANTIZATION_VERSION),
+        TYPE_KEY: Value("u32", file_type.file_type_id),
+        **(matrix.metadata() if matrix is not None else {}),
+    }
+    replaced = {*DROPPED, *own}
+    carried = {key: file.encoded(key) for key in file.metadata if key not in replaced}
+    return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix)
 
 
 def protect_parts(file: GGUFFile, output: Path) -> None:
@@ -105,13 +110,14 @@ def _names_a_type(text: str) -> bool:
     return text.upper() in {file_type.name for file_type in FILE_TYPES}
 
 
-def _notes(file: GGUFFile, twice: list[TensorInfo]) -> tuple[str, ...]:
-    if not twice:
+def _notes(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    second = [tensor for tensor in tensors if tensor.is_second and tensor.quant.name not in PLAIN]
+    if not second:
         return ()
-    types = ", ".join(sorted({tensor.quant.name for tensor in twice}))
-    n_weights = sum(prod(tensor.shape) for tensor in twice)
+    types = ", ".join(sorted({tensor.source.scheme for tensor in second}))
+    n_weights = sum(tensor.source.n_elements for tensor in second)
     return (
-        f"{len(twice):,} tensors ({n_weights:,} weights) were quantised already ({types}) and are "
+        f"{len(second):,} tensors ({n_weights:,} weights) were quantised already ({types}) and are "
         "quantised a second time: both errors add up",
     )
 
@@ -124,10 +130,11 @@ def _lazy(file: GGUFFile, tensor: TensorInfo) -> LazyTensor:
         weights: Floats = tensor.quant.dequantize(raw(first, last))
         return weights.reshape(last - first, tensor.row_length)
 
-    return LazyTensor(tensor.name, tensor.shape, tensor.quant.name, load, raw)
+    name = tensor.quant.name
+    return LazyTensor(tensor.name, tensor.shape, name, load, raw, "" if name in PLAIN else name)
 
 
-def _read_facts(file: GGUFFile) -> RecipeFacts:
+def _read_facts(file: GGUFFile, *, has_importance: bool) -> RecipeFacts:
     """What the rules of file types ask, from the metadata."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
@@ -154,4 +161,5 @@ def _read_facts(file: GGUFFile) -> RecipeFacts:
         n_heads,
         number("attention.head_count_kv", n_heads),
         number("expert_count", 0),
+        has_importance=has_importance,
     )

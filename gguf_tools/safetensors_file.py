@@ -49,6 +49,7 @@ class LazyTensor:
     dtype: str  # as the file calls it
     load: Callable[[int, int], Floats]  # first row, row after the last -> (n, row_length)
     raw: Callable[[int, int], Bytes] | None = None  # the same rows as they are stored
+    scheme: str = ""  # what it had been quantised with: "GPTQ, 4 bits", "Q8_0"
 
     @property
     def n_rows(self) -> int:

@@ -1,6 +1,7 @@
 """Other shapes of a checkpoint's tensors, still read a band of rows at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -25,7 +26,7 @@ def stacked(tensors: Sequence[LazyTensor], name: str) -> LazyTensor:
             begin += last - row
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
-    return LazyTensor(name, (len(tensors), *first.shape), first.dtype, load)
+    return replace(first, name=name, shape=(len(tensors), *first.shape), load=load, raw=None)
 
 
 def part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
@@ -43,7 +44,7 @@ def part(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
             begin += last - row
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
-    return LazyTensor(tensor.name, (*outer, each, width), tensor.dtype, load)
+    return replace(tensor, shape=(*outer, each, width), load=load, raw=None)
 
 
 def regrouped(tensor: LazyTensor, n_groups: int, n_parts: int) -> LazyTensor:
@@ -70,7 +71,7 @@ def regrouped(tensor: LazyTensor, n_groups: int, n_parts: int) -> LazyTensor:
         return np.ascontiguousarray(groups.swapaxes(0, 1)).reshape(vector.shape)
 
     loader = load if len(tensor.shape) > 1 else load_vector
-    return LazyTensor(tensor.name, tensor.shape, tensor.dtype, loader)
+    return replace(tensor, load=loader, raw=None)
 
 
 def cut(tensor: LazyTensor, n_groups: int, height: int, first: int, n: int) -> LazyTensor:
@@ -87,7 +88,7 @@ def cut(tensor: LazyTensor, n_groups: int, height: int, first: int, n: int) -> L
             begin += last - row
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
-    return LazyTensor(tensor.name, (n_groups, n, width), tensor.dtype, load)
+    return replace(tensor, shape=(n_groups, n, width), load=load, raw=None)
 
 
 def mxfp4(blocks: LazyTensor, scales: LazyTensor, *, index: int = 0, count: int = 1) -> LazyTensor:
@@ -124,7 +125,7 @@ def every(tensor: LazyTensor, index: int, count: int) -> LazyTensor:
     def load(begin: int, end: int) -> Floats:
         return np.ascontiguousarray(tensor.load(begin, end)[..., index::count])
 
-    return LazyTensor(tensor.name, (*outer, width // count), tensor.dtype, load)
+    return replace(tensor, shape=(*outer, width // count), load=load, raw=None)
 
 
 def transposed(tensor: LazyTensor) -> LazyTensor:
@@ -142,4 +143,4 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
         return bands[0] if len(bands) == 1 else np.concatenate(bands)
 
     assert prod(outer) * height == tensor.n_rows
-    return LazyTensor(tensor.name, (*outer, width, height), tensor.dtype, load)
+    return replace(tensor, shape=(*outer, width, height), load=load, raw=None)

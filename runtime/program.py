@@ -297,7 +297,35 @@ class Program:
         return [*(step for layer in self.layers for step in layer), *self.head]
 
 
-def matrices(program: Program) -> list[Matrix]:
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Instructions that run one after the other on a device, and what goes in and comes out.
+
+    The buffers of `inputs` are given, those of `outputs` are what others need of it: each with the
+    numbers per token that it holds.
+    """
+
+    body: tuple[Instruction, ...]  # for every token; may be none
+    head: tuple[Instruction, ...]  # then, for the tokens whose logits are wanted; may be none
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]  # of a head: the logits, for those tokens alone
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one device has of a program: spans of its instructions, and their KV caches."""
+
+    buffers: Mapping[str, int]
+    spans: tuple[Span, ...]
+    caches: tuple[KVShape, ...]  # what StoreKV and Attend call layer i
+
+    @property
+    def steps(self) -> list[Instruction]:
+        """All instructions, in order."""
+        return [step for span in self.spans for step in (*span.body, *span.head)]
+
+
+def matrices(program: Program | Stage) -> list[Matrix]:
     """Every matrix the program multiplies by, in order of use."""
     found: list[Matrix] = []
     for step in program.steps:

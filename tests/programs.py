@@ -27,6 +27,7 @@ from runtime.program import (
     Scale,
     StoreKV,
 )
+from runtime.stages import whole
 from tests.kernels.blocks import random_rows
 
 EXACT = 2e-6  # of the largest result: float32 in another order
@@ -93,14 +94,15 @@ def run(
     """Logits of ids 0, 1, 2..., so many at a time; by the reference backend for no threads."""
     if threads:
         backend = CPUBackend(
-            program, n_ctx=n_ctx, n_threads=threads, n_batch=max(batches), **options
+            whole(program), n_ctx=n_ctx, n_threads=threads, n_batch=max(batches), **options
         )
     else:
-        backend = ReferenceBackend(program, n_ctx=n_ctx)
+        backend = ReferenceBackend(whole(program), n_ctx=n_ctx)
     parts, first = [], 0
     for size in batches:
         ids = np.arange(first, first + size) % program.embedding.n_rows
-        parts.append(backend.run(ids, first, size))
+        made = backend.run(0, {"x": program.embed(ids, first)}, first, size)
+        parts.append(made["logits"])
         first += size
     backend.close()
     return np.concatenate(parts)

@@ -109,7 +109,7 @@ def test_every_type_of_the_embedded_model(tmp_path: Path, file_type: str) -> Non
     for tensor, planned in zip(read.tensors, plan.tensors, strict=True):
         assert tensor.tensor_type.name == planned.quant.name
         assert tuple(reversed(tensor.shape.tolist())) == planned.shape
-        whole = quantise_band(planned, 0, planned.source.n_rows)
+        whole = quantise_band(planned, 0, planned.source.n_rows).blocks
         assert tensor.data.tobytes() == whole.tobytes(), tensor.name
     fields = {name: field.contents() for name, field in read.fields.items()}
     assert fields["general.file_type"] == find_file_type(file_type).file_type_id
@@ -284,7 +284,7 @@ def test_smollm2_tensors(smollm2_checkpoint: Path) -> None:
     ):
         tensor = stored[source]
         expected = interleaved(tensor.load(0, tensor.n_rows), n_heads)
-        blocks = quantise_band(planned[name], 0, tensor.n_rows)
+        blocks = quantise_band(planned[name], 0, tensor.n_rows).blocks
         np.testing.assert_array_equal(planned[name].quant.dequantize(blocks), expected)
 
 

@@ -61,7 +61,7 @@ def test_an_importance_matrix(tmp_path: Path) -> None:
         planned = next(t for t in plain.tensors if t.name == tensor.name)
         if tensor.tensor_type.name != "Q4_0":
             continue
-        rows = quantise_band(planned, 0, planned.source.n_rows)
+        rows = quantise_band(planned, 0, planned.source.n_rows).blocks
         found = matrix.find(tensor.name, planned.shape)
         same = np.array_equal(tensor.data.reshape(rows.shape), rows)
         assert same == (found is None), tensor.name
@@ -86,9 +86,9 @@ def test_every_expert_has_its_own(tmp_path: Path) -> None:
                 for i in range(n_experts)
             ]
         )
-        whole = quantise_band(tensor, 0, n_experts * height)
+        whole = quantise_band(tensor, 0, n_experts * height).blocks
         np.testing.assert_array_equal(whole, expected)
-        middle = quantise_band(tensor, height - 3, 2 * height + 5)  # across two boundaries
+        middle = quantise_band(tensor, height - 3, 2 * height + 5).blocks  # across two boundaries
         np.testing.assert_array_equal(middle, expected[height - 3 : 2 * height + 5])
     from gguf_tools.report import closing_rows
 

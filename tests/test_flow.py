@@ -4,6 +4,7 @@ import numpy as np
 
 from runtime.backends.flow import owned_buffers
 from runtime.program import Add, Attend, Instruction, LayerNorm, MatMul, RMSNorm, Route, StoreKV
+from runtime.stages import whole
 from tests.programs import mixture, program_of, random_matrix
 
 RNG = np.random.default_rng(0)
@@ -13,7 +14,7 @@ BUFFERS = dict.fromkeys(("normed", "again", "delta", "scores", "routes", "k", "v
 
 
 def owned(*steps: Instruction) -> set[str]:
-    return owned_buffers(program_of(steps, DIM, buffers=BUFFERS))
+    return owned_buffers(whole(program_of(steps, DIM, buffers=BUFFERS)))
 
 
 def product(source: str, target: str) -> MatMul:
@@ -29,7 +30,7 @@ def test_norms_attention_and_routes_are_own() -> None:
     assert owned(LayerNorm("x", "normed", ONES, None, 1e-5), *UPDATE) == {"normed"}
     assert owned(Attend("k", "delta", 0, 1.0, 0)) == {"delta"}
     assert owned(Route("scores", "routes", 2)) == {"routes"}
-    assert owned_buffers(mixture(RNG)) == {"normed", "routes"}
+    assert owned_buffers(whole(mixture(RNG))) == {"normed", "routes"}
 
 
 def test_what_threads_share() -> None:

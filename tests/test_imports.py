@@ -45,6 +45,8 @@ def test_directions(path: Path) -> None:
         "gguf_tools/command.py",
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
+        "runtime/eval_command.py",
+        "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
         "runtime/umbrella.py",
     ):
@@ -107,6 +109,8 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/chat.py",
+        "runtime/eval_command.py",
+        "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
     ):
         return

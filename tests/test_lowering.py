@@ -23,6 +23,7 @@ from runtime.kernels.interpreter import (
     WAIT_SINCE,
 )
 from runtime.program import Program
+from runtime.stages import whole
 from tests.programs import mixture
 from tests.tiny import llama_file
 
@@ -72,8 +73,8 @@ def steps_of(program: Program) -> list[tuple[str, int, int]]:
         for name, kernel in vars(module).items()
         if hasattr(kernel, "address")
     }
-    backend = CPUBackend(program, n_ctx=64, n_threads=2, n_batch=32)
-    (table,) = backend._decode
+    backend = CPUBackend(whole(program), n_ctx=64, n_threads=2, n_batch=32)
+    (table,) = backend.spans[0].decode
     backend.close()
     rows = table.operations
     return [(names[int(row[0])], int(row[WAIT_SINCE]), int(row[GROUP])) for row in rows]

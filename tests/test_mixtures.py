@@ -21,6 +21,7 @@ from runtime.program import (
     SigmoidScale,
     StoreKV,
 )
+from runtime.stages import whole
 from tests.programs import (
     EXACT,
     N_TOKENS,
@@ -174,7 +175,7 @@ def test_experts_without_kernels(rng: np.random.Generator, monkeypatch) -> None:
 
     program = mixture(rng, quant="Q8_0")
     monkeypatch.delitem(PLACES, "Q8_0")
-    backend = CPUBackend(program, n_ctx=32, n_threads=1, n_batch=8)
+    backend = CPUBackend(whole(program), n_ctx=32, n_threads=1, n_batch=8)
     assert len(backend.notes) == 1 and "Q8_0" in backend.notes[0]
     # A thread that is late for one table would miss what it was to make there for the next.
     assert not any(place.thread_stride for place in backend._one_places.values())

@@ -6,6 +6,7 @@ import pytest
 from gguf_tools.jit import CACHE_FOLDER, Kernel
 from runtime.backends.cpu import CPUBackend
 from runtime.kernels import attention, elementwise, experts, gates
+from runtime.stages import whole
 from tests.programs import attention_program, mixture, program_of, run
 
 HEADS = (6, 2, 64, 64)
@@ -17,9 +18,9 @@ def rng() -> np.random.Generator:
 
 
 def test_only_what_is_needed_is_compiled(rng: np.random.Generator) -> None:
-    plain = attention_program(HEADS, rng)
-    capped = attention_program(HEADS, rng, softcap=1.0)
-    mixed = mixture(rng)
+    plain = whole(attention_program(HEADS, rng))
+    capped = whole(attention_program(HEADS, rng, softcap=1.0))
+    mixed = whole(mixture(rng))
     assert attention.cap_scores not in CPUBackend.kernels(plain)
     assert attention.cap_scores in CPUBackend.kernels(capped)
     mine = {k for k in vars(experts).values() if hasattr(k, "address")}
@@ -44,10 +45,11 @@ def test_all_that_runs_was_announced(rng: np.random.Generator) -> None:
         mixture(rng, quant="Q8_0"),
         attention_program(HEADS, rng, softcap=1.0, sinks=True),
     ]
-    for program in programs:
-        announced = {kernel.address for kernel in CPUBackend.kernels(program)}
-        backend = CPUBackend(program, n_ctx=32, n_threads=1, n_batch=8)
-        for part in (*backend._decode, *backend._prompt, *backend._head_many):
+    for stage in map(whole, programs):
+        announced = {kernel.address for kernel in CPUBackend.kernels(stage)}
+        backend = CPUBackend(stage, n_ctx=32, n_threads=1, n_batch=8)
+        (span,) = backend.spans
+        for part in (*span.decode, *span.body_many, *span.head_many):
             assert set(part.operations[:, 0].tolist()) <= announced
         backend.close()
 

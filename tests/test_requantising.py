@@ -3,27 +3,44 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gguf_tools.conversion import convert
+from gguf_tools.conversion import convert, plan_conversion
 from gguf_tools.errors import GGUFError, UnsupportedQuantError
+from gguf_tools.imatrix import read_importance_matrix
+from gguf_tools.overrides import parse_overrides
+from gguf_tools.plan import refuse_fallbacks
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
 from gguf_tools.values import Value
 from tests.checkpoints import STORIES
+from tests.split import split_file
 from tests.test_conversion import convert_to
+from tests.test_convert_options import make_matrix
+from tests.test_imatrix import new_file
+from tests.test_lora import FOLDER
 from tests.tiny import llama_file
 
 
-def requantise(source: Path, output: Path, file_type: str, *, allow: bool = False) -> str:
+def requantise(
+    source: Path, output: Path, file_type: str, *, allow: bool = False, **options: Any
+) -> str:
     with GGUFFile(source) as file:
-        plan = plan_requantisation(file, find_file_type(file_type), allow_requantize=allow)
+        plan = plan_requantisation(
+            file, find_file_type(file_type), allow_requantize=allow, **options
+        )
         for _ in convert(plan, output, threads=2):
             pass
     return " ".join(plan.notes)
+
+
+def types_in(path: Path) -> dict[str, str]:
+    with GGUFFile(path) as file:
+        return {name: tensor.quant.name for name, tensor in file.tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +80,97 @@ def test_tensors_that_have_the_type_are_copied(tmp_path: Path, floats: Path) -> 
     requantise(floats, tmp_path / "one.gguf", "Q8_0")
     assert requantise(tmp_path / "one.gguf", tmp_path / "two.gguf", "Q8_0") == ""
     assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file_type", "options"),
+    [
+        ("Q4_K_M", {"tensor_types": ["ffn_(up|gate)=Q5_1", "attn=Q4_0"]}),
+        ("Q4_0", {"embedding": "F16", "output": "Q8_0", "keep": ["blk.[01].attn_v.weight"]}),
+        ("Q5_0", {"pure": True}),
+    ],
+)
+def test_options_do_what_they_do_with_the_checkpoint(
+    tmp_path: Path, floats: Path, file_type: str, options: dict[str, Any]
+) -> None:
+    overrides = parse_overrides(**options)
+    requantise(floats, tmp_path / "again.gguf", file_type, overrides=overrides)
+    plan = plan_conversion(STORIES, find_file_type(file_type), overrides=overrides)
+    for _ in convert(plan, tmp_path / "direct.gguf", threads=2):
+        pass
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "direct.gguf").read_bytes()
+
+
+def test_an_importance_matrix(tmp_path: Path, floats: Path) -> None:
+    """Also of a split file, and of one that tells of another matrix already."""
+    plain = plan_conversion(STORIES, find_file_type("Q4_0"))
+    matrix = read_importance_matrix(make_matrix(tmp_path / "matrix", plain))
+    plan = plan_conversion(STORIES, find_file_type("Q4_0"), matrix=matrix)
+    for _ in convert(plan, tmp_path / "direct.gguf", threads=2):
+        pass
+    expected = (tmp_path / "direct.gguf").read_bytes()
+    requantise(floats, tmp_path / "again.gguf", "Q4_0", matrix=matrix)
+    assert (tmp_path / "again.gguf").read_bytes() == expected
+    parts = split_file(floats, tmp_path / "part", 3)
+    requantise(parts[0], tmp_path / "joined.gguf", "Q4_0", matrix=matrix)
+    assert (tmp_path / "joined.gguf").read_bytes() == expected
+    requantise(tmp_path / "again.gguf", tmp_path / "q5.gguf", "Q5_0", allow=True, matrix=matrix)
+    with GGUFFile(tmp_path / "q5.gguf") as file:
+        keys = [key for key in file.metadata if "imatrix" in key or "file_type" in key]
+        assert keys == ["general.file_type", *(f"quantize.imatrix.{key}" for key in IMATRIX_KEYS)]
+
+
+IMATRIX_KEYS = ("file", "dataset", "entries_count", "chunks_count")
+
+
+def test_what_is_copied_needs_no_importance(tmp_path: Path, floats: Path) -> None:
+    requantise(floats, tmp_path / "q4.gguf", "Q4_0")
+    plain = plan_conversion(STORIES, find_file_type("Q4_0"))
+    matrix = read_importance_matrix(make_matrix(tmp_path / "matrix", plain))
+    with GGUFFile(tmp_path / "q4.gguf") as file:
+        plan = plan_requantisation(file, find_file_type("Q4_0"), matrix=matrix)
+        assert not any(tensor.importance for tensor in plan.tensors)
+        assert plan.weighable == []
+
+
+def test_what_is_kept_is_copied(tmp_path: Path, floats: Path) -> None:
+    requantise(floats, tmp_path / "q8.gguf", "Q8_0")
+    keep = parse_overrides(keep=["*.attn_?.weight", "token_embd.weight"])
+    requantise(tmp_path / "q8.gguf", tmp_path / "q4.gguf", "Q4_0", allow=True, overrides=keep)
+    types = types_in(tmp_path / "q4.gguf")
+    assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.ffn_up.weight"] == "Q4_0"
+    with GGUFFile(tmp_path / "q8.gguf") as before, GGUFFile(tmp_path / "q4.gguf") as after:
+        name = "blk.0.attn_q.weight"
+        np.testing.assert_array_equal(before.raw(name), after.raw(name))
+
+
+def test_options_that_fit_nothing_are_refused(tmp_path: Path, floats: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"overrides": parse_overrides(tensor_types=["nothing=Q4_0"])}, "no tensor of this model"),
+        ({"overrides": parse_overrides(embedding="Q6_K")}, "rows of 64 are not whole blocks"),
+        ({"matrix": read_importance_matrix(other_matrix(tmp_path))}, "found none of them"),
+    ]
+    for options, words in cases:
+        with pytest.raises(GGUFError, match=words):
+            requantise(floats, tmp_path / "out.gguf", "Q4_0", **options)
+    with GGUFFile(floats) as file:
+        plan = plan_requantisation(file, find_file_type("Q4_K_M"))
+        with pytest.raises(UnsupportedQuantError, match="--strict: token_embd"):
+            refuse_fallbacks(plan)
+
+
+def other_matrix(folder: Path) -> Path:
+    path = folder / "other"
+    path.write_bytes(new_file({"x.in_sum2": np.ones((1, 4)), "x.counts": np.ones((1, 1))}))
+    return path
+
+
+def test_floats_of_quantised_weights_are_no_second_quantisation(
+    tmp_path: Path, floats: Path
+) -> None:
+    requantise(floats, tmp_path / "q8.gguf", "Q8_0")
+    assert requantise(tmp_path / "q8.gguf", tmp_path / "f32.gguf", "F32", allow=True) == ""
 
 
 def test_keys_that_we_do_not_know_are_carried_over(tmp_path: Path) -> None:
@@ -128,9 +236,14 @@ def test_from_the_command_line(tmp_path: Path, floats: Path) -> None:
     again = run(output, "--type", "Q4_0", "-o", tmp_path / "q4.gguf")
     assert again.returncode == 1
     assert "say --allow-requantize" in again.stderr
-    named = run(output, "--type", "Q8_0", "--pure", "-o", tmp_path / "q4.gguf")
-    assert named.returncode == 2
-    assert "types by name" in named.stderr
+    options = ("--tensor-type", "ffn=Q5_1", "--pure", "--allow-requantize")
+    named = run(output, "--type", "Q4_0", *options, "-o", tmp_path / "q4.gguf")
+    assert named.returncode == 0, named.stderr
+    assert "second quantisation (Q8_0): it cost a relative RMS error of" in named.stderr
+    assert types_in(tmp_path / "q4.gguf")["blk.0.ffn_up.weight"] == "Q5_1"
+    merged = run(output, "--type", "Q8_0", "--lora", FOLDER / "patterns", "-o", tmp_path / "x")
+    assert merged.returncode == 2
+    assert "takes no --lora" in merged.stderr
     over = run(output, "--type", "Q8_0", "-o", output, "--force")
     assert over.returncode == 1
     assert "is the file that is being read" in over.stderr

@@ -1,6 +1,7 @@
 """The stored tensors that a weight is made of: found by name, with dtype and shape checked."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from gguf_tools.errors import CheckpointError, MissingTensorError, printable
 from gguf_tools.safetensors_file import LazyTensor
@@ -73,5 +74,7 @@ class Parts:
             )
         self._made[tensor.name] = tensor
 
-    def result(self) -> dict[str, LazyTensor]:
-        return {**self._rest, **self._made}
+    def result(self, scheme: str) -> dict[str, LazyTensor]:
+        """All tensors; those that were put together are marked with the scheme."""
+        made = {name: replace(tensor, scheme=scheme) for name, tensor in self._made.items()}
+        return {**self._rest, **made}

@@ -11,6 +11,7 @@ error counts in each column.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants.arithmetic import ordered_sum
+from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
 
 _LOADING = threading.Lock()
@@ -51,6 +53,7 @@ def block_quant(
     quantize_reference: Callable[[Floats], Array] | None = None,
     quantize_weighted_reference: Callable[[Floats, Floats], Array] | None = None,
     spread: Spread | None = None,
+    multiples: Multiples | None = None,
 ) -> QuantType:
     """The QuantType of a format given by functions on blocks.
 
@@ -97,6 +100,7 @@ def block_quant(
         dequantize_rows,
         quantize_rows_reference if can_quantize else None,
         quantize_rows if can_quantize else None,
+        multiples,
     )
     return quant
 
@@ -186,6 +190,19 @@ def quantize_with_kernel(
         kernel(*(array.ctypes.data for array in padded), last.ctypes.data, group, scratch)
         data[whole:] = last[: len(blocks) - whole]
     return data
+
+
+def import_compilers() -> None:
+    """Begin to import, in a thread, what compiles kernels: it takes a while, and others may wait.
+
+    An error in it is left to whoever needs a kernel, who meets it again.
+    """
+
+    def run() -> None:
+        with _LOADING, suppress(Exception):
+            import_module("gguf_tools.quants.kernels.lanes")
+
+    threading.Thread(target=run).start()
 
 
 def _load(module_name: str, kernel: str) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale
 
@@ -36,9 +37,14 @@ def quantize_reference(x: Floats) -> Array:
 
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     fit = fit_scale(x, weights, top=8)
-    q = fit.levels + 8
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(fit.scale)
+    return pack(to_half(fit.scale), fit.levels)
+
+
+def pack(d: Array, k: Array) -> Array:
+    """Blocks of d * k, k from -8 to 7."""
+    q = k + 8
+    blocks = np.zeros(len(d), BLOCK)
+    blocks["d"] = d
     blocks["qs"] = join_nibbles(q[:, :16], q[:, 16:])
     return blocks
 
@@ -52,4 +58,5 @@ Q4_0 = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
+    multiples=Multiples(-8, 7, pack, trained=True),
 )

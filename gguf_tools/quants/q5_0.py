@@ -14,6 +14,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale
 
@@ -37,9 +38,14 @@ def quantize_reference(x: Floats) -> Array:
 
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     fit = fit_scale(x, weights, top=16)
-    q = fit.levels + 16
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(fit.scale)
+    return pack(to_half(fit.scale), fit.levels)
+
+
+def pack(d: Array, k: Array) -> Array:
+    """Blocks of d * k, k from -16 to 15."""
+    q = k + 16
+    blocks = np.zeros(len(d), BLOCK)
+    blocks["d"] = d
     store_five_bits(blocks, q)
     return blocks
 
@@ -65,4 +71,5 @@ Q5_0 = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
+    multiples=Multiples(-16, 15, pack),
 )

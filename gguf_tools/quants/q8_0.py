@@ -12,6 +12,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, low_byte, round_half_away, to_half
 from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 
 BLOCK = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
@@ -30,6 +31,13 @@ def quantize_reference(x: Floats) -> Array:
     return blocks
 
 
+def pack(d: Array, k: Array) -> Array:
+    """Blocks of d * k, k from -128 to 127."""
+    blocks = np.zeros(len(d), BLOCK)
+    blocks["d"], blocks["qs"] = d, k
+    return blocks
+
+
 Q8_0 = block_quant(
     "Q8_0",
     8,
@@ -37,4 +45,5 @@ Q8_0 = block_quant(
     block=BLOCK,
     dequantize=dequantize,
     quantize_reference=quantize_reference,
+    multiples=Multiples(-128, 127, pack),
 )

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.errors import UnsupportedQuantError
+
+if TYPE_CHECKING:
+    from gguf_tools.quants.multiples import Multiples
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -40,6 +43,7 @@ class QuantType:
     dequantize: Callable[[Bytes], Floats]  # vectorised NumPy: the definition of the format
     quantize_reference: Quantize | None  # NumPy, step for step as ggml
     quantize: Quantize | None  # the same bytes, fast; threads may share it
+    multiples: "Multiples | None" = None  # of types that are scale * k and no more
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights."""

@@ -1,4 +1,4 @@
-"""The CPU backend: the lowered program run by threads that never hold the GIL.
+"""The CPU backend: a lowered stage run by threads that never hold the GIL.
 
 Weights stay where they are, in the mapped file. One call runs one batch: n_threads - 1 parked
 Python threads are woken, and all run the same table (runtime/kernels/interpreter.py). The calling
@@ -8,9 +8,10 @@ thread never waits for one that has not woken: it does all the work that nobody 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import Crew, ReadyTable
@@ -33,25 +34,37 @@ from runtime.kernels.interpreter import (
 )
 from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
 from runtime.kernels.matmul import COLUMNS
-from runtime.program import ExpertMatMul, Floats, Program
+from runtime.program import ExpertMatMul, Floats, Span, Stage
 
 FEW_TOKENS = 4  # up to here one after the other: a tile costs as much as 4 tokens to set up
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
+@dataclass(frozen=True, eq=False)
+class LoweredSpan:
+    """The tables of a span, for one token and for many."""
+
+    span: Span
+    decode: list[ReadyTable | HostProduct]  # body and head in one go, for one token
+    body_one: list[ReadyTable | HostProduct]
+    body_many: list[ReadyTable | HostProduct]
+    head_one: list[ReadyTable | HostProduct]
+    head_many: list[ReadyTable | HostProduct]
+
+
 class CPUBackend:
-    """Runs a program with compiled kernels."""
+    """Runs a stage with compiled kernels."""
 
     def __init__(
         self,
-        program: Program,
+        stage: Stage,
         *,
         n_ctx: int,
         n_threads: int,
         n_batch: int,
         kv_type: str = "f16",
     ) -> None:
-        self.program = program
+        self.stage = stage
         self.n_threads = n_threads
         arena = Arena()
         room = (max(n_batch, HEAD_ROWS) + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -60,17 +73,12 @@ class CPUBackend:
         self._buffers: dict[str, Floats] = {}
         shared = {
             name: self._buffer(arena, name, width, HEAD_ROWS if name == "logits" else room)
-            for name, width in program.buffers.items()
+            for name, width in stage.buffers.items()
         }
-        caches = make_caches(arena, program.caches, kv, n_positions)
+        caches = make_caches(arena, stage.caches, kv, n_positions)
         memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)
-        one, many = (Lowering(program, memory, one_token=flag) for flag in (True, False))
-        body = [step for layer in program.layers for step in layer]
-        self._decode = _ready(arena, one.lower([*body, *program.head]))
-        self._body_one = _ready(arena, one.lower(body))
-        self._prompt = _ready(arena, many.lower(body))
-        self._head_one = _ready(arena, one.lower(program.head))
-        self._head_many = _ready(arena, many.lower(program.head))
+        one, many = (Lowering(stage, memory, one_token=flag) for flag in (True, False))
+        self.spans = tuple(_lower(span, arena, one, many) for span in stage.spans)
         self._one_places, self._many_places = one.frame.places, many.frame.places
         slow = sorted(one.host_types)
         self.notes: tuple[str, ...] = ()
@@ -82,14 +90,14 @@ class CPUBackend:
         self._arena = arena
         self._state = np.zeros(STATE_FIELDS, np.int64)
         self._state[N_THREADS] = n_threads
-        self._state[SCRATCH_BYTES] = scratch_bytes(program, n_positions, room, kv)
+        self._state[SCRATCH_BYTES] = scratch_bytes(stage, n_positions, room, kv)
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
 
     @staticmethod
-    def kernels(program: Program, kv_type: str = "f16") -> list[Kernel]:
-        """The kernels that `program` needs, the slowest to compile first."""
-        return needed_kernels(program, kv_type)
+    def kernels(stage: Stage, kv_type: str = "f16") -> list[Kernel]:
+        """The kernels that `stage` needs, the slowest to compile first."""
+        return needed_kernels(stage, kv_type)
 
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
@@ -98,34 +106,58 @@ class CPUBackend:
         self._buffers[name] = block
         return Place(arena.hold(block), 0, stride * 4)
 
-    def run(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
-        if len(ids) <= FEW_TOKENS:
-            return self._run_one_by_one(ids, start, n_outputs)
-        n, dim = len(ids), self.program.buffers["x"]
-        n_vocab = self.program.buffers["logits"]
+    def run(
+        self, index: int, values: Mapping[str, Floats], start: int, n_outputs: int
+    ) -> dict[str, Floats]:
+        lowered = self.spans[index]
+        span = lowered.span
+        n = len(next(iter(values.values())))
+        rows = n_outputs if span.head else n
+        made = {name: np.empty((rows, width), np.float32) for name, width in span.outputs.items()}
+        if n <= FEW_TOKENS:
+            self._run_one_by_one(lowered, values, made, start, n - rows)
+            return made
+        self._fill(span, values, slice(None))
+        self._execute(lowered.body_many, n, start)
+        if span.head:
+            self._run_head(lowered, made["logits"], start, n)
+            return made
+        for name, result in made.items():
+            result[:] = self._buffers[name][:n, : result.shape[1]]
+        return made
+
+    def _fill(self, span: Span, values: Mapping[str, Floats], rows: slice) -> None:
+        for name, width in span.inputs.items():
+            given = values[name][rows]
+            self._buffers[name][: len(given), :width] = given
+
+    def _run_one_by_one(
+        self,
+        lowered: LoweredSpan,
+        values: Mapping[str, Floats],
+        made: dict[str, Floats],
+        start: int,
+        silent: int,
+    ) -> None:
+        """Token by token; of the first `silent` ones nothing is wanted."""
+        n = len(next(iter(values.values())))
+        for i in range(n):
+            self._fill(lowered.span, values, slice(i, i + 1))
+            self._execute(lowered.body_one if i < silent else lowered.decode, 1, start + i)
+            if i >= silent:
+                for name, result in made.items():
+                    result[i - silent] = self._buffers[name][0, : result.shape[1]]
+
+    def _run_head(self, lowered: LoweredSpan, logits: Floats, start: int, n: int) -> None:
+        """The head for the last tokens, of which there are as many as rows of logits."""
         hidden = self._buffers["x"]
-        hidden[:n, :dim] = self.program.embed(ids, start)
-        self._execute(self._prompt, n, start)
-        logits = np.empty((n_outputs, n_vocab), np.float32)
-        for first in range(0, n_outputs, HEAD_ROWS):
-            rows = min(HEAD_ROWS, n_outputs - first)
-            row = n - n_outputs + first
+        for first in range(0, len(logits), HEAD_ROWS):
+            rows = min(HEAD_ROWS, len(logits) - first)
+            row = n - len(logits) + first
             if row:
                 hidden[:rows] = hidden[row : row + rows].copy()
-            self._execute(self._head_one if rows == 1 else self._head_many, rows, start + row)
-            logits[first : first + rows] = self._buffers["logits"][:rows, :n_vocab]
-        return logits
-
-    def _run_one_by_one(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
-        dim, n_vocab = self.program.buffers["x"], self.program.buffers["logits"]
-        logits = np.empty((n_outputs, n_vocab), np.float32)
-        silent = len(ids) - n_outputs
-        for i in range(len(ids)):
-            self._buffers["x"][:1, :dim] = self.program.embed(ids[i : i + 1], start + i)
-            self._execute(self._body_one if i < silent else self._decode, 1, start + i)
-            if i >= silent:
-                logits[i - silent] = self._buffers["logits"][0, :n_vocab]
-        return logits
+            self._execute(lowered.head_one if rows == 1 else lowered.head_many, rows, start + row)
+            logits[first : first + rows] = self._buffers["logits"][:rows, : logits.shape[1]]
 
     def close(self) -> None:
         self._crew.close()
@@ -147,8 +179,8 @@ class CPUBackend:
         """Attention's pieces of a KV head's work, at most, over all layers."""
         if n_tokens == 1:
             return attention.chunk_count(start + 1)
-        sizes = {attention.query_tokens(s.n_heads // s.n_kv_heads) for s in self.program.caches}
-        return -(-n_tokens // min(sizes))
+        groups = {s.n_heads // s.n_kv_heads for s in self.stage.caches}
+        return -(-n_tokens // min(map(attention.query_tokens, groups), default=n_tokens))
 
     def _multiply(self, part: HostProduct, n_tokens: int) -> None:
         """A product of a format without kernels, in NumPy."""
@@ -171,6 +203,20 @@ def _view(place: Place, n_tokens: int, width: int) -> Floats:
     memory = (ctypes.c_float * (n_tokens * size)).from_address(place.base)
     rows: Floats = np.ctypeslib.as_array(memory).reshape(n_tokens, size)
     return rows[:, :width]
+
+
+def _lower(span: Span, arena: Arena, one: Lowering, many: Lowering) -> LoweredSpan:
+    hidden = {"x": span.inputs["x"]} if span.head else {}
+    decode = _ready(arena, one.lower((*span.body, *span.head), span.inputs))
+    body = _ready(arena, one.lower(span.body, span.inputs)) if span.head else decode
+    return LoweredSpan(
+        span=span,
+        decode=decode,
+        body_one=body,
+        body_many=_ready(arena, many.lower(span.body, span.inputs)),
+        head_one=_ready(arena, one.lower(span.head, hidden)),
+        head_many=_ready(arena, many.lower(span.head, hidden)),
+    )
 
 
 def _ready(arena: Arena, parts: list[Table | HostProduct]) -> list[ReadyTable | HostProduct]:

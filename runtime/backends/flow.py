@@ -6,6 +6,7 @@ that is cheaper than to wait for one that does it for all.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from runtime.program import (
@@ -18,15 +19,16 @@ from runtime.program import (
     ExpertSum,
     Gate,
     Instruction,
+    KVShape,
     LayerNorm,
     MatMul,
-    Program,
     RMSNorm,
     Rope,
     Route,
     Scale,
     SigmoidScale,
     SoftCap,
+    Stage,
     StoreKV,
 )
 
@@ -78,7 +80,30 @@ def written_by(step: Instruction) -> str | None:
             return step.target
 
 
-def owned_buffers(program: Program) -> set[str]:
+def width_written(
+    step: Instruction, width: Callable[[str], int], caches: Sequence[KVShape]
+) -> int | None:
+    """The numbers per token in the buffer that was written; None: as many as before.
+
+    `width` gives those of the other buffers, which may have room for more.
+    """
+    match step:
+        case MatMul():
+            return step.matrix.n_rows
+        case ExpertMatMul():
+            return step.n_used * step.experts[0].n_rows
+        case ExpertSum():
+            return width(step.source) // step.n_used
+        case RMSNorm() | LayerNorm() | Gate():
+            return width(read_by(step)[0])
+        case Attend():
+            shape = caches[step.layer]
+            return shape.n_heads * shape.value_dim
+        case _:
+            return None
+
+
+def owned_buffers(stage: Stage) -> set[str]:
     """Buffers that every thread fills for itself when there is one token.
 
     They are written by whole-row norms, routing and attention's last step only. A thread that
@@ -86,11 +111,12 @@ def owned_buffers(program: Program) -> set[str]:
     too late as well, as long as nothing reads the buffer after its sources have changed, nor while
     they are: what reads the buffer, and what may be claimed with that, leaves its sources alone.
     """
-    steps = program.steps
-    owned = {written_by(step) for step in steps if _is_cheap(step, program)}
-    owned -= {written_by(step) for step in steps if not _is_cheap(step, program)}
+    steps = stage.steps
+    owned = {written_by(step) for step in steps if _is_cheap(step, stage)}
+    owned -= {written_by(step) for step in steps if not _is_cheap(step, stage)}
     owned -= {name for step in steps if isinstance(step, StoreKV) for name in read_by(step)}
-    names = {name for name in owned if name is not None} - {"x", "logits"}
+    crossing = {name for span in stage.spans for name in (*span.inputs, *span.outputs)}
+    names = {name for name in owned if name is not None} - crossing - {"x", "logits"}
     made_from: dict[str, set[str]] = {}
     stale: set[str] = set()
     together: set[str] = set()  # what is read by steps that may be claimed together with this one
@@ -111,8 +137,8 @@ def owned_buffers(program: Program) -> set[str]:
     return names
 
 
-def _is_cheap(step: Instruction, program: Program) -> bool:
+def _is_cheap(step: Instruction, stage: Stage) -> bool:
     """Whether each thread may as well do it for itself, given one token."""
     if isinstance(step, (RMSNorm, LayerNorm)):
-        return int(step.weight.shape[-1]) == program.buffers[step.target]
+        return int(step.weight.shape[-1]) == stage.buffers[step.target]
     return isinstance(step, (Attend, Route))

@@ -9,7 +9,7 @@ from runtime.backends.flow import owned_buffers
 from runtime.backends.memory import Memory, Place
 from runtime.backends.table import Access, Table, Units, columns, items
 from runtime.kernels.interpreter import ROWS
-from runtime.program import Floats, Program
+from runtime.program import Floats, Stage
 
 PART_BYTES = 32768  # of weights, at least, in a part: claiming one costs about 0.1 us
 PARTS_PER_THREAD = 4  # at most
@@ -17,27 +17,27 @@ EACH = 1 << 30  # parts: claim unit by unit
 
 
 class Frame:
-    """The memory of a program as one of its lowerings sees it."""
+    """The memory of a stage as one of its lowerings sees it."""
 
-    def __init__(self, program: Program, memory: Memory, *, one_token: bool, owns: bool) -> None:
+    def __init__(self, stage: Stage, memory: Memory, *, one_token: bool, owns: bool) -> None:
         """`owns`: threads have buffers of their own for what is cheap to make."""
-        self.program = program
+        self.stage = stage
         self.memory = memory
         self.one_token = one_token
         self.places = dict(memory.shared)
         self._widths: dict[str, int] = {}  # of what buffers hold now, which may have room for more
         self._vectors: dict[int, int] = {}
         if owns:
-            for name in sorted(owned_buffers(program)):
-                self.places[name] = self.own(program.buffers[name] * 4)
+            for name in sorted(owned_buffers(stage)):
+                self.places[name] = self.own(stage.buffers[name] * 4)
 
     # --- buffers -------------------------------------------------------------------------
 
     def width(self, buffer: str) -> int:
-        return self._widths.get(buffer, self.program.buffers[buffer])
+        return self._widths.get(buffer, self.stage.buffers[buffer])
 
     def set_width(self, buffer: str, width: int) -> None:
-        assert 0 < width <= self.program.buffers[buffer], (buffer, width)
+        assert 0 < width <= self.stage.buffers[buffer], (buffer, width)
         self._widths[buffer] = width
 
     def access(self, buffer: str, sharing: str, *, written: bool = False) -> list[Access]:

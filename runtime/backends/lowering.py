@@ -1,6 +1,6 @@
-"""From a program to tables of operations for the compiled interpreter.
+"""From a stage of a program to tables of operations for the compiled interpreter.
 
-A program is lowered twice: for one token (decode) and for many (prompt). What differs:
+A stage is lowered twice: for one token (decode) and for many (prompt). What differs:
 
 - One token: norms, attention's last step and the quantising of activations are cheap, so every
   thread does them for itself in memory of its own rather than wait for another; products are
@@ -16,13 +16,13 @@ rows that the format's definition decodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from gguf_tools.jit import Kernel
-from runtime.backends.flow import PARTIALS, read_by, unknown, written_by
+from runtime.backends.flow import PARTIALS, unknown, width_written, written_by
 from runtime.backends.frame import EACH, Frame, row_groups
 from runtime.backends.memory import Memory
 from runtime.backends.mixture import Mixture
@@ -42,13 +42,13 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
-    Program,
     RMSNorm,
     Rope,
     Route,
     Scale,
     SigmoidScale,
     SoftCap,
+    Stage,
     StoreKV,
 )
 
@@ -64,22 +64,26 @@ class HostProduct:
 class Lowering:
     """Lowers runs of instructions, for one token or for many, over the same memory."""
 
-    def __init__(self, program: Program, memory: Memory, *, one_token: bool) -> None:
+    def __init__(self, stage: Stage, memory: Memory, *, one_token: bool) -> None:
         self.memory = memory
         self.one_token = one_token
         self.host_types: set[str] = set()
         # A late thread leaves a table that the caller has left for a product of the host: what it
         # was to make for itself there, the next table would miss.
-        owns = one_token and not any(host_type(step) for step in program.steps)
-        self.frame = Frame(program, memory, one_token=one_token, owns=owns)
+        owns = one_token and not any(host_type(step) for step in stage.steps)
+        self.frame = Frame(stage, memory, one_token=one_token, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
         self._ropes: dict[int, tuple[int, int]] = {}
         self._partials = 0
 
-    def lower(self, steps: Iterable[Instruction]) -> list[Table | HostProduct]:
-        """Tables, and products for the host between them."""
+    def lower(
+        self, steps: Iterable[Instruction], given: Mapping[str, int]
+    ) -> list[Table | HostProduct]:
+        """Tables, and products for the host between them; `given` are the widths of inputs."""
         self._forms.clear()
+        for name, width in given.items():
+            self.frame.set_width(name, width)
         table = Table()
         parts: list[Table | HostProduct] = [table]
         for step in steps:
@@ -101,18 +105,9 @@ class Lowering:
         if target is None:
             return
         self._forms.written(target)
-        match step:
-            case MatMul():
-                frame.set_width(target, step.matrix.n_rows)
-            case ExpertMatMul():
-                frame.set_width(target, step.n_used * step.experts[0].n_rows)
-            case ExpertSum():
-                frame.set_width(target, frame.width(step.source) // step.n_used)
-            case RMSNorm() | LayerNorm() | Gate():
-                frame.set_width(target, frame.width(read_by(step)[0]))
-            case Attend():
-                shape = self.memory.caches[step.layer].shape
-                frame.set_width(target, shape.n_heads * shape.value_dim)
+        width = width_written(step, frame.width, frame.stage.caches)
+        if width is not None:
+            frame.set_width(target, width)
 
     # --- one instruction -----------------------------------------------------------------
 
@@ -293,7 +288,7 @@ class Lowering:
         shape = self.memory.caches[step.layer].shape
         kv = self.memory.kv
         if not self._partials:
-            sizes = ((s.n_heads, s.value_dim) for s in self.frame.program.caches)
+            sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
             most = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
             self._partials = self.memory.arena.zeros(most)
         table.add(

@@ -36,7 +36,7 @@ class Mixture:
         self.forms = forms
         self._addresses: dict[int, int] = {}
         self._sorted: dict[str, int] = {}
-        steps = frame.program.steps
+        steps = frame.stage.steps
         self._summed = {step.source for step in steps if isinstance(step, ExpertSum)}
 
     def route(self, table: Table, step: Route) -> None:
@@ -215,7 +215,7 @@ class Mixture:
         """The address of the pairs of tokens and slots, sorted by expert."""
         frame, routes, n_experts = self.frame, step.routes, len(step.experts)
         if routes not in self._sorted:
-            steps = (s for s in frame.program.steps if isinstance(s, ExpertMatMul))
+            steps = (s for s in frame.stage.steps if isinstance(s, ExpertMatMul))
             same = [s for s in steps if s.routes == routes]
             n_pairs = frame.memory.n_batch * max(s.n_used for s in same)
             most = max(len(s.experts) for s in same)
@@ -294,7 +294,7 @@ class Mixture:
 
     def _widest(self) -> tuple[int, int]:
         """The most columns of an expert, and the most pairs of a batch and a last tile more."""
-        steps = [s for s in self.frame.program.steps if isinstance(s, ExpertMatMul)]
+        steps = [s for s in self.frame.stage.steps if isinstance(s, ExpertMatMul)]
         n_pairs = self.frame.memory.n_batch * max(step.n_used for step in steps)
         return max(step.experts[0].n_columns for step in steps), n_pairs + matmul.COLUMNS
 

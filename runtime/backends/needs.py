@@ -1,4 +1,4 @@
-"""What a program needs before it runs on the CPU: compiled kernels, and scratch."""
+"""What a stage needs before it runs on the CPU: compiled kernels, and scratch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
-    Program,
     RMSNorm,
     Rope,
     Route,
     Scale,
     SigmoidScale,
     SoftCap,
+    Stage,
     StoreKV,
     matrices,
 )
@@ -33,10 +33,10 @@ from runtime.program import (
 SLOW = (attention.attend_tiles, attention.attend_chunks, interpreter.run_table)  # to compile
 
 
-def needed_kernels(program: Program, kv_type: str) -> list[Kernel]:
-    """The kernels that `program` needs, the slowest to compile first."""
-    small = [kernel for step in program.steps for kernel in _kernels(step)]
-    quants = {matrix.quant.name for matrix in matrices(program)} & FORMATS.keys()
+def needed_kernels(stage: Stage, kv_type: str) -> list[Kernel]:
+    """The kernels that `stage` needs, the slowest to compile first."""
+    small = [kernel for step in stage.steps for kernel in _kernels(step)]
+    quants = {matrix.quant.name for matrix in matrices(stage)} & FORMATS.keys()
     formats = [FORMATS[name] for name in sorted(quants)]
     quantisers = [f.activation.quantise for f in formats]
     found = [
@@ -112,18 +112,18 @@ def _expert_product(step: ExpertMatMul) -> tuple[Kernel, ...]:
     return (*product, matmul.matmul_bytes, *quantise)
 
 
-def scratch_bytes(program: Program, n_positions: int, n_batch: int, kv: KVType) -> int:
+def scratch_bytes(stage: Stage, n_positions: int, n_batch: int, kv: KVType) -> int:
     """Scratch per thread, in whole pages."""
     needs = [4096]
-    for step in program.steps:
+    for step in stage.steps:
         match step:
             case MatMul():
                 needs.append(matmul.scratch_bytes(step.matrix.n_columns))
             case ExpertMatMul():
                 needs.append(experts.scratch_bytes(step.experts[0].n_columns, n_batch))
             case Route():
-                needs.append(experts.route_scratch_bytes(program.buffers[step.scores]))
-    for shape in program.caches:
+                needs.append(experts.route_scratch_bytes(stage.buffers[step.scores]))
+    for shape in stage.caches:
         group = shape.n_heads // shape.n_kv_heads
         dims = shape.key_dim, shape.value_dim
         needs.append(attention.scratch_bytes(n_positions, group, *dims, kv))

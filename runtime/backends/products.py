@@ -99,7 +99,7 @@ def form_bytes(form: Activation, k: int) -> int:
 
 def _shapes(frame: Frame) -> set[tuple[int, int]]:
     """Columns of every matrix, and rows of activations that one token has for it."""
-    steps = frame.program.steps
+    steps = frame.stage.steps
     dense = {(step.matrix.n_columns, 1) for step in steps if isinstance(step, MatMul)}
     chosen = (step for step in steps if isinstance(step, ExpertMatMul))
     return dense | {(step.experts[0].n_columns, step.n_used) for step in chosen}

@@ -7,6 +7,7 @@ float32. Other backends are judged against it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,13 @@ from runtime.program import (
     LayerNorm,
     MatMul,
     Matrix,
-    Program,
     RMSNorm,
     Rope,
     Route,
     Scale,
     SigmoidScale,
     SoftCap,
+    Stage,
     StoreKV,
 )
 
@@ -39,33 +40,35 @@ ROWS_AT_ONCE = 4096  # rows of a matrix dequantised together
 
 
 class ReferenceBackend:
-    """Runs a program with NumPy."""
+    """Runs a stage with NumPy."""
 
-    def __init__(self, program: Program, *, n_ctx: int) -> None:
-        self.program = program
+    def __init__(self, stage: Stage, *, n_ctx: int) -> None:
+        self.stage = stage
         self.notes: tuple[str, ...] = (
             "the reference backend is slow: it is there to compare with",
         )
         self._keys = [
-            np.zeros((n_ctx, shape.n_kv_heads, shape.key_dim), np.float32)
-            for shape in program.caches
+            np.zeros((n_ctx, shape.n_kv_heads, shape.key_dim), np.float32) for shape in stage.caches
         ]
         self._values = [
             np.zeros((n_ctx, shape.n_kv_heads, shape.value_dim), np.float32)
-            for shape in program.caches
+            for shape in stage.caches
         ]
 
-    def run(self, ids: npt.NDArray[np.int64], start: int, n_outputs: int) -> Floats:
-        buffers: dict[str, Floats] = {"x": self.program.embed(ids, start)}
-        for layer in self.program.layers:
-            for step in layer:
-                self._execute(step, buffers, start)
-        if n_outputs == 0:
-            return np.empty((0, self.program.buffers["logits"]), np.float32)
-        buffers = {"x": buffers["x"][-n_outputs:]}
-        for step in self.program.head:
+    def run(
+        self, index: int, values: Mapping[str, Floats], start: int, n_outputs: int
+    ) -> dict[str, Floats]:
+        span = self.stage.spans[index]
+        buffers = dict(values)
+        for step in span.body:
             self._execute(step, buffers, start)
-        return buffers["logits"]
+        if span.head and n_outputs == 0:
+            return {name: np.empty((0, width), np.float32) for name, width in span.outputs.items()}
+        if span.head:
+            buffers = {"x": buffers["x"][len(buffers["x"]) - n_outputs :]}
+            for step in span.head:
+                self._execute(step, buffers, start)
+        return {name: buffers[name] for name in span.outputs}
 
     def close(self) -> None:
         self._keys, self._values = [], []
@@ -90,7 +93,7 @@ class ReferenceBackend:
                 keys[start:end] = buffers[step.keys].reshape(-1, *keys.shape[1:])
                 values[start:end] = buffers[step.values].reshape(-1, *values.shape[1:])
             case Attend():
-                n_heads = self.program.caches[step.layer].n_heads
+                n_heads = self.stage.caches[step.layer].n_heads
                 buffers[step.target] = attend(
                     buffers[step.queries],
                     self._keys[step.layer],

@@ -1,0 +1,1 @@
+"""What a model gets right: perplexity, distance from a reference, multiple choice."""
