@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
+    from gguf_tools.vocab.agreement import TokenizerCheck
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = ("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run")
@@ -144,8 +145,8 @@ def convert(
         typer.Option(
             "--lora",
             metavar="ADAPTER[:SCALE]",
-            help="Merge a LoRA adapter (the folder that PEFT saved) into the weights; of several "
-            "the changes add up.",
+            help="Merge a LoRA adapter (the folder that PEFT saved, or hf:OWNER/REPO) into the "
+            "weights; of several the changes add up.",
             show_default=False,
         ),
     ] = None,
@@ -161,7 +162,8 @@ def convert(
         typer.Option(
             "--base",
             metavar="MODEL_DIR",
-            help="With --lora-only: the model that the adapter is for; its weights are not needed.",
+            help="With --lora-only: the model that the adapter is for (a folder, or "
+            "hf:OWNER/REPO); its weights are not needed.",
             show_default=False,
         ),
     ] = None,
@@ -175,6 +177,7 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
+    from contextlib import nullcontext
 
     from gguf_tools.conversion import plan_conversion, protect_input
     from gguf_tools.cores import default_threads
@@ -185,10 +188,11 @@ def convert(
     from gguf_tools.lora_file import plan_adapter
     from gguf_tools.lora_merging import read_scaled
     from gguf_tools.losses import Losses
-    from gguf_tools.models_by_name import find_checkpoint
+    from gguf_tools.models_by_name import find_adapter, find_checkpoint, find_config
     from gguf_tools.naming import output_name
     from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
     from gguf_tools.plan import refuse_fallbacks
+    from gguf_tools.quants.blocks import import_compilers
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
@@ -211,13 +215,15 @@ def convert(
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
-    adapters = [read_scaled(text) for text in lora or ()]
-    if not lora_only:
-        model_dir = find_with_bar(find_checkpoint, model_dir)
+    model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
+    base = find_with_bar(find_config, base) if base is not None else None
+    adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
     start = time.monotonic()
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    if not dry_run:
+        import_compilers()
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -247,14 +253,15 @@ def convert(
     else:
         # A GGUF file's tokenizer is carried over as it is.
         checked = None if lora_only or file else TokenizerCheck(model_dir, target, strict=strict)
-        losses = _write(
-            plan,
-            target,
-            threads=threads or default_threads(),
-            force=force,
-            check=checked.run if checked else None,
-            journal=journal,
-        )
+        with checked or nullcontext():
+            losses = _write(
+                plan,
+                target,
+                threads=threads or default_threads(),
+                force=force,
+                check=checked,
+                journal=journal,
+            )
         agreement = checked.agreement if checked else None
         seconds = time.monotonic() - start
     _print_pairs(closing_rows(plan, target, seconds, agreement))
@@ -368,7 +375,7 @@ def _write(
     *,
     threads: int,
     force: bool,
-    check: Callable[[Path], None] | None,
+    check: "TokenizerCheck | None",
     journal: "Journal",
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
@@ -402,7 +409,15 @@ def _write(
         TimeRemainingColumn(),
     )
     total = sum(tensor.nbytes for tensor in plan.tensors)
-    steps = write_file(plan, target, threads=threads, force=force, check=check, journal=journal)
+    steps = write_file(
+        plan,
+        target,
+        threads=threads,
+        force=force,
+        begun=check.begin if check else None,
+        check=check.end if check else None,
+        journal=journal,
+    )
     try:
         with (
             undisturbed_ending(),

@@ -101,12 +101,14 @@ def convert(
     *,
     threads: int,
     force: bool = False,
+    begun: Callable[[Path], None] | None = None,
     check: Callable[[Path], None] | None = None,
     journal: Journal | None = None,
 ) -> Generator[Progress, None, None]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
-    `check` is called with the finished file before it gets its name; if it raises, no file is left.
+    `begun` is called with the file as soon as its metadata is there, which do not change any more;
+    `check` with the finished file before it gets its name; if one raises, no file is left.
     With a journal, what an earlier run with the same inputs wrote is kept, and what this one wrote
     is kept for the next if it is stopped; an error then says so.
     """
@@ -116,6 +118,8 @@ def convert(
         with GGUFWriter(
             path, metadata=plan.metadata, tensors=plan.specs, force=force, journal=journal
         ) as writer:
+            if begun is not None:
+                begun(writer.part)
             yield from _kept_bands(plan, writer.position)
             for progress, band in _quantised_bands(plan, threads, writer.position):
                 writer.write(progress.tensor.name, band.blocks)
@@ -215,8 +219,9 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"
         )
-    made = _quantise(tensor, rows, first)
-    blocks = keep_multiples(quant, rows, made)
+    blocks = made = _quantise(tensor, rows, first)
+    if quant.multiples is not None and (quant.multiples.trained or source.scheme):
+        blocks = keep_multiples(quant, rows, made)
     if peak > LARGE and quant.name != "F32" and not np.isfinite(quant.dequantize(blocks)).all():
         worst = int(np.argmax(np.abs(original)))
         raise UnsupportedQuantError(

@@ -121,9 +121,7 @@ class HeaderParser:
         self.split: Split | None = None
 
     def parse(self) -> None:
-        n_tensors, n_keys = self._parse_counts()
-        for index in range(n_keys):
-            self._parse_entry(index)
+        n_tensors = self.parse_metadata()
         self.split = self._find_split()
         self.alignment = self._find_alignment()
         start = self.pos
@@ -133,6 +131,13 @@ class HeaderParser:
         for name, offset in offsets:
             self._place(name, offset)
         self._refuse_overlaps()
+
+    def parse_metadata(self) -> int:
+        """Read as far as the metadata goes; the number of tensors that follow."""
+        n_tensors, n_keys = self._parse_counts()
+        for index in range(n_keys):
+            self._parse_entry(index)
+        return n_tensors
 
     # --- the header
 

@@ -19,7 +19,9 @@ from gguf_tools.hub_names import (
     PREFIX,
     HubFile,
     HubName,
+    choose_adapter,
     choose_checkpoint,
+    choose_config,
     choose_model,
 )
 
@@ -43,6 +45,17 @@ def fetch_checkpoint(name: HubName, on_progress: Progress | None = None) -> Path
     """The folder with a checkpoint's weights, configuration and tokenizer."""
     paths = _fetch(name, choose_checkpoint, on_progress)
     return next(path.parent for path in paths if path.name == "config.json")
+
+
+def fetch_adapter(name: HubName, on_progress: Progress | None = None) -> Path:
+    """The folder with a LoRA adapter's weights and configuration."""
+    paths = _fetch(name, choose_adapter, on_progress)
+    return next(path.parent for path in paths if path.name == "adapter_config.json")
+
+
+def fetch_config(name: HubName, on_progress: Progress | None = None) -> Path:
+    """The folder with a checkpoint's config.json, which alone is fetched."""
+    return _fetch(name, choose_config, on_progress)[0].parent
 
 
 def cached_models() -> list[tuple[str, Path]]:

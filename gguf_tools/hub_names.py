@@ -14,6 +14,8 @@ SHOWN_FILES = 12  # in one error
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _CARD = "README.md"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def choose_checkpoint(name: HubName, files: Sequence[HubFile]) -> list[HubFile]:
     if {"model.safetensors", "model.safetensors.index.json"} & names:
         # The same weights again, in the layout of the model's maker.
         chosen = [f for f in chosen if not f.name.startswith("consolidated")]
+    if _ADAPTER_CONFIG in names and "config.json" not in names:
+        raise GGUFError(
+            f"{name}: this is a LoRA adapter: convert its base with --lora {name}, or this alone "
+            "with --lora-only"
+        )
     if not any(file.name.endswith(".safetensors") for file in chosen):
         found = "GGUF files, which `run` takes" if any(map(_is_model, names)) else "none"
         raise GGUFError(
@@ -93,6 +100,30 @@ def choose_checkpoint(name: HubName, files: Sequence[HubFile]) -> list[HubFile]:
             f"{found}"
         )
     if "config.json" not in names:
+        raise GGUFError(f"{name}: the repository has no config.json: it is not a checkpoint")
+    return chosen
+
+
+def choose_adapter(name: HubName, files: Sequence[HubFile]) -> list[HubFile]:
+    """The files of a LoRA adapter: its configuration, weights and card."""
+    if name.wanted:
+        raise GGUFError(f"{name}: an adapter is taken whole; name no file of it")
+    names = {file.name for file in files}
+    if _ADAPTER_CONFIG not in names:
+        raise GGUFError(f"{name}: the repository has no {_ADAPTER_CONFIG}: it is no LoRA adapter")
+    if _ADAPTER_WEIGHTS not in names:
+        pickles = [file for file in names if file.endswith(".bin")]
+        found = f"{printable(pickles[0])}, a pickle, which can run code" if pickles else "none"
+        raise GGUFError(f"{name}: expected {_ADAPTER_WEIGHTS} in the repository, found {found}")
+    return [file for file in files if file.name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS, _CARD)]
+
+
+def choose_config(name: HubName, files: Sequence[HubFile]) -> list[HubFile]:
+    """The configuration of a checkpoint alone."""
+    if name.wanted:
+        raise GGUFError(f"{name}: a model's configuration is meant; name no file of it")
+    chosen = [file for file in files if file.name == "config.json"]
+    if not chosen:
         raise GGUFError(f"{name}: the repository has no config.json: it is not a checkpoint")
     return chosen
 

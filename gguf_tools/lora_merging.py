@@ -6,7 +6,7 @@ adapter's thin matrices are in memory besides.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,21 +32,24 @@ class Scaled:
     scale: float = 1.0
 
 
-def read_scaled(text: str) -> Scaled:
-    """ADAPTER or ADAPTER:SCALE, as the option has it: a folder, and a number."""
-    folder, colon, number = text.rpartition(":")
-    if colon and folder and not Path(text).exists():
-        try:
-            scale = float(number)
-        except ValueError:
-            return Scaled(open_adapter(text))  # the colon is part of the name
-        if not math.isfinite(scale) or abs(scale) > MAX_SCALE:
-            raise CheckpointError(
-                f"--lora {printable(text)}: expected a scale of at most {MAX_SCALE:g}, "
-                f"found {printable(number)}"
-            )
-        return Scaled(open_adapter(folder), scale)
-    return Scaled(open_adapter(text))
+def read_scaled(text: str, find: Callable[[Path], Path] = Path) -> Scaled:
+    """ADAPTER or ADAPTER:SCALE, as the option has it: a folder, and a number.
+
+    `find` gives the folder of what is named.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or not name or Path(text).exists():
+        return Scaled(open_adapter(find(Path(text))))
+    try:
+        scale = float(number)
+    except ValueError:  # the colon is part of the name
+        return Scaled(open_adapter(find(Path(text))))
+    if not math.isfinite(scale) or abs(scale) > MAX_SCALE:
+        raise CheckpointError(
+            f"--lora {printable(text)}: expected a scale of at most {MAX_SCALE:g}, "
+            f"found {printable(number)}"
+        )
+    return Scaled(open_adapter(find(Path(name))), scale)
 
 
 def with_adapters(

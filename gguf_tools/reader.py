@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,13 @@ class GGUFFile:
         """The weights of a tensor, dequantised to float32."""
         tensor = self.tensors[name]
         return tensor.quant.dequantize(self.raw(name)).reshape(tensor.shape)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file whose tensors need not all be there yet."""
+    header = HeaderParser(_map_file(path), printable(path, limit=1000))
+    header.parse_metadata()
+    return header.metadata
 
 
 def undo_path(path: Path) -> Path:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from gguf_tools.errors import OutputError
+from gguf_tools.quants import by_name
 from gguf_tools.values import Value
 from gguf_tools.vocab import Vocab
-from gguf_tools.vocab.agreement import compare
+from gguf_tools.vocab.agreement import TokenizerCheck, compare
 from gguf_tools.vocab.corpus import TEST_TEXTS
-from gguf_tools.writer import GGUFWriter
+from gguf_tools.vocab.trial import Question
+from gguf_tools.writer import GGUFWriter, TensorSpec
 from tests.checkpoints import make_llama
 from tests.tokenizer_files import (
     byte_fallback,
@@ -93,6 +96,32 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         tmp_path / "y.gguf", vocab_of(byte_level(), tmp_path / "b"), pre=Value("str", "made-up")
     )
     assert "'made-up'" in compare(tmp_path / "folder", hurt).describe()
+
+
+def test_the_metadata_are_enough(tmp_path: Path) -> None:
+    """The comparison begins while the tensors are still being made."""
+    vocab = vocab_of(byte_level(), tmp_path / "folder")
+    metadata = {"general.architecture": Value("str", "llama"), **vocab.metadata}
+    weight = TensorSpec("output.weight", by_name("F32"), (4096, 4096))
+    check = TokenizerCheck(tmp_path / "folder", tmp_path / "x.gguf", strict=True)
+    with (
+        pytest.raises(OutputError, match="got 0"),
+        GGUFWriter(tmp_path / "x.gguf", metadata=metadata, tensors=[weight]) as writer,
+        check,
+    ):
+        check.begin(writer.part)
+        check.end(writer.part)
+    assert check.agreement is not None and check.agreement.complete
+
+
+def test_a_comparison_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+    question = Question("time", [])
+    with question:
+        process = question._process
+        assert process is not None
+    assert process.returncode is not None and process.returncode != 0
+    with pytest.raises(ValueError, match="closed"):
+        question.answer(seconds=1.0)
 
 
 # In `convert`.

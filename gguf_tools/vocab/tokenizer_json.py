@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
@@ -19,7 +20,7 @@ class TokenizerJson:
     """The parts of a BPE tokenizer.json; sequences are flattened."""
 
     vocab: Mapping[str, int]
-    merges: list[tuple[str, str]]
+    merge_entries: object  # as the file has them, not looked at yet
     added: list[AddedToken]
     normalizer: list[dict[str, Any]]
     pre_tokenizer: list[dict[str, Any]]
@@ -34,6 +35,11 @@ class TokenizerJson:
         """Whether tokens are written in GPT-2's byte alphabet."""
         steps = (*self.pre_tokenizer, *self.decoder)
         return not self.byte_fallback and any(step["type"] == "ByteLevel" for step in steps)
+
+    @cached_property
+    def merges(self) -> list[tuple[str, str]]:
+        """The merges in order; CheckpointError unless they are made of tokens."""
+        return _merges(self.merge_entries, self.vocab)
 
 
 def parse_tokenizer(data: Mapping[str, Any]) -> TokenizerJson:
@@ -52,10 +58,9 @@ def parse_tokenizer(data: Mapping[str, Any]) -> TokenizerJson:
                 f"{NAME}: BPE with {key} '{printable(model[key], 40)}' has no form in GGUF; "
                 f"known are {KINDS}"
             )
-    vocab = _vocab(model.get("vocab"))
     return TokenizerJson(
-        vocab=vocab,
-        merges=_merges(model.get("merges"), vocab),
+        vocab=_vocab(model.get("vocab")),
+        merge_entries=model.get("merges"),
         added=read_added_tokens(data.get("added_tokens"), NAME),
         normalizer=list(_steps(data, "normalizer")),
         pre_tokenizer=list(_steps(data, "pre_tokenizer")),

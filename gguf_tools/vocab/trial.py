@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from gguf_tools.child import python_command
@@ -37,34 +38,84 @@ class Trial:
     merges_matter: int  # texts that ignoring the merges of whole words encodes differently
 
 
-def run_trial(path: Path, keys: Iterable[str]) -> Trial | None:
-    """Try the file and the splits `keys` in a process of its own; None when it took too long."""
-    arguments = [str(path.resolve()), *keys]
-    try:
-        return Trial(**ask("gguf_tools.vocab.trial", arguments, seconds=TIME_LIMIT))
-    except subprocess.TimeoutExpired:
-        return None
-    except (*FAILURES, TypeError) as error:
-        raise CheckpointError(
-            f"{path.name}: the tokenizers library cannot load it or fails to run it"
-        ) from error
+class Question:
+    """`main(arguments)` of a module, running in a process of its own from now on.
 
-
-def ask(module: str, arguments: Sequence[str], *, seconds: float) -> Any:
-    """The JSON that `main(arguments)` of a module writes, run in a process of its own.
-
-    Raises one of FAILURES, subprocess.TimeoutExpired among them.
+    To be closed, by the end of a `with` block: the process ends there if it has not yet.
     """
-    done = subprocess.run(
-        python_command(module, arguments),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        timeout=seconds,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        check=True,
-    )
-    return json.loads(done.stdout)
+
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failure: OSError | None = None
+        try:
+            self._process = subprocess.Popen(
+                python_command(module, arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            )
+        except OSError as error:  # no process can be had: that is the answer
+            self._failure = error
+
+    def __enter__(self) -> "Question":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def answer(self, *, seconds: float) -> Any:
+        """The JSON that it writes, waited for so long.
+
+        Raises one of FAILURES, subprocess.TimeoutExpired among them.
+        """
+        if self._process is None:
+            raise self._failure or ValueError("the question is closed")
+        text, _ = self._process.communicate(timeout=seconds)
+        if self._process.returncode != 0:
+            raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
+        return json.loads(text)
+
+    def close(self) -> None:
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+            self._process = None
+
+
+class RunningTrial:
+    """A tokenizer.json that is being tried out with the splits `keys`; for a `with` block."""
+
+    def __init__(self, path: Path, keys: Iterable[str]) -> None:
+        self._path = path
+        self._question = Question("gguf_tools.vocab.trial", [str(path.resolve()), *keys])
+
+    def __enter__(self) -> "RunningTrial":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._question.close()
+
+    def result(self) -> Trial | None:
+        """None when it took too long."""
+        try:
+            return Trial(**self._question.answer(seconds=TIME_LIMIT))
+        except subprocess.TimeoutExpired:
+            return None
+        except (*FAILURES, TypeError) as error:
+            raise CheckpointError(
+                f"{self._path.name}: the tokenizers library cannot load it or fails to run it"
+            ) from error
 
 
 def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:

@@ -113,19 +113,6 @@ def test_what_is_not_nearly_all_is_not_taken_for_trained() -> None:
     np.testing.assert_array_equal(Q4_0.dequantize(result)[trained], rows[trained])
 
 
-def test_where_ggml_finds_the_multiples_its_scale_stays_but_for_q4_0() -> None:
-    """Q5_0 weights written as BF16: ggml's scale is that of the rounded largest weight."""
-    for name, half in (("Q5_0", 16), ("Q4_0", 8)):
-        quant = by_name(name)
-        k = multiples(-half, half - 1)
-        k[:, :, 0] = -half
-        rows = bf16((scales() * k).astype(np.float32)).reshape(40, -1)
-        data = quant.quantize(rows)  # type: ignore[misc]
-        assert (quant.dequantize(data) != rows).any()
-        same = np.array_equal(keep_multiples(quant, rows, data), data)
-        assert same == (name == "Q5_0")
-
-
 @pytest.mark.parametrize("size", [2.0**-24, 3 * 2.0**-20, 65504.0 / 8, 0.0, 1e9, 1e-9])
 def test_scales_at_the_ends_of_16_bits(size: float) -> None:
     rows = (np.float32(size) * multiples(-7, 7)).astype(np.float32).reshape(40, -1)
