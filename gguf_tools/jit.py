@@ -40,6 +40,7 @@ from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 from gguf_tools.child import python_command
 from gguf_tools.columns import Columns
 from gguf_tools.errors import DeviceError
+from gguf_tools.processor import FEATURES, join_features
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
@@ -55,8 +56,8 @@ def _digest() -> str:
     seen = hashlib.sha256()
     for part in (sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name()):
         seen.update(part.encode() + b"\0")
-    seen.update(llvm.get_host_cpu_features().flatten().encode())
-    for variable in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "GGUF_TOOLS_DOT"):
+    seen.update(join_features(FEATURES).encode())
+    for variable in ("NUMBA_CPU_NAME", "GGUF_TOOLS_DOT"):
         seen.update(os.environ.get(variable, "").encode() + b"\0")
     for pattern in _KERNEL_SOURCES:
         for path in sorted(_PACKAGES.glob(pattern)):
@@ -93,6 +94,7 @@ def _remove_old(current: Path) -> None:
 CACHE_FOLDER, NO_CACHE_REASON = _prepare_cache()
 if CACHE_FOLDER is not None:
     numba.config.CACHE_DIR = str(CACHE_FOLDER)
+numba.config.CPU_FEATURES = join_features(FEATURES)
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,7 +175,7 @@ class Kernel:
         if self._compiled is None:
             with self._lock:
                 if self._compiled is None:
-                    check_processor(platform.machine(), llvm.get_host_cpu_features())
+                    check_processor(platform.machine(), FEATURES)
                     compiled = self._build(cache=CACHE_FOLDER is not None)
                     letters = self.letters
                     if self.n_columns > 1:

@@ -15,6 +15,7 @@ from runtime.kernels.formats import FormatKernels
 from runtime.kernels.matmul import MOST_COLUMNS
 from runtime.kernels.table import FORMATS
 from tests.kernels.blocks import block_size, dequantise, random_rows
+from tests.test_simd import usable_dots
 
 LENGTHS = {
     1: (1, 15, 33, 172, 576, 2304, 4096),
@@ -179,12 +180,10 @@ def test_kernels_are_kept_on_disk(name: str) -> None:
         assert Kernel(each.function, each.letters, each.n_columns).is_ready
 
 
-@pytest.mark.parametrize("dot", ["avx2", "portable"])
+@pytest.mark.parametrize("dot", ["avx2", "neon", "armv8", "portable"])
 def test_other_byte_products(dot: str) -> None:
-    import llvmlite.binding as llvm
-
-    if dot == "avx2" and not llvm.get_host_cpu_features().get("avx2"):
-        pytest.skip("no AVX2 here")
+    if dot not in usable_dots():
+        pytest.skip(f"no {dot} here")
     environment = {**os.environ, "GGUF_TOOLS_DOT": dot}
     code = "from tests.kernels.test_formats import check_products; check_products()"
     root = Path(__file__).resolve().parent.parent.parent
