@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gguf_tools.command import run_command
+from gguf_tools.command import run_command, undisturbed_ending
 from gguf_tools.file_commands import COMMANDS
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def convert(
     import time
     from contextlib import nullcontext
 
-    from gguf_tools.conversion import plan_conversion, protect_checkpoint
+    from gguf_tools.conversion import plan_conversion, protect_input
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.imatrix import read_importance_matrix
@@ -256,8 +256,8 @@ def convert(
     target = output if output is not None else Path(named)
     if file:
         protect_parts(file, target)
-    for folder in (model_dir, *merged):
-        protect_checkpoint(folder, target)
+    for path in (model_dir, *merged, *files):
+        protect_input(path, target)
     seconds = checked = None
     losses = Losses()
     n_threads = threads or default_threads()
@@ -442,6 +442,7 @@ def _write(
     )
     try:
         with (
+            undisturbed_ending(),
             Progress(
                 *columns, console=console, transient=True, disable=not console.is_terminal
             ) as bar,

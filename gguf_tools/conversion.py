@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,18 +145,17 @@ def convert(
         raise type(error)(f"{error}; {journal.kept}") from error
 
 
-def protect_checkpoint(folder: Path, output: Path) -> None:
-    """Refuse to write over a file of the checkpoint that is being read."""
-    try:
-        names = [] if output.suffix == ".gguf" else os.listdir(folder)
-        same = any(os.path.samefile(folder / name, output) for name in names)
-    except OSError:
-        return  # one of them is not there: nothing to protect
-    if same:
-        raise OutputError(
-            f"{printable(output, limit=1000)} is a file of the checkpoint itself; choose another "
-            "name"
-        )
+def protect_input(path: Path, output: Path) -> None:
+    """Refuse to write over what is being read: a file, or one of those in a checkpoint's folder."""
+    if not path.is_dir():
+        files, what = [path], "the file that is being read"
+    else:
+        names = [] if output.suffix == ".gguf" else os.listdir(path)
+        files, what = [path / name for name in names], "a file of the checkpoint itself"
+    for file in files:
+        with suppress(OSError):  # one of them is not there: nothing to protect
+            if os.path.samefile(file, output):
+                raise OutputError(f"{printable(output, limit=1000)} is {what}; choose another name")
 
 
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:

@@ -102,8 +102,8 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the tensors' bytes, as llama.cpp counts them."""
-        return 8 * sum(tensor.nbytes for tensor in self.tensors) / self.n_parameters
+        """Of the tensors' bytes, as llama.cpp counts them; 0 of a vocabulary alone."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors) / max(self.n_parameters, 1)
 
     @property
     def types(self) -> Counter[str]:

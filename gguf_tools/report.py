@@ -18,9 +18,9 @@ Row = tuple[str, str]  # label and text
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Every tensor with its shape, type and bytes."""
-    name_width = max(len(printable(tensor.name)) for tensor in plan.tensors)
+    name_width = max((len(printable(tensor.name)) for tensor in plan.tensors), default=0)
     shapes = [" x ".join(map(str, tensor.shape)) for tensor in plan.tensors]
-    shape_width = max(map(len, shapes))
+    shape_width = max(map(len, shapes), default=0)
     for tensor, shape in zip(plan.tensors, shapes, strict=True):
         choice = tensor.choice
         why = f"  instead of {choice.wanted}: {choice.reason}" if choice.reason else ""
@@ -42,7 +42,7 @@ def closing_rows(
     yield "parameters", f"{plan.n_parameters:,}"
     yield "bits per weight", f"{plan.bits_per_weight:.4f}"
     types = ", ".join(f"{count} {name}" for name, count in plan.types.most_common())
-    yield "tensors", f"{len(plan.tensors)}: {types}"
+    yield "tensors", f"{len(plan.tensors)}: {types}" if types else "none: a vocabulary alone"
     yield from _fallback_rows(plan)
     if plan.matrix is not None:
         yield from _importance_rows(plan, plan.matrix)
@@ -103,7 +103,7 @@ def _importance_rows(plan: Plan, matrix: ImportanceMatrix) -> Iterator[Row]:
     yield (
         "importance",
         f"{len(covered):,} of {len(weighable):,} tensors that can make use of it; "
-        f"{len(matrix.entries):,} entries{made}",
+        f"{len(matrix.entries):,} {'entry' if len(matrix.entries) == 1 else 'entries'}{made}",
     )
     missing = Counter(kind_of_name(t.name) for t in weighable if t.importance is None)
     for name, count in missing.items():

@@ -36,9 +36,18 @@ class Engine:
     """Memory for a stage and the threads that run its tables."""
 
     def __init__(
-        self, stage: Stage, *, n_ctx: int, n_threads: int, n_batch: int, kv_type: str
+        self,
+        stage: Stage,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_batch: int,
+        kv_type: str,
+        n_few: int,
     ) -> None:
+        """`n_few`: so many tokens are computed as each would be alone."""
         self.stage = stage
+        self._n_few = n_few
         arena = Arena()
         room = (max(n_batch, HEAD_ROWS) + COLUMNS - 1) // COLUMNS * COLUMNS
         n_positions = (n_ctx + POSITIONS - 1) // POSITIONS * POSITIONS
@@ -92,8 +101,8 @@ class Engine:
 
     def _chunks(self, n_tokens: int, start: int) -> int:
         """Attention's pieces of a KV head's work, at most, over all layers."""
-        if n_tokens == 1:
-            return attention.chunk_count(start + 1)
+        if n_tokens <= self._n_few:
+            return n_tokens * attention.chunk_count(start + n_tokens)
         groups = {s.n_heads // s.n_kv_heads for s in self.stage.caches}
         return -(-n_tokens // min(map(attention.query_tokens, groups), default=n_tokens))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import ReadyTable
 from runtime.backends.engine import HEAD_ROWS, Engine
+from runtime.backends.frame import Batch
 from runtime.backends.lowering import HostProduct, Lowering
 from runtime.backends.memory import Place
 from runtime.backends.needs import needed_kernels
@@ -36,9 +37,14 @@ class StreamedBackend:
         self._n_vocab = program.buffers["logits"]
         stage = layer_stage(program)
         self._engine = engine = Engine(
-            stage, n_ctx=n_tokens, n_threads=n_threads, n_batch=n_tokens, kv_type=kv_type
+            stage,
+            n_ctx=n_tokens,
+            n_threads=n_threads,
+            n_batch=n_tokens,
+            kv_type=kv_type,
+            n_few=0,
         )
-        lowering = Lowering(stage, engine.memory, one_token=False)
+        lowering = Lowering(stage, engine.memory, Batch.MANY)
         *self._layers, self._head = (
             engine.ready(lowering.lower((*span.body, *span.head), span.inputs))
             for span in stage.spans
@@ -142,7 +148,7 @@ class BandProducts:
         for name, width in widths.items():
             blocks[name], places[name] = memory.arena.rows(memory.n_batch, width)
         stage = Stage(widths, (span,), caches=())
-        lowering = Lowering(stage, replace(memory, shared=places), one_token=False)
+        lowering = Lowering(stage, replace(memory, shared=places), Batch.MANY)
         (table,) = engine.ready(lowering.lower(span.body, span.inputs))
         assert isinstance(table, ReadyTable)
         return _Product(table, blocks["source"], blocks["target"])
