@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBA_ROOMS = {
-    f"gguf_tools/{name}.py" for name in ("jit", "processor", "vectors", "simd", "tiles", "control")
+    f"gguf_tools/{name}.py"
+    for name in ("jit", "processor", "vectors", "columns", "simd", "tiles", "control")
 }
 FILES = sorted(p for package in ("gguf_tools", "runtime") for p in (ROOT / package).rglob("*.py"))
 

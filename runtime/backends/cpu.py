@@ -3,6 +3,10 @@
 Weights stay where they are, in the mapped file. One call runs one batch: n_threads - 1 parked
 Python threads are woken, and all run the same table (runtime/kernels/interpreter.py). The calling
 thread never waits for one that has not woken: it does all the work that nobody else has claimed.
+
+A few tokens at once need kernels of their own, which are compiled in the background when such a
+batch is first met. Until then, or where no folder can keep them, the tokens go one after the other.
+That takes longer and gives the same logits to the bit.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gguf_tools.jit import Kernel
+from gguf_tools.jit import Background, Kernel
 from runtime.backends.crew import Crew, ReadyTable
-from runtime.backends.lowering import HostProduct, Lowering
+from runtime.backends.frame import Batch
+from runtime.backends.lowering import HostProduct, Lowering, host_type
 from runtime.backends.memory import Arena, Memory, Place, make_caches
-from runtime.backends.needs import needed_kernels, scratch_bytes
+from runtime.backends.needs import few_kernels, needed_kernels, scratch_bytes
 from runtime.backends.reference import expert_matmul, matmul
 from runtime.backends.table import Table
-from runtime.kernels import attention
+from runtime.kernels import attention, experts
 from runtime.kernels.interpreter import (
     EPOCH,
     N_CHUNKS,
@@ -33,10 +38,11 @@ from runtime.kernels.interpreter import (
     STATE_FIELDS,
 )
 from runtime.kernels.kv_cache import KV_TYPES, POSITIONS
-from runtime.kernels.matmul import COLUMNS
+from runtime.kernels.matmul import COLUMNS, FEW_TOKENS
 from runtime.program import ExpertMatMul, Floats, Span, Stage
 
-FEW_TOKENS = 4  # up to here one after the other: a tile costs as much as 4 tokens to set up
+Parts = list[ReadyTable | HostProduct]
+
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
 
 
@@ -45,11 +51,11 @@ class LoweredSpan:
     """The tables of a span, for one token and for many."""
 
     span: Span
-    decode: list[ReadyTable | HostProduct]  # body and head in one go, for one token
-    body_one: list[ReadyTable | HostProduct]
-    body_many: list[ReadyTable | HostProduct]
-    head_one: list[ReadyTable | HostProduct]
-    head_many: list[ReadyTable | HostProduct]
+    decode: Parts  # body and head in one go, for one token
+    body_one: Parts
+    body_many: Parts
+    head_one: Parts
+    head_many: Parts
 
 
 class CPUBackend:
@@ -77,9 +83,13 @@ class CPUBackend:
         }
         caches = make_caches(arena, stage.caches, kv, n_positions)
         memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)
-        one, many = (Lowering(stage, memory, one_token=flag) for flag in (True, False))
+        one, many = (Lowering(stage, memory, batch) for batch in (Batch.ONE, Batch.MANY))
+        self._memory = memory
         self.spans = tuple(_lower(span, arena, one, many) for span in stage.spans)
         self._one_places, self._many_places = one.frame.places, many.frame.places
+        self._few = few_tokens(stage)
+        self._few_kernels = Background(few_kernels(stage))
+        self._few_tables: list[tuple[Parts, Parts]] | None = None
         slow = sorted(one.host_types)
         self.notes: tuple[str, ...] = ()
         if slow:
@@ -99,6 +109,15 @@ class CPUBackend:
         """The kernels that `stage` needs, the slowest to compile first."""
         return needed_kernels(stage, kv_type)
 
+    def _tables_for_few(self) -> list[tuple[Parts, Parts]] | None:
+        """Body and head of each span for a few tokens, once their kernels are compiled."""
+        if self._few_tables is None and self._few_kernels.is_done():
+            few = Lowering(self.stage, self._memory, Batch.FEW)
+            self._few_tables = [
+                _lower_several(lowered.span, self._arena, few) for lowered in self.spans
+            ]
+        return self._few_tables
+
     def _buffer(self, arena: Arena, name: str, width: int, rows: int) -> Place:
         """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
         stride = (width + 31) // 32 * 32 + 48
@@ -114,13 +133,17 @@ class CPUBackend:
         n = len(next(iter(values.values())))
         rows = n_outputs if span.head else n
         made = {name: np.empty((rows, width), np.float32) for name, width in span.outputs.items()}
-        if n <= FEW_TOKENS:
-            self._run_one_by_one(lowered, values, made, start, n - rows)
-            return made
+        body, head = lowered.body_many, lowered.head_many
+        if n <= self._few:
+            few = self._tables_for_few() if n > 1 else None
+            if few is None:
+                self._run_one_by_one(lowered, values, made, start, n - rows)
+                return made
+            body, head = few[index]
         self._fill(span, values, slice(None))
-        self._execute(lowered.body_many, n, start)
+        self._execute(body, n, start)
         if span.head:
-            self._run_head(lowered, made["logits"], start, n)
+            self._run_head(lowered.head_one, head, made["logits"], start, n)
             return made
         for name, result in made.items():
             result[:] = self._buffers[name][:n, : result.shape[1]]
@@ -148,7 +171,7 @@ class CPUBackend:
                 for name, result in made.items():
                     result[i - silent] = self._buffers[name][0, : result.shape[1]]
 
-    def _run_head(self, lowered: LoweredSpan, logits: Floats, start: int, n: int) -> None:
+    def _run_head(self, head_one: Parts, head: Parts, logits: Floats, start: int, n: int) -> None:
         """The head for the last tokens, of which there are as many as rows of logits."""
         hidden = self._buffers["x"]
         for first in range(0, len(logits), HEAD_ROWS):
@@ -156,13 +179,14 @@ class CPUBackend:
             row = n - len(logits) + first
             if row:
                 hidden[:rows] = hidden[row : row + rows].copy()
-            self._execute(lowered.head_one if rows == 1 else lowered.head_many, rows, start + row)
+            self._execute(head_one if rows == 1 else head, rows, start + row)
             logits[first : first + rows] = self._buffers["logits"][:rows, : logits.shape[1]]
 
     def close(self) -> None:
+        self._few_kernels.close()
         self._crew.close()
 
-    def _execute(self, parts: list[ReadyTable | HostProduct], n_tokens: int, start: int) -> None:
+    def _execute(self, parts: Parts, n_tokens: int, start: int) -> None:
         for part in parts:
             if isinstance(part, HostProduct):
                 self._multiply(part, n_tokens)
@@ -177,8 +201,8 @@ class CPUBackend:
 
     def _chunks(self, n_tokens: int, start: int) -> int:
         """Attention's pieces of a KV head's work, at most, over all layers."""
-        if n_tokens == 1:
-            return attention.chunk_count(start + 1)
+        if n_tokens <= self._few:
+            return n_tokens * attention.chunk_count(start + n_tokens)
         groups = {s.n_heads // s.n_kv_heads for s in self.stage.caches}
         return -(-n_tokens // min(map(attention.query_tokens, groups), default=n_tokens))
 
@@ -197,6 +221,17 @@ class CPUBackend:
         _view(places[step.target], n_tokens, width)[:] = product
 
 
+def few_tokens(stage: Stage) -> int:
+    """How many tokens, at most, are computed as each of them would be alone.
+
+    NumPy's products depend on their number; experts take so many by matvec.
+    """
+    if any(host_type(step) for step in stage.steps):
+        return 1
+    mixed = any(isinstance(step, ExpertMatMul) for step in stage.steps)
+    return min(FEW_TOKENS, experts.FEW) if mixed else FEW_TOKENS
+
+
 def _view(place: Place, n_tokens: int, width: int) -> Floats:
     """A buffer as NumPy sees it; the first thread's where each thread has its own."""
     size = place.token_stride // 4
@@ -206,20 +241,31 @@ def _view(place: Place, n_tokens: int, width: int) -> Floats:
 
 
 def _lower(span: Span, arena: Arena, one: Lowering, many: Lowering) -> LoweredSpan:
-    hidden = {"x": span.inputs["x"]} if span.head else {}
     decode = _ready(arena, one.lower((*span.body, *span.head), span.inputs))
     body = _ready(arena, one.lower(span.body, span.inputs)) if span.head else decode
+    body_many, head_many = _lower_several(span, arena, many)
     return LoweredSpan(
         span=span,
         decode=decode,
         body_one=body,
-        body_many=_ready(arena, many.lower(span.body, span.inputs)),
-        head_one=_ready(arena, one.lower(span.head, hidden)),
-        head_many=_ready(arena, many.lower(span.head, hidden)),
+        body_many=body_many,
+        head_one=_ready(arena, one.lower(span.head, _hidden(span))),
+        head_many=head_many,
     )
 
 
-def _ready(arena: Arena, parts: list[Table | HostProduct]) -> list[ReadyTable | HostProduct]:
+def _lower_several(span: Span, arena: Arena, several: Lowering) -> tuple[Parts, Parts]:
+    """Body and head for several tokens."""
+    body, head = several.lower(span.body, span.inputs), several.lower(span.head, _hidden(span))
+    return _ready(arena, body), _ready(arena, head)
+
+
+def _hidden(span: Span) -> dict[str, int]:
+    """What the head of a span begins with."""
+    return {"x": span.inputs["x"]} if span.head else {}
+
+
+def _ready(arena: Arena, parts: list[Table | HostProduct]) -> Parts:
     return [
         ReadyTable(part.array(), arena.zeros(len(part.rows) * PROGRESS_BYTES))
         if isinstance(part, Table)

@@ -1,13 +1,15 @@
 """From a stage of a program to tables of operations for the compiled interpreter.
 
-A stage is lowered twice: for one token (decode) and for many (prompt). What differs:
+A stage is lowered for one token (decode), for a few, and for many (prompt). What differs:
 
 - One token: norms, attention's last step and the quantising of activations are cheap, so every
   thread does them for itself in memory of its own rather than wait for another; products are
   matvec kernels that read the blocks as they lie.
 - Many tokens: those steps share the tokens out; products decode 32 rows at a time for a tile.
+- A few tokens: steps are shared out as for many, but computed as for one, with the same results
+  to the bit: matvec kernels for several columns, and each token's attention by itself.
 
-In both, matrix rows and columns of buffers are shared out in the same groups of 32, so that a sum
+In all, matrix rows and columns of buffers are shared out in the same groups of 32, so that a sum
 or gate after a product can be claimed with it (runtime/backends/table.py).
 
 Formats without kernels of their own become `HostProduct`s between tables: NumPy multiplies with
@@ -23,12 +25,13 @@ import numpy as np
 
 from gguf_tools.jit import Kernel
 from runtime.backends.flow import PARTIALS, unknown, width_written, written_by
-from runtime.backends.frame import EACH, Frame, row_groups
+from runtime.backends.frame import EACH, Batch, Frame, row_groups
 from runtime.backends.memory import Memory
 from runtime.backends.mixture import Mixture
 from runtime.backends.products import Forms, lower_product
 from runtime.backends.table import WHOLE, Table, Units, columns, items, reads, writes
 from runtime.kernels import attention, elementwise, gates, kv_cache
+from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.program import (
     Activate,
@@ -62,16 +65,15 @@ class HostProduct:
 
 
 class Lowering:
-    """Lowers runs of instructions, for one token or for many, over the same memory."""
+    """Lowers runs of instructions, for batches of one size, over the same memory."""
 
-    def __init__(self, stage: Stage, memory: Memory, *, one_token: bool) -> None:
+    def __init__(self, stage: Stage, memory: Memory, batch: Batch) -> None:
         self.memory = memory
-        self.one_token = one_token
         self.host_types: set[str] = set()
         # A late thread leaves a table that the caller has left for a product of the host: what it
         # was to make for itself there, the next table would miss.
-        owns = one_token and not any(host_type(step) for step in stage.steps)
-        self.frame = Frame(stage, memory, one_token=one_token, owns=owns)
+        owns = batch is Batch.ONE and not any(host_type(step) for step in stage.steps)
+        self.frame = Frame(stage, memory, batch, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
         self._ropes: dict[int, tuple[int, int]] = {}
@@ -127,10 +129,10 @@ class Lowering:
             case StoreKV():
                 self._store(table, step)
             case Attend():
-                if self.one_token:
-                    self._attend_one(table, step)
-                else:
+                if self.frame.batch is Batch.MANY:
                     self._attend_many(table, step)
+                else:
+                    self._attend_each(table, step)
             case Gate():
                 kernel, width = gates.GATES[step.activation], self.frame.width(step.gate)
                 sources = (step.gate, step.up)
@@ -284,13 +286,15 @@ class Lowering:
             kv.block_bytes(shape.value_dim),
         )
 
-    def _attend_one(self, table: Table, step: Attend) -> None:
+    def _attend_each(self, table: Table, step: Attend) -> None:
+        """Each token by itself."""
         shape = self.memory.caches[step.layer].shape
         kv = self.memory.kv
+        sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
+        stride = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
         if not self._partials:
-            sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
-            most = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
-            self._partials = self.memory.arena.zeros(most)
+            n_tokens = 1 if self.frame.one_token else FEW_TOKENS
+            self._partials = self.memory.arena.zeros(n_tokens * stride)
         table.add(
             attention.attend_chunks,
             (
@@ -299,6 +303,7 @@ class Lowering:
                 kv.mix.address,
                 self._partials,
                 *_softcap(step),
+                stride,
             ),
             [
                 *self.frame.access(step.queries, WHOLE),
@@ -310,18 +315,19 @@ class Lowering:
         target = self.frame.places[step.target]
         owned = self.frame.is_owned(step.target)
         arguments = (
-            target.base,
-            target.thread_stride,
+            *target.arguments,
             shape.n_heads,
             shape.value_dim,
             kv.padded(shape.value_dim),
             step.window,
             self._partials,
             self.frame.vector(step.sinks),
+            stride,
         )
         accesses = [reads(PARTIALS), *self.frame.access(step.target, "heads", written=True)]
         parts = 0 if owned else self.frame.most_parts()
-        table.add(attention.combine, arguments, accesses, Units(shape.n_heads, parts=parts))
+        units = Units(per_token=shape.n_heads, parts=parts)
+        table.add(attention.combine, arguments, accesses, units)
 
     def _attend_many(self, table: Table, step: Attend) -> None:
         target = self.frame.places[step.target]
