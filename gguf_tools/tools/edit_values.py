@@ -79,7 +79,8 @@ def check_change(file: GGUFFile, key: str, value: Any | None, *, force: bool) ->
     odd = [item for item in (value if isinstance(value, list) else [value]) if not_finite(item)]
     if odd and not force:
         raise GGUFError(
-            f"{shown}: expected a finite number, found {odd[0]}; with --force it is set nevertheless"
+            f"{shown}: expected a finite number, found {odd[0]}; with --force it is changed "
+            "nevertheless"
         )
     tokens: Any = file.metadata.get("tokenizer.ggml.tokens")
     is_id = key.startswith(TOKENIZER) and key.endswith("_token_id") and isinstance(tokens, list)
