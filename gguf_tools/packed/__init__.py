@@ -13,7 +13,7 @@ from typing import Any
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.errors import CheckpointError, printable
 from gguf_tools.json_files import shown
-from gguf_tools.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from gguf_tools.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, marlin
 from gguf_tools.packed.parts import Parts
 from gguf_tools.safetensors_file import LazyTensor
 
@@ -35,6 +35,7 @@ SCHEMES = (
     Scheme(("fp8", "fbgemm_fp8"), fp8.unpack, fp8.describe),
     Scheme(("compressed-tensors",), compressed_tensors.unpack, compressed_tensors.describe),
     Scheme(("gptq",), gptq.unpack, gptq.describe),
+    Scheme(("marlin",), marlin.unpack, marlin.describe),
     Scheme(("awq",), awq.unpack, awq.describe),
     Scheme(("bitsandbytes",), bitsandbytes.unpack, bitsandbytes.describe),
 )

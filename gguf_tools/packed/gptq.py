@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gguf_tools.archs.config import HFConfig
 from gguf_tools.errors import CheckpointError, printable
+from gguf_tools.packed import marlin
 from gguf_tools.packed.columns import Columns
 from gguf_tools.packed.numbers import FLOATS, read_integers, unpack_integers
 from gguf_tools.packed.parts import Parts
@@ -24,12 +25,16 @@ from gguf_tools.safetensors_file import Floats, LazyTensor
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
+MARLIN = "marlin"  # see marlin.py
 WORD = 32
 BUFFERS = (".wf", ".wf_unsqueeze_zero", ".wf_unsqueeze_neg_one")
 
 
 def unpack(parts: Parts, config: HFConfig) -> None:
     """Put together all weights."""
+    if config.flag("is_marlin_format", default=False) or _format(config)[1] == MARLIN:
+        marlin.unpack(parts, config)
+        return
     bits, version = _read_settings(config)
     columns = Columns()
     for module in parts.modules(".qweight"):
@@ -46,15 +51,21 @@ def _read_settings(config: HFConfig) -> tuple[int, int]:
     bits = config.integer("bits", low=1, high=32)
     if bits not in BITS:
         raise config.refuse("bits", f"one of {', '.join(map(str, BITS))}", bits)
-    # GPTQModel calls `format` what it wrote as `checkpoint_format` before.
-    key = next((key for key in ("checkpoint_format", "format") if config.has(key)), "format")
-    format_ = config.text(key, default=FORMATS[0])
+    key, format_ = _format(config)
     if format_ not in FORMATS:
-        raise config.refuse(key, " or ".join(FORMATS), format_)
+        known = f"{', '.join(FORMATS)} or {MARLIN} (the layouts of other kernels are not known)"
+        raise config.refuse(key, known, format_)
     words = config.text("pack_dtype", default="int32").removeprefix("torch.")
     if words != "int32":
         raise config.refuse("pack_dtype", "int32", words)
     return bits, FORMATS.index(format_) + 1
+
+
+def _format(config: HFConfig) -> tuple[str, str]:
+    """The layout, and the key that gives it."""
+    # GPTQModel calls `format` what it wrote as `checkpoint_format` before.
+    key = next((key for key in ("checkpoint_format", "format") if config.has(key)), "format")
+    return key, config.text(key, default=FORMATS[0])
 
 
 def _weight(parts: Parts, module: str, *, bits: int, version: int, columns: Columns) -> LazyTensor:

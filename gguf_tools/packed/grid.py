@@ -9,15 +9,28 @@ rectangle only.
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.archs.config import HFConfig
 from gguf_tools.safetensors_file import Floats, LazyTensor
 
 Rectangle = tuple[int, int]  # height, width
+GROUP_KEYS = ("group_size", "q_group_size")
 
 
 def grid_shape(shape: tuple[int, ...], rectangle: Rectangle) -> tuple[int, ...]:
     """How many scales a tensor has: rectangles at the edges may be cut off."""
     *outer, height, width = shape
     return (*outer, -(-height // rectangle[0]), -(-width // rectangle[1]))
+
+
+def group_size(config: HFConfig, width: int) -> int:
+    """How many inputs of `width` share a scale, as the configuration says: -1 is all of them."""
+    key = next((key for key in GROUP_KEYS if config.has(key)), GROUP_KEYS[0])
+    if config.values.get(key) == -1:
+        return width
+    size = config.integer(key)
+    if width % size:
+        raise config.refuse(key, f"groups that divide {width} inputs", size)
+    return size
 
 
 def scaled(

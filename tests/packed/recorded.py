@@ -57,8 +57,8 @@ def make(folder: Path, recorded: Recorded, **changes: Any) -> dict[str, np.ndarr
     """A checkpoint of a layer; the weights that it means, by the name of an unquantised one."""
     changes = {"num_hidden_layers": 1, "quantization_config": recorded.config, **changes}
     floats = llama_tensors(llama_config(**changes))
-    for name in QUANTISED:
-        del floats[f"{name}.weight"]
+    for name in recorded.weights:
+        del floats[name]
     make_llama(folder, tensors={}, **changes)
     stored: Stored = {k: ("F32", list(v.shape), encode(v, "F32")) for k, v in floats.items()}
     stored |= recorded.parts

@@ -25,7 +25,7 @@ def refusal(folder: Path, recorded: Recorded) -> str:
 
 
 def parts(name: str) -> list[str]:
-    unused = (".input_scale", "weight_format")
+    unused = (".input_scale", "weight_format", ".workspace")
     return [part for part in read(name).parts if DOWN in part and not part.endswith(unused)]
 
 
@@ -133,10 +133,19 @@ def test_the_state_of_four_bits(tmp_path: Path, text: str, words: str) -> None:
     [
         ("gptq-4", {"bits": 5}, "bits: expected one of 2, 3, 4, 8, found 5"),
         ("gptq-4", {"bits": None}, "bits"),
-        ("gptq-4", {"checkpoint_format": "marlin"}, "gptq or gptq_v2, found 'marlin'"),
+        ("gptq-4", {"checkpoint_format": "bitblas"}, "gptq, gptq_v2 or marlin (the layouts of"),
         ("gptq-4", {"checkpoint_format": 2}, "a text"),
         ("gptq-4", {"pack_dtype": "int64"}, "expected int32"),
-        ("awq", {"version": "gemv"}, "expected gemm, found 'gemv'"),
+        ("awq", {"version": "gemv_fast"}, "expected gemm, gemv or marlin (the layouts of other"),
+        ("awq", {"version": ["gemm"]}, "expected gemm, gemv or marlin"),
+        ("awq-gemv", {"group_size": 0}, "group_size: expected a whole number"),
+        ("awq-gemv", {"group_size": 24}, "group_size: expected groups that divide 64 inputs"),
+        ("awq-marlin", {"group_size": 40}, "group_size: expected groups that divide 96 inputs"),
+        ("awq-marlin", {"group_size": 16}, "scales: expected (6, 64), found (3, 64)"),
+        ("awq-gemv", {"group_size": None}, "group_size: expected a whole number"),
+        ("awq-gemv", {"group_size": 1}, "inputs in groups of 1"),
+        ("gptq-marlin", {"bits": 8}, "bits: expected 4, as Marlin's layout has"),
+        ("gptq-marlin", {"is_marlin_format": "yes"}, "is_marlin_format"),
         ("awq", {"bits": 3}, "expected 4, found 3"),
         ("fp8-block", {"weight_block_size": [0, 128]}, "two sizes"),
         ("fp8-block", {"weight_block_size": 128}, "two sizes"),

@@ -3,10 +3,11 @@ library reads out of them.
 
     python tests/data/packed/record.py [NAME...]
 
-Needs torch, safetensors, compressed-tensors, bitsandbytes, gptqmodel and autoawq, which the tests
-do not. Of the last two only the code that packs and unpacks is run, from their files, as they want
-compilers to be installed. Matrices have sizes that no block or group divides where a scheme allows
-it. Weights are drawn once more wide in a few columns, so that scales differ.
+Needs torch, safetensors, compressed-tensors, bitsandbytes, gptqmodel, autoawq and auto-gptq (for
+gptq-marlin), which the tests do not. Of the last three only the code that packs and unpacks is run,
+from their files, as they want compilers to be installed. Matrices have sizes that no block or group
+divides where a scheme allows it. Weights are drawn once more wide in a few columns, so that scales
+differ.
 """
 
 import importlib.util
@@ -23,16 +24,17 @@ from safetensors.torch import save_file
 
 DATA = Path(__file__).parent
 SHAPES = {"self_attn.k_proj": (32, 64), "mlp.down_proj": (64, 96)}
+MARLIN_SHAPES = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 96)}  # whole 64s of outputs
 PREFIX = "model.layers.0."
 
 Parts = dict[str, torch.Tensor]
 Result = tuple[Parts, Parts, dict[str, Any]]  # stored, weights, quantization_config
 
 
-def matrices(seed: int = 0) -> Parts:
+def matrices(seed: int = 0, shapes: dict[str, tuple[int, int]] = SHAPES) -> Parts:
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         weight = torch.randn(shape, generator=generator) * 0.1
         weight[:, ::17] *= 4
         weight[::13] *= 0.1
@@ -197,10 +199,13 @@ def gptq(bits: int, *, version: int = 1, sym: bool = True, act_order: bool = Fal
 
 # --- AWQ ----------------------------------------------------------------------------------------
 
+AWQ_PACKAGES = ("awq", "awq.utils", "awq.modules", "awq.modules.linear")
 
-def awq() -> Result:
-    skip_package("awq")
+
+def awq(version: str = "gemm") -> Result:
+    skip_packages(*AWQ_PACKAGES)
     from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.modules.linear.gemv import WQLinear_GEMV
     from awq.utils.packing_utils import dequantize_gemm
 
     parts, floats, size = {}, {}, 32
@@ -218,24 +223,72 @@ def awq() -> Result:
         module = WQLinear_GEMM.from_linear(
             linear, 4, size, scales=scales.T.contiguous(), zeros=zeros.T.contiguous()
         )
-        for part in ("qweight", "qzeros", "scales"):
-            parts[f"{name}.{part}"] = getattr(module, part)
         found = dequantize_gemm(module.qweight, module.qzeros, module.scales.float(), 4, size)
         floats[name] = found.T
+        if version == "gemv":  # for which there is no reader but on GPUs
+            module = WQLinear_GEMV.from_linear(linear, 4, size, scales=scales, zeros=zeros)
+        for part in ("qweight", "qzeros", "scales"):
+            parts[f"{name}.{part}"] = getattr(module, part)
     config = {
         "quant_method": "awq",
         "bits": 4,
         "group_size": size,
-        "version": "gemm",
+        "version": version,
         "zero_point": True,
         "modules_to_not_convert": None,
     }
     return parts, floats, config
 
 
-def skip_package(name: str) -> None:
+# --- Marlin: its readers are on GPUs; the weights are those that were given to be packed ----------
+
+
+def marlin(method: str, size: int) -> Callable[[], Result]:
+    def record() -> Result:
+        parts, floats = {}, {}
+        for name, weight in matrices(shapes=MARLIN_SHAPES).items():
+            height, width = weight.shape
+            groups = weight.reshape(height, -1, size if size > 0 else width)
+            scales = (groups.abs().amax(-1) / 8).half()
+            factors = scales.float()[:, :, None]
+            codes = (groups / factors).round().clamp(-8, 7)
+            floats[name] = (codes * factors).reshape(height, width)
+            linear = torch.nn.Linear(width, height, bias=False)
+            linear.weight.data = floats[name]
+            if method == "awq":
+                skip_packages(*AWQ_PACKAGES)
+                from awq.modules.linear.marlin import WQLinear_Marlin
+
+                given = size if size > 0 else width
+                module: Any = WQLinear_Marlin.from_linear(linear, 4, given, scales=scales.float())
+                parts |= {f"{name}.{part}": getattr(module, part) for part in ("qweight", "scales")}
+                continue
+            skip_packages("auto_gptq", "auto_gptq.nn_modules", "auto_gptq.nn_modules.qlinear")
+            from auto_gptq.nn_modules.qlinear.qlinear_marlin import QuantLinear
+
+            module = types.SimpleNamespace(
+                infeatures=width, outfeatures=height, group_size=size if size > 0 else width,
+                bias=None, B=torch.empty(width // 16, height * 2, dtype=torch.int32),
+                s=torch.empty(scales.shape[1], height, dtype=torch.half),
+            )  # fmt: skip
+            linear.weight.data = linear.weight.data.half()
+            QuantLinear.pack(module, linear, scales)
+            parts |= {f"{name}.B": module.B, f"{name}.s": module.s}
+            parts[f"{name}.workspace"] = torch.zeros(height // 128 * 16 + 1, dtype=torch.int32)
+        config = {"quant_method": method, "bits": 4, "group_size": size}
+        if method == "awq":
+            return parts, floats, {**config, "version": "marlin", "zero_point": False}
+        config |= {"sym": True, "desc_act": False, "is_marlin_format": True}
+        return parts, floats, {**config, "checkpoint_format": "marlin"}
+
+    return record
+
+
+def skip_packages(*names: str) -> None:
     """Let submodules be imported without what the packages themselves import."""
-    for part in (name, f"{name}.utils", f"{name}.modules", f"{name}.modules.linear"):
+    for part in names:
+        if part in sys.modules:
+            continue
         found = importlib.util.find_spec(part)
         assert found is not None
         module = types.ModuleType(part)
@@ -298,7 +351,10 @@ RECORDS: dict[str, Callable[[], Result]] = {
     "gptq-4-asym-act": gptq(4, sym=False, act_order=True),
     "gptq-4-v2-asym": gptq(4, version=2, sym=False),
     "gptq-8-act": gptq(8, act_order=True),
+    "gptq-marlin": marlin("gptq", -1),
     "awq": awq,
+    "awq-gemv": lambda: awq("gemv"),
+    "awq-marlin": marlin("awq", 32),
     "bnb-nf4": four_bits("nf4", nested=False),
     "bnb-nf4-double": four_bits("nf4", nested=True),
     "bnb-fp4-double": four_bits("fp4", nested=True, size=128),
