@@ -25,7 +25,9 @@ DOT_MEANINGS = {
     "avx512vnni": "AVX-512 VNNI: one instruction multiplies and adds 64 pairs of bytes",
     "avxvnni": "AVX-VNNI: one instruction multiplies and adds 32 pairs of bytes",
     "avx2": "AVX2: a few instructions multiply and add 32 pairs of bytes",
-    "neon": "ARM dot products: one instruction multiplies and adds 16 pairs of bytes",
+    "i8mm": "ARM mixed-sign dot products: one instruction multiplies and adds 16 pairs of bytes",
+    "neon": "ARM dot products: one or two instructions multiply and add 16 pairs of bytes",
+    "armv8": "ARM without dot products: a few instructions multiply and add 16 pairs of bytes",
     "portable": "no vector unit that this build knows: plain arithmetic, which is slow",
 }
 SLOW_DOTS = ("portable",)

@@ -79,6 +79,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as markdown, for a model card.")
+    ] = False,
     json: Annotated[
         bool,
         typer.Option(
@@ -97,6 +100,8 @@ def evaluate(
         raise typer.BadParameter("give --text, --task or both")
     if text is None and reference is not None:
         raise typer.BadParameter("--reference needs --text")
+    if markdown and json:
+        raise typer.BadParameter("--markdown and --json exclude each other")
     if plot is not None and reference is None:
         raise typer.BadParameter("--plot needs --reference")
 
@@ -135,13 +140,18 @@ def evaluate(
         base = results.pop(0) if reference is not None else None
         print(json_module.dumps([to_json(result, base) for result in results], indent=2))
     else:
-        _show(results)
+        _show(results, as_markdown=markdown)
 
 
-def _show(results: "list[Result]") -> None:
+def _show(results: "list[Result]", *, as_markdown: bool) -> None:
+    from runtime.bench import markdown
     from runtime.bench_terminal import draw_table
     from runtime.quality.table import chart, header, more_about, rows
 
+    if as_markdown:
+        for line in markdown(rows(results), header(results)):
+            print(line)
+        return
     draw_table(header(results), rows(results))
     for line in filter(None, map(more_about, results)):
         print(line)

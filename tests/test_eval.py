@@ -271,6 +271,8 @@ FAMILY = [
 def test_cliffs() -> None:
     assert cliffs(FAMILY) == {"Q2"}
     assert cliffs(FAMILY[:-1]) == set()
+    alike = result("Q4_0", 4.4, 0.11)  # nearly the size of Q4 and twice as far off: no cliff
+    assert cliffs([*FAMILY, alike]) == {"Q2"}
     small = [result("a", 8, 0.0001), result("b", 7, 0.01)]  # steep, but nothing is lost
     assert cliffs(small) == set()
 
@@ -322,6 +324,12 @@ def test_command(files: dict[str, Path], tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines()[0].split()[:2] == ["file", "size"]
     assert "mean KL divergence by bits per weight" in ended.stdout
+    ended = run_eval(*asked, "--ctx", "64", "--windows", "2", "--markdown")
+    first, second, *lines = ended.stdout.splitlines()
+    assert first.startswith("| file | size | bits/weight |") and second.startswith("|---|---:|")
+    assert [line.split(" | ")[0] for line in lines] == [
+        f"| {files[name].name}" for name in ("F32", "Q8_0", "Q4_0")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +338,7 @@ def test_command(files: dict[str, Path], tmp_path: Path) -> None:
         ((), 2, "give --text, --task or both"),
         (("--reference", "{file}", "--task", "{tale}"), 2, "--reference needs --text"),
         (("--text", "{tale}", "--plot", "x.png"), 2, "--plot needs --reference"),
+        (("--text", "{tale}", "--markdown", "--json"), 2, "exclude each other"),
         (("--text", "{absent}"), 1, "absent.txt: No such file"),
         (("--text", "{file}"), 1, "expected UTF-8 text"),
         (("--task", "{tale}"), 1, "expected a JSON object"),

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBA_ROOMS = {f"gguf_tools/{name}.py" for name in ("jit", "vectors", "simd", "tiles", "control")}
+NUMBA_ROOMS = {
+    f"gguf_tools/{name}.py"
+    for name in ("jit", "processor", "vectors", "columns", "simd", "tiles", "control")
+}
 FILES = sorted(p for package in ("gguf_tools", "runtime") for p in (ROOT / package).rglob("*.py"))
 
 
@@ -46,6 +49,7 @@ def test_directions(path: Path) -> None:
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/eval_command.py",
+        "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
         "runtime/umbrella.py",
     ):
@@ -109,6 +113,7 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
         "runtime/cli.py",
         "runtime/chat.py",
         "runtime/eval_command.py",
+        "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
     ):
         return

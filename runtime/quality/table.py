@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from runtime.quality.measures import Distance, Estimate
 
 CLIFF_FACTOR = 8.0  # of KL divergence, for one bit per weight less
 LEAST_CLIFF = 0.02  # mean KL divergence below which nothing is called a cliff
+LEAST_STEP = 0.5  # bits per weight: files of about one size differ for other reasons
 BAR = 40  # characters of the longest bar
 
 HEADER = ("file", "size", "bits/weight", "perplexity", "mean KL", "99% KL", "99.9% KL", "same top")
@@ -121,13 +121,13 @@ def more_about(result: Result) -> str | None:
 
 
 def cliffs(results: Iterable[Result]) -> set[str]:
-    """The names of files that lie beyond a cliff, seen from the next larger one."""
-    measured = sorted(_points(results), key=lambda point: -point[0])
+    """The names of files that lie beyond a cliff, seen from the next that is clearly larger."""
+    measured = sorted(_points(results))
     found = set()
-    for (bits, kl, _), (fewer, more, name) in pairwise(measured):
-        step = bits - fewer
-        if step > 0 and kl > 0 and more > LEAST_CLIFF:
-            growth = math.log(more / kl) / step
+    for bits, kl, name in measured:
+        larger = next((point for point in measured if point[0] >= bits + LEAST_STEP), None)
+        if larger is not None and kl > LEAST_CLIFF and larger[1] > 0:
+            growth = math.log(kl / larger[1]) / (larger[0] - bits)
             if growth > math.log(CLIFF_FACTOR):
                 found.add(name)
     return found
