@@ -7,11 +7,18 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from gguf_tools.vectors import I32, I64, X86, emit_call, pointer
+from gguf_tools.vectors import ARM_DOTS, DOT, I32, I64, X86_DOTS, emit_call, pointer
 
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any: ...
+
+
+def emit_pause(b: Any) -> None:
+    if DOT in X86_DOTS:
+        emit_call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    elif DOT in ARM_DOTS:  # `yield` is no more than a nop on most; this one takes some time
+        emit_call(b, "llvm.aarch64.isb", ir.VoidType(), [I32(15)])
 
 
 @intrinsic
@@ -19,8 +26,7 @@ def pause(typingctx):
     """Tell the processor that this is a spin loop."""
 
     def emit(context, b, sig, args):
-        if X86:
-            emit_call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        emit_pause(b)
         return context.get_dummy_value()
 
     return types.void(), emit
@@ -78,5 +84,5 @@ def _define_call(name: str, arguments: int) -> None:
     globals()[name] = intrinsic(function)
 
 
-for _count in (3, 5, 7, 8, 10, 12):
+for _count in (3, 5, 7, 8, 9, 10, 12):
     _define_call(f"call{_count}", _count)

@@ -44,6 +44,11 @@ class DeviceError(GGUFError):
 class DeviceMemoryError(DeviceError):
     """A device has no room for what it was to hold; fewer layers may fit."""
 
+    def __init__(self, message: str, *, room: int | None = None) -> None:
+        """`room` is the bytes that it did hold, where that is known."""
+        super().__init__(message)
+        self.room = room
+
 
 class DeviceLostError(DeviceError):
     """A device stopped answering: it was unplugged or reset, or its driver failed."""

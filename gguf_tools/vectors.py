@@ -5,7 +5,6 @@ byte table. `gguf_tools.simd` and `gguf_tools.tiles` make operations for kernels
 """
 
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,30 +14,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
+from gguf_tools.processor import FEATURES, IS_ARM, choose_dot
+
 # --- which byte dot product ------------------------------------------------------------------
 
+DOT = os.environ.get("GGUF_TOOLS_DOT") or choose_dot(FEATURES, is_arm=IS_ARM)
+"""How bytes are multiplied: avx512vnni, avxvnni, avx2; i8mm (ARM's usdot), neon (its sdot), armv8
+(neither); or portable. The variable overrides the choice, for tests."""
 
-def _choose_dot() -> str:
-    """The best byte dot product of this processor; GGUF_TOOLS_DOT overrides it, for tests."""
-    chosen = os.environ.get("GGUF_TOOLS_DOT")
-    if chosen:
-        return chosen
-    features = llvm.get_host_cpu_features()
-    if all(features.get(name) for name in ("avx512vnni", "avx512vl", "avx512bw")):
-        return "avx512vnni"
-    if features.get("avxvnni"):
-        return "avxvnni"
-    if features.get("avx2"):
-        return "avx2"
-    if platform.machine().lower() in ("arm64", "aarch64") and features.get("dotprod"):
-        return "neon"
-    return "portable"
-
-
-DOT = _choose_dot()
-"""How bytes are multiplied: avx512vnni, avxvnni, avx2, neon (ARM's sdot), or portable."""
-
-X86 = DOT in ("avx512vnni", "avxvnni", "avx2")
+X86_DOTS = ("avx512vnni", "avxvnni", "avx2")
+ARM_DOTS = ("i8mm", "neon", "armv8")
 
 
 # --- the types -------------------------------------------------------------------------------
@@ -162,7 +147,7 @@ def emit_dot(builder: Any, total: Any, unsigned: Any, signed: Any, *, small: boo
     Exact for all bytes; `small` promises unsigned bytes below 128, which is cheaper on AVX2.
     """
     n = total.type.count
-    widest = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8, "neon": 4}.get(DOT, 16)
+    widest = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}.get(DOT, 4 if DOT in ARM_DOTS else 16)
     if n > widest:
         halves = []
         for first in (0, 1):
@@ -179,18 +164,8 @@ def emit_dot(builder: Any, total: Any, unsigned: Any, signed: Any, *, small: boo
         return emit_call(builder, name, total.type, [total, unsigned, signed])
     if DOT == "avx2":
         return _emit_dot_avx2(builder, total, unsigned, signed, small=small)
-    if DOT == "neon":
-        # sdot takes signed bytes: u = (u - 128) + 128, and 128 times the sum of s comes apart.
-        flip = ir.Constant(unsigned.type, [-128] * 4 * n)
-        ones = ir.Constant(unsigned.type, [1] * 4 * n)
-        name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-        if small:
-            return emit_call(builder, name, total.type, [total, unsigned, signed])
-        zero = ir.Constant(total.type, None)
-        sums = emit_call(builder, name, total.type, [zero, ones, signed])
-        total = builder.add(total, builder.shl(sums, ir.Constant(total.type, [7] * n)))
-        flipped = builder.xor(unsigned, flip)
-        return emit_call(builder, name, total.type, [total, flipped, signed])
+    if DOT in ARM_DOTS:
+        return _emit_dot_arm(builder, total, unsigned, signed, small=small)
     # llvm.vector.partial.reduce.add leaves open which products meet in which lane; kernels rely
     # on neighbours.
     wide = ir.VectorType(I32, 4 * n)
@@ -217,9 +192,31 @@ def _emit_dot_avx2(b: Any, total: Any, unsigned: Any, signed: Any, *, small: boo
     return b.add(total, b.add(even_sum, emit_call(b, add_pairs, total.type, odd)))
 
 
+def _emit_dot_arm(b: Any, total: Any, unsigned: Any, signed: Any, *, small: bool) -> Any:
+    kind, arm = total.type, "llvm.aarch64.neon"
+    if DOT == "i8mm":
+        return emit_call(b, f"{arm}.usdot.v4i32.v16i8", kind, [total, unsigned, signed])
+    if DOT == "armv8":
+        words, sums = ir.VectorType(ir.IntType(16), 8), []
+        for lanes in (range(8), range(8, 16)):
+            u, s = (emit_shuffle(b, v, None, lanes) for v in (unsigned, signed))
+            u = b.sext(u, words) if small else b.zext(u, words)
+            product = b.mul(u, b.sext(s, words))  # 255 * -128 fits
+            sums.append(emit_call(b, f"{arm}.saddlp.v4i32.v8i16", kind, [product]))
+        return b.add(total, emit_call(b, f"{arm}.addp.v4i32", kind, sums))
+    name = f"{arm}.sdot.v4i32.v16i8"
+    if small:
+        return emit_call(b, name, kind, [total, unsigned, signed])
+    # sdot takes signed bytes: u = (u - 128) + 128, and 128 times the sum of s comes apart.
+    flip, ones = (ir.Constant(unsigned.type, [value] * 16) for value in (-128, 1))
+    sums = emit_call(b, name, kind, [ir.Constant(kind, None), ones, signed])
+    total = b.add(total, b.shl(sums, ir.Constant(kind, [7] * 4)))
+    return emit_call(b, name, kind, [total, b.xor(unsigned, flip), signed])
+
+
 def emit_lookup(b: Any, table: Any, indices: Any) -> Any:
     n = indices.type.count
-    widest = {"avx512vnni": 64, "avxvnni": 32, "avx2": 32}.get(DOT, 0)
+    widest = {"avx512vnni": 64, "avxvnni": 32, "avx2": 32}.get(DOT, 16 if DOT in ARM_DOTS else 0)
     if not widest:
         # A tree of choices: the lowest bit of the index chooses among neighbours, and so on.
         entries = [emit_splat(b, indices.type, b.extract_element(table, I32(i))) for i in range(16)]
@@ -230,9 +227,11 @@ def emit_lookup(b: Any, table: Any, indices: Any) -> Any:
             entries = [b.select(chosen, second, first) for first, second in pairs]
         return entries[0]
     if n > widest:
-        parts = [range(first, first + widest) for first in range(0, n, widest)]
+        parts = [range(first, first + n // 2) for first in (0, n // 2)]
         done = [emit_lookup(b, table, emit_shuffle(b, indices, None, lanes)) for lanes in parts]
         return emit_shuffle(b, done[0], done[1], range(n))
+    if DOT in ARM_DOTS:
+        return emit_call(b, f"llvm.aarch64.neon.tbl1.v{n}i8", indices.type, [table, indices])
     names = {16: "ssse3.pshuf.b.128", 32: "avx2.pshuf.b", 64: "avx512.pshuf.b.512"}
     repeated = emit_shuffle(b, table, None, [i % 16 for i in range(n)])  # it looks up in 16 lanes
     return emit_call(b, f"llvm.x86.{names[n]}", indices.type, [repeated, indices])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gguf_tools.errors import GGUFError, printable
+from gguf_tools.errors import DeviceLostError, GGUFError, printable
 from runtime.conversation import AnswerStats, Conversation, Event
 from runtime.sampling import Sampler, SamplingOptions
 from runtime.session import Session, count
@@ -46,6 +46,7 @@ COMMANDS = (
     Command("think", "[show | hide | fold]", "how reasoning is shown; /think last: the last one"),
     Command("think", "[on | off | low | medium | high]", "whether the model reasons, or how much"),
     Command("set", "[NAME VALUE]", "show or set how tokens are drawn: /set temp 0.5"),
+    Command("cpu", "", "go on without GPUs, such as after one was lost"),
     Command("stats", "[on | off]", "figures of the last answer; or show them after each"),
 )
 
@@ -57,7 +58,11 @@ def answer_once(
     for note in session.notes:
         remark(f"note: {note}")
     use_utf8(sys.stdout)
-    if not draw_answer(conversation.say(text), sys.stdout, lambda: False, think=think):
+    try:
+        drawn = draw_answer(conversation.say(text), sys.stdout, lambda: False, think=think)
+    except DeviceLostError as error:
+        raise DeviceLostError(f"{error}; --gpu-layers 0 runs on the CPU alone") from error
+    if not drawn:
         print(flush=True)
         remark(f"note: {no_answer(conversation)}")
     if note := end_note(conversation):
@@ -86,6 +91,7 @@ class Chat:
             "system": self._set_system,
             "think": self._set_think,
             "set": self._set_option,
+            "cpu": self._move_to_cpu,
             "stats": self._set_stats,
         }
 
@@ -106,8 +112,14 @@ class Chat:
                 continue
             except EOFError:
                 break
+            n_turns = len(self.conversation.turns)
             try:
                 going_on = self._take(text)
+            except DeviceLostError as error:
+                remark(f"error: {error}")
+                whole = len(self.conversation.turns) > n_turns or text.startswith("/")
+                kept = "is kept" if whole else "is kept but for this message"
+                remark(f"the conversation {kept}: /cpu goes on with it on the CPU")
             except GGUFError as error:
                 remark(f"error: {error}")
 
@@ -261,6 +273,14 @@ class Chat:
         shown["max_tokens"] = "no limit" if limit is None else limit
         remark(", ".join(f"{name.replace('_', '-')} {show(v)}" for name, v in shown.items()))
 
+    def _move_to_cpu(self, rest: str) -> bool:
+        if self.session.model.devices == ("CPU",):
+            remark("the CPU does everything already")
+        else:
+            self.session.model.move_to_cpu()
+            remark("on the CPU from now on; it reads the conversation again")
+        return True
+
     def _set_stats(self, rest: str) -> bool:
         if rest in ("on", "off"):
             self.show_stats = rest == "on"
@@ -300,7 +320,8 @@ def stats_line(stats: AnswerStats, session: Session) -> str:
     read = f"read {count(stats.n_read, 'token')}{speed(stats.n_read, stats.read_seconds)}"
     wrote = f"wrote {stats.n_written}{speed(stats.n_steps, stats.write_seconds)}"
     threads = count(session.model.n_threads, "thread")
-    return f"{read}, {wrote}; context {stats.n_context} of {stats.n_ctx}; CPU, {threads}"
+    devices = " + ".join(session.model.devices)
+    return f"{read}, {wrote}; context {stats.n_context} of {stats.n_ctx}; {devices}, {threads}"
 
 
 def speed(n_tokens: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The commands on models: `run`, `bench` and `doctor`; `tokenize` and `eval` have their own files.
+"""The command `run`, and all of them by name; the others have files of their own.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
@@ -6,7 +6,6 @@ Everything heavy is imported inside the command: `--help` answers at once.
 import gc
 import sys
 from collections.abc import Callable, Mapping
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -14,9 +13,11 @@ import typer
 
 from gguf_tools.command import run_command
 from runtime.eval_command import evaluate
+from runtime.measure_commands import bench, doctor, tune
 from runtime.tokenize_command import tokenize
 
 if TYPE_CHECKING:
+    from runtime.offload import Offload
     from runtime.sampling import SamplingOptions
 
 
@@ -33,8 +34,10 @@ def machine(help: str, *, metavar: str | None = None, min: int | None = None) ->
     )
 
 
-def sweep(help: str) -> Any:
-    return typer.Option(help=help, metavar="LIST", show_default=False)
+def gpu(help: str, metavar: str | None = None, *, min: int | None = None) -> Any:
+    return typer.Option(
+        help=help, metavar=metavar, min=min, rich_help_panel="GPUs", show_default=False
+    )
 
 
 def run(
@@ -149,11 +152,27 @@ def run(
     threads: Annotated[int | None, machine("(default: the physical cores)", min=1)] = None,
     gpu_layers: Annotated[
         str,
-        machine(
-            "Layers on a GPU. This build has no GPU backend yet: 0 and auto mean the CPU.",
+        gpu(
+            "Layers on GPUs, counted from the end; the output head is the first, as in llama.cpp. "
+            "(default: auto, as many as fit)",
             metavar="N|all|auto",
         ),
     ] = "auto",
+    device: Annotated[
+        str | None,
+        gpu("GPUs to use, such as cuda:1,cuda:0, or none; the first is filled first.", "LIST"),
+    ] = None,
+    vram_limit: Annotated[
+        str | None, gpu("Use no more than this of each GPU, such as 6GiB.", "SIZE")
+    ] = None,
+    kv_offload: Annotated[
+        bool, gpu("Keep the KV cache of a layer where the layer is, or all of it on the CPU.")
+    ] = True,
+    cpu_moe: Annotated[
+        int, gpu("Keep the experts of the first N layers on the CPU.", "N", min=0)
+    ] = 0,
+    plan: Annotated[bool, gpu("Show which layers would go where, and exit.")] = False,
+    json: Annotated[bool, gpu("With --plan: print it as a JSON object.")] = False,
     backend: Annotated[
         Literal["cpu", "reference"], machine("reference: NumPy, slow, to compare with.")
     ] = "cpu",
@@ -176,7 +195,16 @@ def run(
         "repeat_last_n": repeat_last_n,
     }
     _check_usage(overrides, seed=seed, max_tokens=max_tokens, stop=stop or [], think=think or [])
-    _check_gpu_layers(gpu_layers)
+    if json and not plan:
+        raise typer.BadParameter("--json goes with --plan")
+    offload = _read_offload(
+        gpu_layers,
+        device=device,
+        vram_limit=vram_limit,
+        kv_offload=kv_offload,
+        cpu_moe=cpu_moe,
+        backend=backend,
+    )
 
     # Hundreds of thousands of objects are made and kept before the first token: looking for garbage
     # among them takes a tenth of that time.
@@ -196,20 +224,25 @@ def run(
     from runtime.conversation import Conversation
     from runtime.embedded import embedded_model
     from runtime.sampling import Sampler, SamplingOptions
-    from runtime.session import open_session
+    from runtime.session import open_session, plan_lines, refuse_checkpoint
     from runtime.standard_input import check_text, read_prompt
     from runtime.terminal import compiling, remark
 
     texts = (("-p", prompt), ("--system", system), ("--chat-template", chat_template))
     for name, value in (*texts, *(("--stop", text) for text in stop or [])):
         check_text(name, value)
-    text = read_prompt(prompt)
+    text = None if plan else read_prompt(prompt)
     with ExitStack() as stack:
         stack.callback(gc.enable)
         if model is None:
             path = stack.enter_context(embedded_model())
         else:
             path = find_with_bar(find_model, model)
+        if plan:
+            refuse_checkpoint(path)
+            lines = plan_lines(path, offload, n_ctx=ctx, kv_type=kv_type, as_json=json)
+            print("\n".join(lines))
+            return
         session = stack.enter_context(
             open_session(
                 path,
@@ -220,7 +253,9 @@ def run(
                 in_memory=not mmap,
                 chat_template=chat_template,
                 raw=raw,
+                offload=offload,
                 on_compile=compiling,
+                on_note=remark,
             )
         )
         gc.freeze()
@@ -254,107 +289,6 @@ def run(
         Chat(session, conversation, think=shown, show_stats=stats).run()
 
 
-def bench(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
-        ),
-    ],
-    prompt: Annotated[
-        str | None,
-        sweep("Tokens of a prompt to read, such as 128,512, or none. (default: 512)"),
-    ] = None,
-    gen: Annotated[
-        str | None, sweep("Tokens to write one by one, such as 64, or none. (default: 64)")
-    ] = None,
-    depth: Annotated[
-        str | None, sweep("Tokens held before the first, such as 0,1024. (default: 0)")
-    ] = None,
-    threads: Annotated[
-        str | None, sweep("Threads, such as 1,2. (default: the physical cores)")
-    ] = None,
-    repeat: Annotated[int, typer.Option(help="Rounds; a speed is the median of them.", min=1)] = 3,
-    kv_type: Annotated[
-        Literal["f16", "q8_0"], typer.Option(help="How the KV cache keeps numbers.")
-    ] = "f16",
-    mmap: Annotated[
-        bool, typer.Option(help="Use the weights where the file is mapped, or copy them to memory.")
-    ] = True,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as markdown.")
-    ] = False,
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print a JSON list of objects: phase (prompt or decode), tokens, depth, threads, "
-            "tokens_per_second (the median of the rounds), spread (tokens/s that the rounds were "
-            "from it at most) and bytes_per_second (weights and KV cache read).",
-        ),
-    ] = False,
-) -> None:
-    """Measure how fast a model reads prompts and writes tokens on this machine.
-
-    Every combination of the lists is measured, in turn, round after round. Reading a prompt is
-    bound by arithmetic, writing by memory: the table holds the bytes that a step reads against
-    what the machine can read.
-    """
-    if markdown and json:
-        raise typer.BadParameter("--markdown and --json exclude each other")
-    import runtime.bench as measuring
-    from gguf_tools.download_bar import find_with_bar
-    from gguf_tools.models_by_name import find_model
-    from gguf_tools.reader import GGUFFile
-    from runtime.bench_terminal import draw_progress, draw_table
-    from runtime.config import read_config
-    from runtime.decoders import check_architecture
-
-    prompts, generated = _parse_counts("--prompt", prompt), _parse_counts("--gen", gen)
-    depths, counts = _parse_counts("--depth", depth), _parse_counts("--threads", threads)
-    with GGUFFile(find_with_bar(find_model, file)) as opened:
-        check_architecture(opened)
-        cases = measuring.make_cases(
-            read_config(opened), prompts=prompts, generated=generated, depths=depths, threads=counts
-        )
-        events = measuring.measure(
-            opened, cases, repeat=repeat, kv_type=kv_type, in_memory=not mmap
-        )
-        results = draw_progress(events)
-        if json:
-            print(dumps(measuring.to_json(results), indent=2))
-            return
-        print("\n".join(measuring.describe(opened, results)), end="\n\n")
-        rows = list(measuring.table_rows(results))
-        if markdown:
-            print("\n".join(measuring.markdown(rows)))
-        else:
-            draw_table(measuring.HEADER, rows)
-
-
-def doctor(
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object: processor, vector_unit, memory_total, memory_available, "
-            "read_bandwidth, kernel_cache, versions and cuda.",
-        ),
-    ] = False,
-) -> None:
-    """Show what this machine is and what was chosen for it. It takes about two seconds."""
-    import runtime.doctor as examining
-
-    facts = examining.examine()
-    if json:
-        print(dumps(examining.to_json(facts), indent=2))
-        return
-    rows = list(examining.describe(facts))
-    width = max(len(label) for label, _ in rows)
-    for label, text in rows:
-        print(f"{label:<{width}}  {text}")
-
-
 def run_main() -> NoReturn:
     """The console script `run`."""
     run_command(_application(run))
@@ -362,7 +296,7 @@ def run_main() -> NoReturn:
 
 def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
-    known = (run, bench, doctor, tokenize)
+    known = (run, bench, tune, doctor, tokenize)
     commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
     commands["eval"] = evaluate
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")
@@ -379,20 +313,6 @@ def _application(command: Callable[..., None]) -> typer.Typer:
     )
     app.command()(command)
     return app
-
-
-def _parse_counts(name: str, text: str | None) -> tuple[int, ...] | None:
-    """The numbers of an option; None for its default, nothing for `none`."""
-    from runtime.bench import parse_counts
-
-    if text is None:
-        return None
-    if text == "none" and name in ("--prompt", "--gen"):
-        return ()
-    try:
-        return parse_counts(text, least=0 if name == "--depth" else 1)
-    except ValueError as error:
-        raise typer.BadParameter(f"{name}: {error}") from None
 
 
 def _check_usage(
@@ -425,22 +345,14 @@ def _check_usage(
                 raise typer.BadParameter(f"--{error}") from None
 
 
-def _check_gpu_layers(value: str) -> None:
-    """Only what the CPU does is there; more is refused in words."""
-    from gguf_tools.errors import DeviceError, printable
+def _read_offload(gpu_layers: str, **options: Any) -> "Offload":
+    """What goes to GPUs; an option that means nothing is a wrong call."""
+    from runtime.offload import read_offload
 
-    if value in ("auto", "0"):
-        return
     try:
-        known = value == "all" or int(value) >= -1
-    except ValueError:
-        known = False
-    if not known:
-        raise typer.BadParameter(f"--gpu-layers is a number, all or auto, not {printable(value)}")
-    raise DeviceError(
-        f"--gpu-layers {value}: this build has no GPU backend yet; "
-        "leave the option out, or give 0, to run on the CPU"
-    )
+        return read_offload(gpu_layers, **options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _override(

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_tools.errors import ContextFullError, GGUFError, TemplateError
+from gguf_tools.errors import ContextFullError, DeviceLostError, GGUFError, TemplateError
 from runtime.answer import AnswerEvent, AnswerStream
 from runtime.generation import LanguageModel, StopReason, n_reusable, read_prompt, write
 from runtime.reasoning import Splitter
@@ -159,7 +159,13 @@ class Conversation:
         except BaseException:
             self.turns.append(last)
             raise
-        yield from self._answer()
+        new = self.turns[-1]
+        try:
+            yield from self._answer()
+        except DeviceLostError:
+            if not any(turn is new for turn in self.turns):  # no word of it was written
+                self.turns.append(last)
+            raise
 
     # Text and tokens.
 

@@ -14,10 +14,14 @@ from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
 from runtime.config import ModelConfig, read_config
 from runtime.decoders import build_program, check_architecture
+from runtime.devices import Device
+from runtime.offload import Offload, make_device_backend, open_planned
 from runtime.program import Floats, Stage
-from runtime.stages import Pipeline, cut_program
+from runtime.split import Plan, measure_sizes
+from runtime.stages import Pipeline
 
 DEFAULT_CONTEXT = 8192  # at most, when the user names none: the KV cache costs memory
+BATCH = 512  # tokens of a prompt that are read together
 BACKENDS = ("cpu", "reference")
 KV_TYPES = ("f16", "q8_0")
 
@@ -30,13 +34,21 @@ class Model:
     """Reads tokens and gives logits; remembers them in the KV cache until truncated."""
 
     def __init__(
-        self, config: ModelConfig, pipeline: Pipeline, *, n_ctx: int, n_threads: int, n_batch: int
+        self,
+        config: ModelConfig,
+        open_pipeline: Callable[[Offload], tuple[Pipeline, Plan]],
+        offload: Offload,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_batch: int,
     ) -> None:
         self.config = config
         self.n_ctx = n_ctx
         self.n_threads = n_threads
         self.tokens: list[int] = []
-        self._pipeline = pipeline
+        self._open_pipeline = open_pipeline
+        self._pipeline, self.plan = open_pipeline(offload)
         self._n_batch = n_batch
 
     @classmethod
@@ -48,10 +60,12 @@ class Model:
         n_ctx: int | None = None,
         threads: int | None = None,
         backend: str = "cpu",
-        n_batch: int = 512,
+        n_batch: int = BATCH,
         kv_type: str = "f16",
         in_memory: bool = False,
+        offload: Offload | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> Model:
         """Make the model in `file` ready to run; the file must stay open.
 
@@ -59,6 +73,8 @@ class Model:
         `threads` default to the physical cores; prompts are read `n_batch` tokens at a time;
         `kv_type` is how the KV cache keeps numbers (the reference backend's are always float32).
         `in_memory` copies the weights out of the mapped file, which takes as much memory more.
+        `offload` says what goes to GPUs; which layers that are, and when they turn out not to fit,
+        is told to `on_note(text)`.
         Kernels that are not in the cache yet are compiled now; `on_compile(done, total)` is called
         meanwhile.
         """
@@ -74,13 +90,17 @@ class Model:
         config = read_config(file)
         if in_memory:
             _check_room(file)
-        size = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+        size = context_size(config, n_ctx)
         program = build_program(file, config, n_ctx=size, in_memory=in_memory)
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
 
-        def make(place: int, stage: Stage) -> Backend:
-            return _make_backend(
+        def make(device: Device | None, stage: Stage) -> Backend:
+            if device is not None:
+                return make_device_backend(
+                    device, stage, n_ctx=size, n_batch=n_batch, kv_type=kv_type
+                )
+            return _make_host_backend(
                 backend,
                 stage,
                 n_ctx=size,
@@ -90,9 +110,19 @@ class Model:
                 on_compile=on_compile,
             )
 
-        cut = cut_program(program, [0] * len(program.steps))
-        pipeline = Pipeline.open(program, cut, make)
-        return cls(config, pipeline, n_ctx=size, n_threads=n_threads, n_batch=n_batch)
+        sizes = measure_sizes(program, n_ctx=size, n_batch=n_batch, kv_type=kv_type)
+
+        def open_pipeline(wanted: Offload) -> tuple[Pipeline, Plan]:
+            return open_planned(program, sizes, wanted, make, on_note or (lambda text: None))
+
+        return cls(
+            config,
+            open_pipeline,
+            offload or Offload(),
+            n_ctx=size,
+            n_threads=n_threads,
+            n_batch=n_batch,
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -132,6 +162,18 @@ class Model:
             raise ValueError(f"cannot keep {n} of {len(self.tokens)} tokens")
         del self.tokens[n:]
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What runs it, by name."""
+        used = tuple(share.device.name for share in self.plan.shares if share.n_units)
+        return used if self.plan.gpu_layers > self.plan.n_layers else (*used, "CPU")
+
+    def move_to_cpu(self) -> None:
+        """Go on without GPUs, such as after one was lost; what was read must be read again."""
+        self.tokens.clear()
+        self._pipeline.close()
+        self._pipeline, self.plan = self._open_pipeline(Offload())
+
     def close(self) -> None:
         self._pipeline.close()
         self.tokens.clear()
@@ -148,6 +190,11 @@ class Model:
         self.close()
 
 
+def context_size(config: ModelConfig, n_ctx: int | None) -> int:
+    """The context to run with, when n_ctx tokens are asked for or none are named."""
+    return n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+
+
 def _check_room(file: GGUFFile) -> None:
     """DeviceError when a copy of the weights does not fit in the memory that is free."""
     size = sum(tensor.nbytes for tensor in file.tensors.values())
@@ -159,7 +206,7 @@ def _check_room(file: GGUFFile) -> None:
         )
 
 
-def _make_backend(
+def _make_host_backend(
     name: str,
     stage: Stage,
     *,

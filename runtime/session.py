@@ -1,5 +1,6 @@
 """From a path to everything a conversation needs: file, model, tokenizer, template."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +10,15 @@ from pathlib import Path
 from gguf_tools.describe import count_parameters, short_count, short_size
 from gguf_tools.errors import FormatError, GGUFError, TemplateError, printable
 from gguf_tools.reader import GGUFFile
-from runtime.model import Model
+from runtime import plan_text
+from runtime.config import read_config
+from runtime.decoders import build_program, check_architecture
+from runtime.model import BATCH, Model, context_size
+from runtime.offload import Offload
+from runtime.split import measure_sizes, plan_split
 from runtime.templates import ChatTemplate, named_templates
 from runtime.tokenizer import Tokenizer
+from runtime.tuned import recall
 
 MAX_TEMPLATE_BYTES = 1 << 20
 TEMPLATE_MARKS = ("{{", "{%")  # a text with one of them is no name of a file
@@ -53,7 +60,7 @@ class Session:
             f"{printable(config.name, 60)}: {printable(config.architecture, 40)}, {weights} "
             f"parameters, {main_type(self.file)}, {short_size(self.file.file_size)}",
             f"context {model.n_ctx} of {config.n_ctx_train} tokens, "
-            f"{count(model.n_threads, 'thread')}, device CPU",
+            f"{count(model.n_threads, 'thread')}, device {' + '.join(model.devices)}",
             f"template: {self.template_name}",
         ]
 
@@ -69,13 +76,16 @@ def open_session(
     in_memory: bool = False,
     chat_template: str | None = None,
     raw: bool = False,
+    offload: Offload | None = None,
     on_compile: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Iterator[Session]:
     """Open the model at `path` for a conversation, and close it afterwards.
 
     `chat_template` is the name of one of the file's own, the path of another, or a template.
 
-    `on_compile(done, total)` hears of kernels being compiled, on a first run.
+    `on_compile(done, total)` hears of kernels being compiled, on a first run; `on_note(text)` of
+    what goes to GPUs, before it does.
     """
     refuse_checkpoint(path)
     with GGUFFile(path) as file:
@@ -83,6 +93,12 @@ def open_session(
         template, template_name = _choose_template(
             tokenizer, named_templates(file.metadata), chat_template, raw=raw
         )
+        offload = offload or Offload()
+        tuned = recall(file)
+        if tuned is not None:
+            threads = threads or tuned.threads
+            n_layers = tuned.layers_on(offload.devices)
+            offload = offload if n_layers is None else offload.at_most(n_layers)
         with Model.load(
             file,
             n_ctx=n_ctx,
@@ -90,7 +106,9 @@ def open_session(
             backend=backend,
             kv_type=kv_type,
             in_memory=in_memory,
+            offload=offload,
             on_compile=on_compile,
+            on_note=on_note,
         ) as model:
             config = model.config
             if tokenizer.n_tokens > config.n_vocab:
@@ -107,6 +125,22 @@ def open_session(
                     "worse"
                 )
             yield Session(file, model, tokenizer, template, template_name, tuple(notes))
+
+
+def plan_lines(
+    path: Path, offload: Offload, *, n_ctx: int | None, kv_type: str, as_json: bool
+) -> list[str]:
+    """What `run --plan` prints: where the layers of the model at `path` would go."""
+    with GGUFFile(path) as file:
+        check_architecture(file)
+        config = read_config(file)
+        size = context_size(config, n_ctx)
+        program = build_program(file, config, n_ctx=size)
+        sizes = measure_sizes(program, n_ctx=size, n_batch=min(BATCH, size), kv_type=kv_type)
+    plan = plan_split(sizes, offload.devices, offload.wish)
+    if as_json:
+        return [json.dumps(plan_text.to_json(plan, n_ctx=size, kv_type=kv_type), indent=2)]
+    return list(plan_text.describe(plan, n_ctx=size, kv_type=kv_type))
 
 
 def refuse_checkpoint(path: Path) -> None:

@@ -12,6 +12,7 @@ import gguf_tools.cli
 import gguf_tools.file_commands
 import runtime.cli
 import runtime.eval_command
+import runtime.measure_commands
 import runtime.tokenize_command
 from gguf_tools.command import run_command
 
@@ -29,8 +30,9 @@ app.command()(gguf_tools.cli.models)
 for name, command in gguf_tools.file_commands.COMMANDS.items():
     app.command(name)(command)
 app.command()(runtime.cli.run)
-app.command()(runtime.cli.bench)
-app.command()(runtime.cli.doctor)
+app.command()(runtime.measure_commands.bench)
+app.command()(runtime.measure_commands.tune)
+app.command()(runtime.measure_commands.doctor)
 app.command()(runtime.tokenize_command.tokenize)
 app.command("eval")(runtime.eval_command.evaluate)
 

@@ -50,7 +50,8 @@ def test_run_explains_every_option():
     shown = call("run", "--help").stdout
     options = (
         "prompt system max-tokens raw chat-template temp top-k top-p min-p repeat-penalty "
-        "repeat-last-n seed stop ctx context-policy threads gpu-layers backend no-stats"
+        "repeat-last-n seed stop ctx context-policy threads gpu-layers device "
+        "vram-limit kv-offload cpu-moe plan json backend no-stats"
     )
     assert [name for name in options.split() if f"--{name}" not in shown] == []
 

@@ -263,9 +263,10 @@ def test_piped_bytes_that_are_no_text(stories260k_gguf):
 
 
 @pytest.mark.parametrize("value", ["1", "all", "-1", "99"])
-def test_layers_on_a_gpu(stories260k_gguf, value):
-    message = refused(stories260k_gguf, "-p", "x", "--gpu-layers", value)
-    assert "no GPU backend yet" in message and "CPU" in message
+def test_layers_without_a_gpu(stories260k_gguf, value):
+    options = ("-p", "x", "--gpu-layers", value, "--device", "none")
+    message = refused(stories260k_gguf, *options)
+    assert "leaves no GPU" in message and "give 0, to run on the CPU" in message
 
 
 def test_templates_that_do_not_work(stories260k_gguf, tmp_path):
@@ -300,6 +301,10 @@ def test_templates_that_do_not_work(stories260k_gguf, tmp_path):
         ("--ctx", "0"),
         ("--threads", "0"),
         ("--gpu-layers", "some"),
+        ("--gpu-layers", "-2"),
+        ("--vram-limit", "much"),
+        ("--cpu-moe", "-1"),
+        ("--json",),
         ("--backend", "quantum"),
         ("--context-policy", "hope"),
         ("--no-such-option",),

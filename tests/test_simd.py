@@ -5,15 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numpy as np
 import pytest
-from llvmlite import ir
 from numba import int8
 
-from gguf_tools import vectors
 from gguf_tools.control import atomic_load64, compare_exchange64
 from gguf_tools.jit import kernel
+from gguf_tools.processor import FEATURES, IS_ARM
 from gguf_tools.simd import (
     bits_f32x16,
     bits_i8x32,
@@ -86,7 +84,7 @@ from gguf_tools.simd import (
     zero_i32x8,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
+from gguf_tools.vectors import ARM_DOTS, VECTORS, X86_DOTS
 
 RNG = np.random.default_rng(5)
 
@@ -254,15 +252,21 @@ def check_dots() -> None:
         assert np.array_equal(out[29:45], low)
 
 
+def usable_dots() -> list[str]:
+    """The byte dot products that this processor can run."""
+    if IS_ARM:
+        needs = {"i8mm": "i8mm", "neon": "dotprod"}
+        return [d for d in ARM_DOTS if d == "armv8" or FEATURES.get(needs[d])] + ["portable"]
+    return [dot for dot in X86_DOTS if FEATURES.get(dot)] + ["portable"]
+
+
 def test_dots() -> None:
     check_dots()
 
 
-@pytest.mark.parametrize("dot", ["avx512vnni", "avxvnni", "avx2", "portable"])
+@pytest.mark.parametrize("dot", [*X86_DOTS, *ARM_DOTS, "portable"])
 def test_every_instruction_set_this_processor_has(dot: str) -> None:
-    import llvmlite.binding as llvm
-
-    if dot != "portable" and not llvm.get_host_cpu_features().get(dot):
+    if dot not in usable_dots():
         pytest.skip(f"no {dot} here")
     environment = {**os.environ, "GGUF_TOOLS_DOT": dot, "GGUF_TOOLS_CACHE": "off"}
     code = "from tests.test_simd import check_dots, check_lookups; check_dots(); check_lookups()"
@@ -357,19 +361,3 @@ def test_zero_and_splat() -> None:
     out = np.full(128, 7, np.uint8)
     lanes_are_zero(out.ctypes.data)
     assert not out[:64].any() and (out[64:] == 7).all()
-
-
-def test_arm_multiplies_bytes_with_sdot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled only: the assembly that an ARM processor with dot products would get."""
-    monkeypatch.setattr(vectors, "DOT", "neon")
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "aarch64-unknown-linux-gnu"
-    sums, quads = ir.VectorType(vectors.I32, 16), ir.VectorType(vectors.I8, 64)
-    function = ir.Function(module, ir.FunctionType(sums, [sums, quads, quads]), "dot")
-    builder = ir.IRBuilder(function.append_basic_block())
-    builder.ret(vectors.emit_dot(builder, *function.args))
-    target = llvm.Target.from_triple(module.triple).create_target_machine(cpu="neoverse-n1")
-    assembly = target.emit_assembly(llvm.parse_assembly(str(module)))
-    assert assembly.count("sdot") == 8  # 4 products, 4 sums of the signed bytes
