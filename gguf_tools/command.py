@@ -8,13 +8,17 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from gguf_tools.errors import GGUFError, printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP")  # what asks a program to end
+GRACE = 2.0  # seconds
 
 
 def run_command(app: Callable[[], object]) -> NoReturn:
@@ -42,7 +46,44 @@ def run_command(app: Callable[[], object]) -> NoReturn:
         _fail("there is not enough memory for this")
     except KeyboardInterrupt:
         code = INTERRUPTED
+    if isinstance(code, int) and code > 128:
+        _ignore_requests_to_end()
     sys.exit(code)
+
+
+@contextmanager
+def undisturbed_ending() -> Iterator[None]:
+    """A block that ends as it should although Ctrl-C is held down.
+
+    The first request to end raises; those within GRACE seconds after it are the same request, and
+    would only tear what clears up. A later one raises again, should the first have been lost.
+    """
+    before = {
+        number: signal.getsignal(number)
+        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name))
+    }
+    last = -GRACE
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        handler, now = before[signal.Signals(number)], time.monotonic()
+        if now - last >= GRACE and callable(handler):
+            last = now
+            handler(number, frame)
+
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, end)
+    ending = False
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        ending = True  # `end` stays, for what the program still does
+        raise
+    finally:
+        for number, handler in () if ending else before.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -70,6 +111,13 @@ def _tolerate_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _ignore_requests_to_end() -> None:
+    """The interpreter gives up its handlers before it is gone: a second Ctrl-C would kill it."""
+    for name in ENDING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _unwind_on_termination() -> None:

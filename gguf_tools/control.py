@@ -84,5 +84,5 @@ def _define_call(name: str, arguments: int) -> None:
     globals()[name] = intrinsic(function)
 
 
-for _count in (3, 5, 7, 8, 10, 12):
+for _count in (3, 5, 7, 8, 9, 10, 12):
     _define_call(f"call{_count}", _count)

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from gguf_tools import archs
 from gguf_tools.archs.config import HFConfig
+from gguf_tools.archs.transforms import transformed
 from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
 from gguf_tools.errors import (
     CheckpointError,
@@ -29,7 +31,7 @@ from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.journal import Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.losses import Loss, measure
-from gguf_tools.matching import match_tensors
+from gguf_tools.matching import MatchedModel, match_tensors
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.quants.multiples import keep_multiples
@@ -77,11 +79,8 @@ def plan_conversion(
 
     The adapters are merged into the weights.
     """
-    checkpoint = open_checkpoint(folder)
-    where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
-    architecture = archs.find(HFConfig(checkpoint.config, where))
-    checkpoint, merged = with_adapters(checkpoint, architecture, adapters)
-    model = match_tensors(checkpoint, architecture)
+    model, merged = match_checkpoint(folder, adapters)
+    checkpoint = model.checkpoint
     vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
     plan = build_plan(
         model,
@@ -92,6 +91,17 @@ def plan_conversion(
         matrix=matrix,
     )
     return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+
+
+def match_checkpoint(
+    folder: str | os.PathLike[str], adapters: Sequence[Scaled] = ()
+) -> tuple[MatchedModel, tuple[str, ...]]:
+    """The tensors that the file is made from, with the adapters merged, and notes on those."""
+    checkpoint = open_checkpoint(folder)
+    where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
+    architecture = archs.find(HFConfig(checkpoint.config, where))
+    checkpoint, merged = with_adapters(checkpoint, architecture, adapters)
+    return match_tensors(checkpoint, architecture), merged
 
 
 def convert(
@@ -135,18 +145,17 @@ def convert(
         raise type(error)(f"{error}; {journal.kept}") from error
 
 
-def protect_checkpoint(folder: Path, output: Path) -> None:
-    """Refuse to write over a file of the checkpoint that is being read."""
-    try:
-        names = [] if output.suffix == ".gguf" else os.listdir(folder)
-        same = any(os.path.samefile(folder / name, output) for name in names)
-    except OSError:
-        return  # one of them is not there: nothing to protect
-    if same:
-        raise OutputError(
-            f"{printable(output, limit=1000)} is a file of the checkpoint itself; choose another "
-            "name"
-        )
+def protect_input(path: Path, output: Path) -> None:
+    """Refuse to write over what is being read: a file, or one of those in a checkpoint's folder."""
+    if not path.is_dir():
+        files, what = [path], "the file that is being read"
+    else:
+        names = [] if output.suffix == ".gguf" else os.listdir(path)
+        files, what = [path / name for name in names], "a file of the checkpoint itself"
+    for file in files:
+        with suppress(OSError):  # one of them is not there: nothing to protect
+            if os.path.samefile(file, output):
+                raise OutputError(f"{printable(output, limit=1000)} is {what}; choose another name")
 
 
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:
@@ -211,10 +220,7 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
     peak = _check_finite(source, rows, first)
     original = rows
     if tensor.transform is not None:
-        shape = rows.shape
-        # The elements of a vector are what its matrix has as rows.
-        rows = rows.reshape(-1, 1) if len(tensor.shape) < 2 else rows
-        rows = tensor.transform.apply(rows).reshape(shape)
+        rows = transformed(rows, tensor.transform, len(tensor.shape))
     if quant.quantize is None:
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gguf_tools.command import undisturbed_ending
+
 if TYPE_CHECKING:
     from gguf_tools.reader import GGUFFile
     from gguf_tools.tools.edit import Change
@@ -326,9 +328,10 @@ def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with (
+        undisturbed_ending(),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         task = bar.add_task("", total=total)
         yield lambda name, n_bytes: bar.update(
             task, advance=n_bytes, description=f"{printable(name, 40):<32}"

@@ -2,7 +2,8 @@
 
 Two runs with the same identity write the same file, so the second may go on where the first was
 stopped. Contents of weights are sampled, not read: whoever replaces a file changes its size, its
-time or one of the samples.
+time or one of the samples; and whoever writes into one and sets its time back still changes the
+time of its last change of any kind, which nobody can set.
 """
 
 import hashlib
@@ -55,21 +56,27 @@ def digest_program() -> str:
     return seen.hexdigest()
 
 
-def digest_inputs(inputs: Iterable[Path]) -> str:
-    """Of each file, and of each folder's weights and configuration: name, size, time, samples."""
+def digest_inputs(inputs: Iterable[Path], *, any_change: bool) -> str:
+    """Of each file, and of each folder's weights and configuration: name, size, time, samples.
+
+    With `any_change` it also differs after what leaves the contents alone, such as another link to
+    a file: right where a difference costs time only.
+    """
     seen = hashlib.sha256()
     for path in inputs:
         for file in _files(path):
-            seen.update(os.fsencode(file.name) + b"\0" + _digest_file(file))
+            seen.update(os.fsencode(file.name) + b"\0" + _digest_file(file, any_change))
     return seen.hexdigest()
 
 
-def _digest_file(path: Path) -> bytes:
+def _digest_file(path: Path, any_change: bool) -> bytes:
     """What is sampled of a file; of one that cannot be read, which others report, nothing."""
     try:
         with open_regular(path) as opened:
             status = os.fstat(opened.fileno())
             seen = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+            if any_change:
+                seen.update(f"{status.st_ino} {status.st_ctime_ns}\0".encode())
             for position, size in _pieces(status.st_size):
                 opened.seek(position)
                 seen.update(opened.read(size))

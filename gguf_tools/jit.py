@@ -4,7 +4,9 @@ Two decorators:
 
     @jit                a helper that kernels call; compiled when first needed, inlined by LLVM
     @kernel("iiif")     a C function of int64 (`i`: addresses and sizes) and float32 (`f`) arguments
-                        that returns nothing; compiled when its address is first asked for
+                        that returns nothing; compiled when its address is first asked for.
+                        An argument `c` is an address, too, of activations or results in one
+                        column: `Kernel.for_columns` compiles the same for several columns
 
 Kernels never hold the GIL: they are called through ctypes, which releases it, or by address from
 other kernels. They follow IEEE rules strictly (no fastmath): quantisers must be bit-exact.
@@ -26,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite
@@ -35,6 +38,7 @@ from numba import types
 
 from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 from gguf_tools.child import python_command
+from gguf_tools.columns import Columns
 from gguf_tools.errors import DeviceError
 from gguf_tools.processor import FEATURES, join_features
 
@@ -43,8 +47,8 @@ KEEP_DAYS = 30  # kernel folders of other versions are removed after this long w
 
 _PACKAGES = Path(__file__).resolve().parent.parent
 _KERNEL_SOURCES = ("gguf_tools/*.py", "gguf_tools/quants/**/*.py", "runtime/kernels/*.py")
-_NUMBA_TYPES = {"i": types.int64, "f": types.float32}
-_C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
+_NUMBA_TYPES = {"i": types.int64, "f": types.float32, "c": types.int64}
+_C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_int64}
 
 
 def _digest() -> str:
@@ -131,16 +135,31 @@ def check_processor(machine: str, features: Mapping[str, bool]) -> None:
 class Kernel:
     """A compiled C function; made, or loaded from disk, when first needed."""
 
-    def __init__(self, function: Callable[..., None], letters: str) -> None:
+    def __init__(self, function: Callable[..., None], letters: str, n_columns: int = 1) -> None:
         self.function = function
         self.letters = letters
+        self.n_columns = n_columns
         self.__doc__ = function.__doc__
         self._lock = threading.Lock()
         self._compiled: Any = None
         self._entry: Any = None
+        self._others: dict[int, Kernel] = {}
 
     def __repr__(self) -> str:
         return f"kernel {self.function.__name__}({self.letters})"
+
+    def for_columns(self, n: int) -> "Kernel":
+        """The same for n columns at once (gguf_tools/columns.py).
+
+        Each of its arguments `c` is two: the address in the first column, and how many bytes
+        further on it is in the next.
+        """
+        if n == self.n_columns:
+            return self
+        if n not in self._others:
+            name = f"{self.function.__name__}_{n}"
+            self._others[n] = Kernel(_renamed(self.function, name), self.letters, n)
+        return self._others[n]
 
     @property
     def address(self) -> int:
@@ -158,13 +177,19 @@ class Kernel:
                 if self._compiled is None:
                     check_processor(platform.machine(), FEATURES)
                     compiled = self._build(cache=CACHE_FOLDER is not None)
-                    arguments = [_C_TYPES[letter] for letter in self.letters]
+                    letters = self.letters
+                    if self.n_columns > 1:
+                        letters = letters.replace("c", "ii")
+                    arguments = [_C_TYPES[letter] for letter in letters]
                     self._entry = ctypes.CFUNCTYPE(None, *arguments)(compiled.address)
                     self._compiled = compiled
         return self._compiled
 
     def _build(self, *, cache: bool) -> Any:
-        signature = types.void(*(_NUMBA_TYPES[letter] for letter in self.letters))
+        kinds = dict(_NUMBA_TYPES)
+        if self.n_columns > 1:
+            kinds["c"] = Columns(self.n_columns)
+        signature = types.void(*(kinds[letter] for letter in self.letters))
         try:
             compiled = numba.cfunc(signature, nopython=True, cache=cache, **OPTIONS)(self.function)
             if cache:
@@ -179,7 +204,9 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return f"{self.function.__module__}:{self.function.__name__}"
+        """module:function:columns"""
+        name = self.function.__name__.removesuffix(f"_{self.n_columns}")
+        return f"{self.function.__module__}:{name}:{self.n_columns}"
 
     @property
     def is_ready(self) -> bool:
@@ -193,8 +220,16 @@ class Kernel:
         return CACHE_FOLDER / f"{self.name.replace(':', '.')}.ready"
 
 
+def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
+    """A copy by another name: numba names what it keeps on disk by it."""
+    copy = FunctionType(function.__code__, function.__globals__, name)
+    copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, name, function.__doc__
+    return copy
+
+
 def kernel(letters: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Make a function with arguments `letters` (i = int64, f = float32) a compiled C function."""
+    """Make a function with arguments `letters` (i = int64, f = float32, c = address in a column) a
+    compiled C function."""
     unknown = set(letters) - set(_NUMBA_TYPES)
     if unknown:
         raise ValueError(f"kernel arguments are {sorted(_NUMBA_TYPES)}, not {sorted(unknown)}")
@@ -226,6 +261,35 @@ def compile_kernels(kernels: Iterable[Kernel]) -> Iterator[tuple[int, int]]:
     yield total, total
 
 
+class Background:
+    """Compiles kernels in another process while this one goes on.
+
+    Nothing is compiled here: without a folder to hand them over, they are never ready.
+    """
+
+    def __init__(self, kernels: Iterable[Kernel]) -> None:
+        self._kernels = list(dict.fromkeys(kernels))
+        self._started = False
+        self._helper: subprocess.Popen[bytes] | None = None
+
+    def is_done(self) -> bool:
+        """Whether all are on disk; the first call that finds one missing starts the process."""
+        missing = [kernel for kernel in self._kernels if not kernel.is_ready]
+        if not missing:
+            self.close()
+        elif not self._started and CACHE_FOLDER is not None:
+            self._started = True
+            self._helper = _start_helper(missing)
+        return not missing
+
+    def close(self) -> None:
+        """Stop it; another process may go on from there."""
+        if self._helper is not None:
+            self._helper.kill()
+            self._helper.wait()
+            self._helper = None
+
+
 def _start_helper(kernels: list[Kernel]) -> subprocess.Popen[bytes] | None:
     """A process that compiles kernels to the cache folder; without it all is compiled here."""
     environment = {**os.environ, CACHE_VARIABLE: str(cache_root())}
@@ -238,7 +302,8 @@ def _start_helper(kernels: list[Kernel]) -> subprocess.Popen[bytes] | None:
 
 
 def main(names: Sequence[str]) -> None:
-    """The helper process: compile kernels named `module:function` to the cache folder."""
+    """The helper process: compile kernels (by `Kernel.name`) to the cache folder."""
     for name in names:
-        module, _, function = name.partition(":")
-        getattr(importlib.import_module(module), function).address  # noqa: B018 - compiles
+        module, function, n_columns = name.split(":")
+        kernel = getattr(importlib.import_module(module), function)
+        kernel.for_columns(int(n_columns)).address  # noqa: B018 - compiles

@@ -48,7 +48,8 @@ class Journal:
         """
         self._inputs = tuple(inputs)
         self._options = options
-        self._inputs_digest = digest_inputs(self._inputs)
+        self._inputs_digest = digest_inputs(self._inputs, any_change=True)
+        self._contents_digest = digest_inputs(self._inputs, any_change=False)
         self._program_digest = digest_program()
         self.remark = ""
         self.kept = ""
@@ -89,7 +90,7 @@ class Journal:
 
     def confirm_inputs(self) -> None:
         """CheckpointError if an input is no longer what it was when the journal was made."""
-        if digest_inputs(self._inputs) != self._inputs_digest:
+        if digest_inputs(self._inputs, any_change=False) != self._contents_digest:
             names = ", ".join(printable(path, limit=1000) for path in self._inputs)
             raise CheckpointError(f"{names} changed while it was converted; convert it again")
 

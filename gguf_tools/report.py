@@ -12,16 +12,15 @@ from gguf_tools.errors import printable
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.losses import Losses
 from gguf_tools.plan import Plan, TensorPlan, kind_of_name
-from gguf_tools.vocab.agreement import Agreement
 
 Row = tuple[str, str]  # label and text
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
     """Every tensor with its shape, type and bytes."""
-    name_width = max(len(printable(tensor.name)) for tensor in plan.tensors)
+    name_width = max((len(printable(tensor.name)) for tensor in plan.tensors), default=0)
     shapes = [" x ".join(map(str, tensor.shape)) for tensor in plan.tensors]
-    shape_width = max(map(len, shapes))
+    shape_width = max(map(len, shapes), default=0)
     for tensor, shape in zip(plan.tensors, shapes, strict=True):
         choice = tensor.choice
         why = f"  instead of {choice.wanted}: {choice.reason}" if choice.reason else ""
@@ -34,7 +33,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def closing_rows(
-    plan: Plan, output: Path, seconds: float | None, agreement: Agreement | None = None
+    plan: Plan, output: Path, seconds: float | None, self_check: str = ""
 ) -> Iterator[Row]:
     """The table at the end; without `seconds` nothing was written."""
     size = plan.total_size
@@ -43,12 +42,12 @@ def closing_rows(
     yield "parameters", f"{plan.n_parameters:,}"
     yield "bits per weight", f"{plan.bits_per_weight:.4f}"
     types = ", ".join(f"{count} {name}" for name, count in plan.types.most_common())
-    yield "tensors", f"{len(plan.tensors)}: {types}"
+    yield "tensors", f"{len(plan.tensors)}: {types}" if types else "none: a vocabulary alone"
     yield from _fallback_rows(plan)
     if plan.matrix is not None:
         yield from _importance_rows(plan, plan.matrix)
-    if agreement is not None:
-        yield "tokenizer", agreement.describe()
+    if self_check:
+        yield "self-check", self_check
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
 
@@ -104,7 +103,7 @@ def _importance_rows(plan: Plan, matrix: ImportanceMatrix) -> Iterator[Row]:
     yield (
         "importance",
         f"{len(covered):,} of {len(weighable):,} tensors that can make use of it; "
-        f"{len(matrix.entries):,} entries{made}",
+        f"{len(matrix.entries):,} {'entry' if len(matrix.entries) == 1 else 'entries'}{made}",
     )
     missing = Counter(kind_of_name(t.name) for t in weighable if t.importance is None)
     for name, count in missing.items():

@@ -32,8 +32,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic
 
+from gguf_tools.columns import intrinsic
 from gguf_tools.vectors import (
     DOT,
     ELEMENTS,
@@ -279,6 +279,16 @@ def hmax_abs(typingctx, v, w):
         return b.bitcast(largest, ir.FloatType())
 
     return types.float32(v, v), emit
+
+
+@intrinsic
+def to_f32(typingctx, x):
+    """An int32 as float32."""
+
+    def emit(context, b, sig, args):
+        return b.sitofp(args[0], ir.FloatType())
+
+    return types.float32(types.int32), emit
 
 
 @intrinsic

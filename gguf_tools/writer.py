@@ -208,7 +208,7 @@ class GGUFWriter:
         if not self._force:
             raise OutputError(
                 f"{self._shown} exists already; use --force to replace it, or choose another name"
-            )
+            ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def _begin(self) -> None:
         """Write the header, or find the place from which an earlier run can be continued."""
@@ -280,7 +280,7 @@ class GGUFWriter:
         if self._fd < 0:
             return
         if self._journal is not None:
-            keep = self._journal.has_bands and _may_go_better(error)
+            keep = self._journal.has_bands and self._is_there() and _may_go_better(error)
             self._journal.close(keep=keep)
             if keep:
                 os.close(self._fd)
@@ -295,6 +295,13 @@ class GGUFWriter:
             with suppress(OSError):
                 os.unlink(self.part)
 
+    def _is_there(self) -> bool:
+        """Whether what is written still has its name."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self.part))
+        except OSError:
+            return False
+
     def _output_error(self, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             kept = self._journal is not None and self._journal.has_bands  # as the journal will say
@@ -307,7 +314,8 @@ class GGUFWriter:
                 f"{self._shown}: no permission to write here ({error.strerror}); "
                 "choose another folder"
             )
-        return OutputError(f"{self._shown}: cannot be written: {error.strerror or error}")
+        shown = self._shown if error.filename is None else printable(error.filename, limit=1000)
+        return OutputError(f"{shown}: cannot be written: {error.strerror or error}")
 
 
 def _may_go_better(error: BaseException | None) -> bool:

@@ -150,6 +150,10 @@ def measure(
     """Measure `cases` in `repeat` rounds; the measurements come at the end, in their order."""
     if repeat < 1:
         raise ValueError(f"repeat must be positive, not {repeat}")
+    from gguf_tools.jit import compile_kernels
+    from runtime.backends.needs import few_kernels
+    from runtime.kernels.matmul import FEW_TOKENS
+
     config = read_config(file)
     program = build_program(file, config)
     # One text for all: what the cache holds of it serves every case that goes on from there.
@@ -160,6 +164,9 @@ def measure(
     total = len(thread_counts) + repeat * len(cases)
     rounds: dict[Case, list[Round]] = {case: [] for case in cases}
     memory = MemoryReader()
+    if any(1 < case.tokens % BATCH <= FEW_TOKENS for case in cases if case.phase == PROMPT):
+        for _ in compile_kernels(few_kernels(program)):
+            pass
     with ExitStack() as stack:
         models = {}
         for done, threads in enumerate(thread_counts):

@@ -2,31 +2,34 @@
 
 import sys
 from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from runtime.bench import Measurement, Note, Step
+from runtime.bench import Note, Step
 from runtime.terminal import is_terminal, remark
 
+Result = TypeVar("Result")
 
-def draw_progress(events: Iterable[Step | Note | Measurement]) -> list[Measurement]:
-    """Follow `events` to their end, with a bar on a terminal; gives the measurements."""
-    results = []
+
+def draw_progress(events: Iterable[Step | Note | Result]) -> list[Result]:
+    """Follow `events` to their end, with a bar on a terminal; gives the results."""
+    results: list[Result] = []
     console = Console(stderr=True)
     hidden = not is_terminal(sys.stderr)
     # No refreshing in the background: that would be measured, too.
     with Progress(console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
         task = bar.add_task("", total=1)
         for event in events:
-            if isinstance(event, Measurement):
-                results.append(event)
-            elif isinstance(event, Step):
+            if isinstance(event, Step):
                 bar.update(task, description=event.text, completed=event.done, total=event.total)
                 bar.refresh()
-            else:
+            elif isinstance(event, Note):
                 remark(f"note: {event.text}")
+            else:
+                results.append(event)
     return results
 
 

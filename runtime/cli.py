@@ -13,7 +13,7 @@ import typer
 
 from gguf_tools.command import run_command
 from runtime.eval_command import evaluate
-from runtime.measure_commands import bench, doctor
+from runtime.measure_commands import bench, doctor, tune
 from runtime.tokenize_command import tokenize
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def run_main() -> NoReturn:
 
 def main() -> NoReturn:
     """`python -m runtime`: the commands by name; without a name it is `run`."""
-    known = (run, bench, doctor, tokenize)
+    known = (run, bench, tune, doctor, tokenize)
     commands: dict[str, Callable[..., None]] = {command.__name__: command for command in known}
     commands["eval"] = evaluate
     command = commands.get(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -19,6 +19,7 @@ from gguf_tools.errors import printable
 from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
 from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
+from runtime.backends.cuda_toolkit import REMEDY, missing_packages
 from runtime.bandwidth import measure_bandwidth
 
 # What the byte dot product, the heart of every quantised kernel, is made of.
@@ -72,7 +73,7 @@ class KernelCache:
 
 @dataclass(frozen=True)
 class CUDA:
-    backend: bool  # whether this build can use it
+    backend: bool  # whether what layers on a GPU need is installed
     driver: str | None  # the CUDA version the NVIDIA driver speaks; None: no driver is visible
     devices: tuple[str, ...]
 
@@ -210,13 +211,14 @@ def _version(package: str) -> str:
 
 def examine_cuda() -> CUDA:
     """What the NVIDIA driver says, if there is one."""
+    backend = missing_packages() is None
     try:
         driver = ctypes.CDLL(CUDA_LIBRARIES.get(sys.platform, "libcuda.so.1"))
     except OSError:
-        return CUDA(backend=False, driver=None, devices=())
+        return CUDA(backend=backend, driver=None, devices=())
     number, count, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
-        return CUDA(backend=False, driver=None, devices=())
+        return CUDA(backend=backend, driver=None, devices=())
     devices = []
     if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
         for index in range(count.value):
@@ -225,11 +227,13 @@ def examine_cuda() -> CUDA:
                 driver.cuDeviceGetName(name, CUDA_NAME_BYTES, device)
                 devices.append(name.value.decode(errors="replace"))
     shown = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    return CUDA(backend=False, driver=shown, devices=tuple(devices))
+    return CUDA(backend=backend, driver=shown, devices=tuple(devices))
 
 
 def _describe_cuda(cuda: CUDA) -> str:
-    build = "this build has no GPU backend, models run on the CPU"
+    build = (
+        "layers can go to GPUs" if cuda.backend else f"models run on the CPU ({REMEDY} for GPUs)"
+    )
     if cuda.driver is None:
         return f"{build}; no NVIDIA driver is visible"
     devices = ", ".join(printable(name) for name in cuda.devices) or "no device"

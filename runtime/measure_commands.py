@@ -1,4 +1,4 @@
-"""The commands that measure: `gguf bench` and `gguf doctor`.
+"""The commands that measure: `gguf bench`, `gguf tune` and `gguf doctor`.
 
 Everything heavy is imported inside the command: `--help` answers at once.
 """
@@ -90,6 +90,98 @@ def bench(
             print("\n".join(measuring.markdown(rows)))
         else:
             draw_table(measuring.HEADER, rows)
+
+
+def tune(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
+        ),
+    ],
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt as you have them.", min=1)] = 256,
+    answer: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 128,
+    threads: Annotated[
+        str | None,
+        sweep("Threads to try, such as 2,4. (default: around the number of physical cores)"),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="About how long to measure, loading aside.", min=1, max=3600)
+    ] = 30,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="GPUs to use, such as cuda:1,cuda:0, or none.", show_default=False
+        ),
+    ] = None,
+    vram_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Use no more than this of each GPU.", show_default=False),
+    ] = None,
+    cpu_moe: Annotated[
+        int, typer.Option(metavar="N", help="Keep the first N layers' experts on the CPU.", min=0)
+    ] = 0,
+    kv_type: Annotated[
+        Literal["f16", "q8_0"], typer.Option(help="How the KV cache keeps numbers.")
+    ] = "f16",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the curve into this PNG file.", show_default=False),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object: the advice and every timing.")
+    ] = False,
+    save: Annotated[bool, typer.Option(help="Let `run` use the result from now on.")] = True,
+) -> None:
+    """Find the threads and the GPU layers that are fastest for a model on this machine.
+
+    `run` uses the result where --threads and --gpu-layers are left out.
+    """
+    import runtime.tuning as tuning
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.errors import printable
+    from gguf_tools.models_by_name import find_model
+    from gguf_tools.reader import GGUFFile
+    from runtime.bench_terminal import draw_progress
+    from runtime.decoders import check_architecture
+    from runtime.offload import read_offload
+    from runtime.terminal import remark
+    from runtime.tune_terminal import chart, check_plots, draw_picture
+    from runtime.tuned import Tuned, device_names, remember
+
+    counts = _parse_counts("--threads", threads)
+    try:
+        offload = read_offload("auto", device=device, vram_limit=vram_limit, cpu_moe=cpu_moe)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if plot is not None:
+        check_plots()
+    work = tuning.Work(prompt, answer)
+    with GGUFFile(find_with_bar(find_model, file)) as opened:
+        check_architecture(opened)
+        events = tuning.measure(
+            opened,
+            work,
+            offload,
+            threads=counts or tuning.thread_counts(),
+            seconds=seconds,
+            kv_type=kv_type,
+        )
+        timings: list[tuning.Timing] = draw_progress(events)
+        advice = tuning.advise(timings, work)
+        if plot is not None:
+            draw_picture(plot, timings, advice, printable(opened.path.name, 60))
+        if json:
+            print(dumps(tuning.to_json(advice, timings), indent=2))
+        else:
+            print("\n".join((*chart(timings, work), "", *tuning.describe(advice))))
+        if not save:
+            return
+        found = Tuned(advice.gpu_layers, advice.threads, device_names(offload.devices))
+        if remember(opened, found) is None:
+            remark("note: the result is not kept: there is no cache folder")
+        else:
+            remark("`run` uses this for the model where --gpu-layers and --threads are left out")
 
 
 def doctor(

@@ -18,6 +18,7 @@ from runtime.offload import Offload
 from runtime.split import measure_sizes, plan_split
 from runtime.templates import ChatTemplate, named_templates
 from runtime.tokenizer import Tokenizer
+from runtime.tuned import recall
 
 MAX_TEMPLATE_BYTES = 1 << 20
 TEMPLATE_MARKS = ("{{", "{%")  # a text with one of them is no name of a file
@@ -92,6 +93,12 @@ def open_session(
         template, template_name = _choose_template(
             tokenizer, named_templates(file.metadata), chat_template, raw=raw
         )
+        offload = offload or Offload()
+        tuned = recall(file)
+        if tuned is not None:
+            threads = threads or tuned.threads
+            n_layers = tuned.layers_on(offload.devices)
+            offload = offload if n_layers is None else offload.at_most(n_layers)
         with Model.load(
             file,
             n_ctx=n_ctx,

@@ -31,6 +31,7 @@ for name, command in gguf_tools.file_commands.COMMANDS.items():
     app.command(name)(command)
 app.command()(runtime.cli.run)
 app.command()(runtime.measure_commands.bench)
+app.command()(runtime.measure_commands.tune)
 app.command()(runtime.measure_commands.doctor)
 app.command()(runtime.tokenize_command.tokenize)
 app.command("eval")(runtime.eval_command.evaluate)

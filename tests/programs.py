@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from gguf_tools.jit import Kernel
 from gguf_tools.quants import by_name
-from runtime.backends.cpu import CPUBackend
 from runtime.backends.reference import ReferenceBackend
 from runtime.program import (
     Add,
@@ -93,6 +93,11 @@ def run(
 ) -> np.ndarray:
     """Logits of ids 0, 1, 2..., so many at a time; by the reference backend for no threads."""
     if threads:
+        # Not where numba compiles nothing.
+        from runtime.backends.cpu import CPUBackend
+        from runtime.backends.needs import few_kernels
+
+        compile_all(few_kernels(program))
         backend = CPUBackend(
             whole(program), n_ctx=n_ctx, n_threads=threads, n_batch=max(batches), **options
         )
@@ -106,6 +111,11 @@ def run(
         first += size
     backend.close()
     return np.concatenate(parts)
+
+
+def compile_all(kernels: Iterable[Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.address
 
 
 WAYS = ((1,) * 20, (N_TOKENS,), (7, 1, 2, 13))  # token by token, at once, and mixed

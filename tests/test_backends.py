@@ -1,5 +1,8 @@
 """Backends against each other on small random models, and the invariances of the CPU backend."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +10,19 @@ import pytest
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
-from runtime.backends.cpu import FEW_TOKENS
+from runtime.backends.cpu import CPUBackend, few_tokens
 from runtime.backends.memory import Arena, make_caches
+from runtime.backends.needs import few_kernels
+from runtime.config import read_config
+from runtime.decoders import build_program
+from runtime.kernels.experts import FEW as EXPERTS_AT_ONCE
 from runtime.kernels.kv_cache import KV_TYPES
+from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.model import Model
-from runtime.program import KVShape
+from runtime.program import KVShape, Program, Scale
+from runtime.stages import whole
+from tests.programs import compile_all, mixture, program_of
 from tests.tiny import llama_file
 
 IDS = np.random.default_rng(3).integers(0, 70, 150).tolist()
@@ -24,6 +34,8 @@ def logits(
     """Logits after every token; `batches` says how to cut the ids (the rest comes last)."""
     options.setdefault("n_ctx", 256)
     with GGUFFile(path) as file, Model.load(file, **options) as model:
+        if any(1 < size <= FEW_TOKENS for size in batches):
+            compile_all(few_kernels(build_program(file, read_config(file))))
         parts, first = [], 0
         for size in (*batches, len(ids) - sum(batches)):
             parts.append(model.forward(ids[first : first + size], all_logits=True))
@@ -68,14 +80,72 @@ SHAPES = {
 KV_TOLERANCE = {"f16": 4e-3, "q8_0": 3e-2}  # of the largest logit: what rounding costs
 
 
-@pytest.mark.parametrize("size", [2, 3, FEW_TOKENS])
-def test_a_few_tokens_are_single_steps(size: int, tmp_path: Path) -> None:
-    path = llama_file(tmp_path / "m.gguf", quant="Q8_0")
-    ids = IDS[: 3 * size]
-    together = logits(path, ids, batches=(size, size), threads=2)
-    assert np.array_equal(together, logits(path, ids, batches=(1,) * (len(ids) - 1), threads=2))
-    with GGUFFile(path) as file, Model.load(file) as model:
-        assert np.array_equal(model.forward(ids[:size]), together[size - 1])
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("quant", ["F16", "Q8_0"])
+def test_a_few_tokens_are_single_steps(quant: str, kv_type: str, tmp_path: Path) -> None:
+    """To the bit, whatever their number, at the edges of blocks and of a window, too."""
+    extra = {"llama.attention.sliding_window": Value("u32", 70)}
+    path = llama_file(tmp_path / "m.gguf", quant=quant, extra=extra, biases=True)
+    sizes = tuple(range(2, FEW_TOKENS + 1))
+    batches = (*sizes, *sizes, *sizes)
+    ids = IDS[: sum(batches) + 1]
+    single = logits(path, ids, batches=(1,) * (len(ids) - 1), kv_type=kv_type)
+    for threads in (1, 2, 3):
+        got = logits(path, ids, batches=batches, threads=threads, kv_type=kv_type)
+        assert np.array_equal(got, single)
+    with GGUFFile(path) as file, Model.load(file, kv_type=kv_type) as model:
+        for size in sizes:
+            model.truncate(0)
+            assert np.array_equal(model.forward(ids[:size]), single[size - 1])
+
+
+def test_a_few_tokens_share_a_step() -> None:
+    """The tables for a few tokens are used, for as many as are computed as single ones."""
+    gated = program_of([Scale("x", 0.5)], 40)
+    experts = mixture(np.random.default_rng(2), quant="Q8_0")
+    for program, most in ((gated, FEW_TOKENS), (experts, EXPERTS_AT_ONCE)):
+        compile_all(few_kernels(program))
+        stage = whole(program)
+        backend = CPUBackend(stage, n_ctx=64, n_threads=2, n_batch=16)
+        assert few_tokens(stage) == most
+        read(backend, program, 0, most + 1)
+        assert backend._few_tables is None
+        together = read(backend, program, 0, most)
+        assert backend._few_tables is not None
+        single = [read(backend, program, i, i + 1) for i in range(most)]
+        assert np.array_equal(together, np.concatenate(single))
+        backend.close()
+
+
+def read(backend: CPUBackend, program: Program, first: int, end: int) -> np.ndarray:
+    """The logits after each of some positions, whose tokens have the same numbers."""
+    values = {"x": program.embed(np.arange(first, end), first)}
+    return backend.run(0, values, first, end - first)["logits"]
+
+
+WITHOUT_FOLDER = """
+import numpy as np
+from runtime.backends.cpu import CPUBackend
+from runtime.program import Scale
+from runtime.stages import whole
+from tests.programs import program_of
+from tests.test_backends import read
+program = program_of([Scale("x", 0.5)], 40)
+backend = CPUBackend(whole(program), n_ctx=64, n_threads=1, n_batch=16)
+together = read(backend, program, 0, 5)
+assert backend._few_tables is None
+single = [read(backend, program, i, i + 1) for i in range(5)]
+assert np.array_equal(together, np.concatenate(single))
+backend.close()
+"""
+
+
+def test_a_few_tokens_before_their_kernels_are_compiled() -> None:
+    """Where nothing can be compiled in the background they go one after the other."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "GGUF_TOOLS_CACHE": "off"}
+    command = [sys.executable, "-c", WITHOUT_FOLDER]
+    subprocess.run(command, check=True, cwd=root, env=environment)
 
 
 @pytest.mark.parametrize("kv_type", KV_TOLERANCE)

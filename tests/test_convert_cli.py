@@ -15,6 +15,7 @@ import pytest
 
 from gguf_tools.recipes import available
 from tests.checkpoints import STORIES, llama_config, llama_tensors, make_llama, safetensors
+from tests.test_imatrix import new_file
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -149,6 +150,19 @@ def test_the_checkpoint_is_not_written_over(tmp_path: Path) -> None:
     message = error_of(convert(tmp_path, "model", "-o", weights, "--force"))
     assert "is a file of the checkpoint itself" in message
     assert weights.read_bytes() == before
+    (tmp_path / "model" / "a").symlink_to("nowhere")
+    assert error_of(convert(tmp_path, "model", "-o", weights, "--force")) == message
+
+
+def test_an_importance_matrix_is_not_written_over(tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.gguf"
+    name = "blk.0.attn_q.weight"
+    ones = {f"{name}.in_sum2": np.ones((1, 64)), f"{name}.counts": np.ones((1, 1))}
+    matrix.write_bytes(new_file(ones))
+    before = matrix.read_bytes()
+    message = error_of(convert(tmp_path, STORIES, "--imatrix", matrix, "-o", matrix, "--force"))
+    assert "matrix.gguf is the file that is being read" in message
+    assert matrix.read_bytes() == before
 
 
 def test_unknown_types_list_the_known(tmp_path: Path) -> None:
@@ -219,9 +233,13 @@ def test_notes_go_to_standard_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("times", [1, 5])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    """In the middle of a large tensor: no file, but what the next run goes on from."""
+def test_interrupted(tmp_path: Path, number: signal.Signals, code: int, times: int) -> None:
+    """In the middle of a large tensor: no file, but what the next run goes on from.
+
+    Who holds Ctrl-C down gets the same.
+    """
     make_large(tmp_path / "model")
     command = [sys.executable, "-m", "gguf_tools", "convert", "model", "--type", "F32"]
     process = subprocess.Popen(
@@ -233,7 +251,9 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, code: int) -> None:
         if part.exists() and part.stat().st_size > 20_000_000:
             break
         time.sleep(0.01)
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.01)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert re.fullmatch(
@@ -291,6 +311,6 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     os.close(leader)
     assert process.returncode == 0
     assert "B/s" in shown.decode()
-    assert re.search(r"blk\.\d+\.\w+\.weight Q8_0|output\.weight Q8_0", shown.decode())
+    assert re.search(r"blk\.\d+\.\w+\.weight Q8_0|output\.weight Q8_0|self-check", shown.decode())
     assert "100%" in shown.decode()
     assert fields(stdout)["file"] == "model-Q8_0.gguf"

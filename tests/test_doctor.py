@@ -13,6 +13,7 @@ import pytest
 from gguf_tools.cores import choose_threads
 from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
+from runtime.backends.cuda_toolkit import missing_packages
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
 from runtime.doctor import (
     CUDA,
@@ -69,7 +70,7 @@ def test_facts_hold_together(facts: Facts) -> None:
     assert all(each.bytes_per_second > 1e6 for each in facts.read_bandwidth)
     assert facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"numba", "llvmlite", "numpy"} < set(facts.versions)
-    assert not facts.cuda.backend
+    assert facts.cuda.backend == (missing_packages() is None)
 
 
 def test_the_memory_that_is_read_is_larger_than_the_caches() -> None:
@@ -145,12 +146,13 @@ def test_a_missing_cache_is_told(facts: Facts) -> None:
     [
         (CUDA(False, None, ()), "no NVIDIA driver is visible"),
         (CUDA(False, "12.4", ()), "driver for CUDA 12.4 is visible with no device"),
-        (CUDA(False, "12.4", ("A\x1b[2J", "B")), r"visible with A\x1b[2J, B"),
+        (CUDA(True, "12.4", ("A\x1b[2J", "B")), r"visible with A\x1b[2J, B"),
     ],
 )
 def test_cuda_is_told_honestly(facts: Facts, cuda: CUDA, says: str) -> None:
     told = lines(replace(facts, cuda=cuda))["CUDA"]
-    assert "no GPU backend" in told and told.endswith(says)
+    assert told.endswith(says)
+    assert ("pip install 'gguf-tools[cuda]'" in told) == (not cuda.backend)
 
 
 def test_json_object(facts: Facts) -> None:

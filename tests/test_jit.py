@@ -87,6 +87,33 @@ x = np.arange""",
     finish(start("off", program))
 
 
+BACKGROUND = """
+import time
+from gguf_tools.jit import Background
+from runtime.kernels.floats import F32
+wanted = [F32.matvec.for_columns(n) for n in (2, 3)]
+background = Background(wanted)
+assert not background.is_done()
+for _ in range(600):
+    if background.is_done():
+        break
+    time.sleep(0.1)
+assert all(kernel.is_ready for kernel in wanted) and not F32.matvec.is_ready
+again = Background([F32.matvec])
+assert not again.is_done()
+again.close()
+"""
+
+
+@pytest.mark.filterwarnings("error")
+def test_compiling_in_the_background(tmp_path: Path) -> None:
+    """Each number of columns is a kernel of its own; one that is stopped leaves no process."""
+    finish(start(str(tmp_path), BACKGROUND))
+    nowhere = start("off", BACKGROUND.replace("range(600)", "range(2)"))
+    _, error = nowhere.communicate(timeout=120)
+    assert nowhere.returncode != 0 and "AssertionError" in error  # nothing is ever ready
+
+
 HELPERS = """
 import sys
 import numpy as np

@@ -17,6 +17,7 @@ from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
 from gguf_tools.values import Value
+from gguf_tools.writer import GGUFWriter
 from tests.checkpoints import STORIES
 from tests.split import split_file
 from tests.test_conversion import convert_to
@@ -222,6 +223,20 @@ def test_what_is_taken_for_a_gguf_file(tmp_path: Path, floats: Path) -> None:
     assert not is_gguf(STORIES)
     assert not is_gguf(STORIES / "config.json")
     assert not is_gguf(tmp_path / "absent")
+
+
+def test_a_vocabulary_alone(tmp_path: Path, floats: Path) -> None:
+    """As llama.cpp's test vocabularies are: no tensor, and no division by how many there are."""
+    source, output = tmp_path / "vocab.gguf", tmp_path / "out.gguf"
+    with GGUFFile(floats) as file:
+        metadata = {key: file.encoded(key) for key in file.metadata}
+        with GGUFWriter(source, metadata=metadata, tensors=[]):
+            pass
+    done = run(source, "--type", "F16", "-o", output)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a vocabulary alone" in done.stdout
+    assert types_in(output) == {}
+    assert run(source, "--type", "Q4_0", "--dry-run").returncode == 0
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -304,6 +304,14 @@ def other_weights_of_the_same_time(model: Path) -> None:
     os.utime(file, ns=(time, time))
 
 
+def written_again(model: Path) -> None:
+    """Size, time and all samples are what they were, but what is between them may not be."""
+    file = model / "model.safetensors"
+    time = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(time, time))
+
+
 def other_config(model: Path) -> None:
     path = model / "config.json"
     path.write_text(path.read_text() + "\n")
@@ -313,7 +321,9 @@ def new_shard(model: Path) -> None:
     (model / "z.safetensors").write_bytes(b"")
 
 
-@pytest.mark.parametrize("change", [later, other_weights_of_the_same_time, other_config, new_shard])
+@pytest.mark.parametrize(
+    "change", [later, other_weights_of_the_same_time, written_again, other_config, new_shard]
+)
 def test_a_changed_checkpoint_starts_over(
     model: Path, output: Path, change: Callable[[Path], None]
 ) -> None:
@@ -340,11 +350,11 @@ def test_other_options_start_over(model: Path, output: Path) -> None:
 
 def test_a_vanished_file(model: Path, output: Path) -> None:
     """A drive that was pulled out, and comes back."""
-    weights, away = model / "model.safetensors", model / "away"
+    away = model.with_name("away")
     with pytest.raises(CheckpointError, match=r"cannot be opened.*is kept in .*same command"):
-        run(model, output, stop=STOP, then=lambda: os.rename(weights, away))
+        run(model, output, stop=STOP, then=lambda: os.rename(model, away))
     assert left(output) == STOPPED
-    os.rename(away, weights)
+    os.rename(away, model)
     journal, _ = run(model, output)
     assert journal.remark.startswith("going on from")
     assert output.read_bytes() == whole(model)
@@ -360,6 +370,41 @@ def test_a_file_that_changes_meanwhile(model: Path, output: Path) -> None:
     with pytest.raises(CheckpointError, match="changed while it was converted"):
         run(model, output, stop=STOP, then=lambda: later(model))
     assert left(output) == []
+
+
+def test_another_link_to_a_file_is_no_change(model: Path, output: Path) -> None:
+    """As a backup makes them, while a conversion of hours runs."""
+    weights = model / "model.safetensors"
+    run(model, output, stop=STOP, then=lambda: os.link(weights, model.parent / "backup"))
+    assert output.read_bytes() == whole(model)
+
+
+def test_an_output_that_appears_meanwhile(model: Path, output: Path) -> None:
+    """It stays as it is, and the work is not lost."""
+    with pytest.raises(OutputError, match=r"exists already.*100 % of the file is kept in"):
+        run(model, output, stop=STOP, then=lambda: output.write_text("mine"))
+    assert output.read_text() == "mine"
+    assert left(output) == ["x.gguf", *STOPPED]
+    output.unlink()
+    _, steps = run(model, output)
+    assert all(step.kept for step in steps)
+    assert output.read_bytes() == whole(model)
+
+
+def test_a_part_that_vanishes_meanwhile(model: Path, output: Path) -> None:
+    """Nothing is kept, nothing is left, and nothing else is said."""
+    with pytest.raises(OutputError, match=r"x.gguf.part: cannot be written: No such") as caught:
+        run(model, output, stop=STOP, then=lambda: part_of(output).unlink())
+    assert "kept" not in str(caught.value)
+    assert left(output) == []
+
+
+@pytest.mark.parametrize("name", [part_of, journal_of])
+def test_a_folder_in_the_way(model: Path, output: Path, name: Callable[[Path], Path]) -> None:
+    name(output).mkdir()
+    with pytest.raises(OutputError, match=rf"{name(output).name}: cannot be written"):
+        run(model, output)
+    assert left(output) == [name(output).name]
 
 
 def test_a_damaged_weight_leaves_nothing(tmp_path: Path, output: Path) -> None:

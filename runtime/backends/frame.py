@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
 
 from gguf_tools.jit import Kernel
 from runtime.backends.flow import owned_buffers
@@ -16,14 +17,23 @@ PARTS_PER_THREAD = 4  # at most
 EACH = 1 << 30  # parts: claim unit by unit
 
 
+class Batch(Enum):
+    """How many tokens a table is for."""
+
+    ONE = "one"
+    FEW = "a few"
+    MANY = "many"
+
+
 class Frame:
     """The memory of a stage as one of its lowerings sees it."""
 
-    def __init__(self, stage: Stage, memory: Memory, *, one_token: bool, owns: bool) -> None:
+    def __init__(self, stage: Stage, memory: Memory, batch: Batch, *, owns: bool) -> None:
         """`owns`: threads have buffers of their own for what is cheap to make."""
         self.stage = stage
         self.memory = memory
-        self.one_token = one_token
+        self.batch = batch
+        self.one_token = batch is Batch.ONE
         self.places = dict(memory.shared)
         self._widths: dict[str, int] = {}  # of what buffers hold now, which may have room for more
         self._vectors: dict[int, int] = {}

@@ -1,17 +1,20 @@
 """From a stage of a program to tables of operations for the compiled interpreter.
 
-A stage is lowered twice: for one token (decode) and for many (prompt). What differs:
+A stage is lowered for one token (decode), for a few, and for many (prompt). What differs:
 
 - One token: norms, attention's last step and the quantising of activations are cheap, so every
   thread does them for itself in memory of its own rather than wait for another; products are
   matvec kernels that read the blocks as they lie.
 - Many tokens: those steps share the tokens out; products decode 32 rows at a time for a tile.
+- A few tokens: steps are shared out as for many, but computed as for one, with the same results
+  to the bit: matvec kernels for several columns, and each token's attention by itself.
 
-In both, matrix rows and columns of buffers are shared out in the same groups of 32, so that a sum
+In all, matrix rows and columns of buffers are shared out in the same groups of 32, so that a sum
 or gate after a product can be claimed with it (runtime/backends/table.py).
 
 Formats without kernels of their own become `HostProduct`s between tables: NumPy multiplies with
-rows that the format's definition decodes.
+rows that the format's definition decodes. So do matrices that are streamed
+(runtime/backends/streaming.py).
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import numpy as np
 
 from gguf_tools.jit import Kernel
 from runtime.backends.flow import PARTIALS, unknown, width_written, written_by
-from runtime.backends.frame import EACH, Frame, row_groups
-from runtime.backends.memory import Memory
+from runtime.backends.frame import EACH, Batch, Frame, row_groups
+from runtime.backends.memory import Memory, Place
 from runtime.backends.mixture import Mixture
 from runtime.backends.products import Forms, lower_product
 from runtime.backends.table import WHOLE, Table, Units, columns, items, reads, writes
 from runtime.kernels import attention, elementwise, gates, kv_cache
+from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.program import (
     Activate,
@@ -42,6 +46,7 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
+    Matrix,
     RMSNorm,
     Rope,
     Route,
@@ -51,27 +56,29 @@ from runtime.program import (
     Stage,
     StoreKV,
 )
+from runtime.streamed_rows import StreamedRows
 
 
 @dataclass(frozen=True, eq=False)
 class HostProduct:
-    """A product that NumPy does between two tables, of rows as wide as its source."""
+    """A product that is done between two tables, of rows as wide as its source."""
 
     step: MatMul | ExpertMatMul
     width: int
+    source: Place
+    target: Place
+    routes: Place | None
 
 
 class Lowering:
-    """Lowers runs of instructions, for one token or for many, over the same memory."""
+    """Lowers runs of instructions, for batches of one size, over the same memory."""
 
-    def __init__(self, stage: Stage, memory: Memory, *, one_token: bool) -> None:
+    def __init__(self, stage: Stage, memory: Memory, batch: Batch) -> None:
         self.memory = memory
-        self.one_token = one_token
-        self.host_types: set[str] = set()
         # A late thread leaves a table that the caller has left for a product of the host: what it
         # was to make for itself there, the next table would miss.
-        owns = one_token and not any(host_type(step) for step in stage.steps)
-        self.frame = Frame(stage, memory, one_token=one_token, owns=owns)
+        owns = batch is Batch.ONE and not any(is_apart(step) for step in stage.steps)
+        self.frame = Frame(stage, memory, batch, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
         self._ropes: dict[int, tuple[int, int]] = {}
@@ -87,17 +94,21 @@ class Lowering:
         table = Table()
         parts: list[Table | HostProduct] = [table]
         for step in steps:
-            quant = host_type(step)
-            if quant is None:
-                self._emit(table, step)
-            else:
+            if is_apart(step):
                 assert isinstance(step, (MatMul, ExpertMatMul))
-                self.host_types.add(quant)
                 self._forms.clear()
                 table = Table()
-                parts += [HostProduct(step, self.frame.width(step.source)), table]
+                parts += [self._host_product(step), table]
+            else:
+                self._emit(table, step)
             self._note(step)
         return [part for part in parts if isinstance(part, HostProduct) or part.rows]
+
+    def _host_product(self, step: MatMul | ExpertMatMul) -> HostProduct:
+        places = self.frame.places
+        routes = places[step.routes] if isinstance(step, ExpertMatMul) else None
+        width = self.frame.width(step.source)
+        return HostProduct(step, width, places[step.source], places[step.target], routes)
 
     def _note(self, step: Instruction) -> None:
         """What a buffer holds has changed."""
@@ -127,10 +138,10 @@ class Lowering:
             case StoreKV():
                 self._store(table, step)
             case Attend():
-                if self.one_token:
-                    self._attend_one(table, step)
-                else:
+                if self.frame.batch is Batch.MANY:
                     self._attend_many(table, step)
+                else:
+                    self._attend_each(table, step)
             case Gate():
                 kernel, width = gates.GATES[step.activation], self.frame.width(step.gate)
                 sources = (step.gate, step.up)
@@ -284,13 +295,15 @@ class Lowering:
             kv.block_bytes(shape.value_dim),
         )
 
-    def _attend_one(self, table: Table, step: Attend) -> None:
+    def _attend_each(self, table: Table, step: Attend) -> None:
+        """Each token by itself."""
         shape = self.memory.caches[step.layer].shape
         kv = self.memory.kv
+        sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
+        stride = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
         if not self._partials:
-            sizes = ((s.n_heads, s.value_dim) for s in self.frame.stage.caches)
-            most = max(attention.partial_bytes(n, dim, kv) for n, dim in sizes)
-            self._partials = self.memory.arena.zeros(most)
+            n_tokens = 1 if self.frame.one_token else FEW_TOKENS
+            self._partials = self.memory.arena.zeros(n_tokens * stride)
         table.add(
             attention.attend_chunks,
             (
@@ -299,6 +312,7 @@ class Lowering:
                 kv.mix.address,
                 self._partials,
                 *_softcap(step),
+                stride,
             ),
             [
                 *self.frame.access(step.queries, WHOLE),
@@ -310,18 +324,19 @@ class Lowering:
         target = self.frame.places[step.target]
         owned = self.frame.is_owned(step.target)
         arguments = (
-            target.base,
-            target.thread_stride,
+            *target.arguments,
             shape.n_heads,
             shape.value_dim,
             kv.padded(shape.value_dim),
             step.window,
             self._partials,
             self.frame.vector(step.sinks),
+            stride,
         )
         accesses = [reads(PARTIALS), *self.frame.access(step.target, "heads", written=True)]
         parts = 0 if owned else self.frame.most_parts()
-        table.add(attention.combine, arguments, accesses, Units(shape.n_heads, parts=parts))
+        units = Units(per_token=shape.n_heads, parts=parts)
+        table.add(attention.combine, arguments, accesses, units)
 
     def _attend_many(self, table: Table, step: Attend) -> None:
         target = self.frame.places[step.target]
@@ -345,16 +360,20 @@ class Lowering:
         table.add(attention.attend_tiles, arguments, accesses, units)
 
 
-def host_type(step: Instruction) -> str | None:
-    """The format that a product lacks kernels for, if it does."""
-    match step:
-        case MatMul():
-            quant = step.matrix.quant.name
-        case ExpertMatMul():
-            quant = step.experts[0].quant.name
-        case _:
-            return None
-    return None if quant in FORMATS else quant
+def is_apart(step: Instruction) -> bool:
+    """Whether a product is done between tables: its matrix is streamed, or lacks kernels."""
+    if not isinstance(step, (MatMul, ExpertMatMul)):
+        return False
+    return isinstance(_matrix(step).data, StreamedRows) or lacks_kernels(step)
+
+
+def lacks_kernels(step: MatMul | ExpertMatMul) -> bool:
+    """Whether a product's format has none."""
+    return _matrix(step).quant.name not in FORMATS
+
+
+def _matrix(step: MatMul | ExpertMatMul) -> Matrix:
+    return step.matrix if isinstance(step, MatMul) else step.experts[0]
 
 
 def _softcap(step: Attend) -> tuple[int | float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gguf_tools.jit import Kernel
 from runtime.backends.flow import unknown
+from runtime.backends.products import few_columns
 from runtime.kernels import attention, elementwise, experts, gates, interpreter, kv_cache, matmul
 from runtime.kernels.kv_cache import KV_TYPES, KVType
 from runtime.kernels.table import FORMATS
@@ -19,6 +20,7 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
+    Program,
     RMSNorm,
     Rope,
     Route,
@@ -48,6 +50,14 @@ def needed_kernels(stage: Stage, kv_type: str) -> list[Kernel]:
         *(matmul.tile_for(f) for f in formats if f.group),
     ]
     return list(dict.fromkeys(found))
+
+
+def few_kernels(program: Program | Stage) -> list[Kernel]:
+    """The kernels that a few tokens at once need besides."""
+    steps = (step for step in program.steps if isinstance(step, MatMul))
+    quants = {step.matrix.quant.name for step in steps} & FORMATS.keys()
+    several = [k for name in sorted(quants) for k in few_columns(FORMATS[name])[1:]]
+    return [matmul.matvec_few, *several]
 
 
 def _kernels(step: Instruction) -> tuple[Kernel, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.backends.frame import Frame
+import numpy as np
+
+from gguf_tools.jit import Kernel
+from runtime.backends.frame import Batch, Frame
 from runtime.backends.table import WHOLE, Table, Units, columns, items, reads, writes
 from runtime.kernels import matmul
 from runtime.kernels.activations import Activation
@@ -45,6 +48,8 @@ def lower_product(frame: Frame, forms: Forms, table: Table, step: MatMul) -> Non
     kernels = FORMATS[step.matrix.quant.name]
     if frame.one_token:
         _matvec(frame, forms, table, step, kernels)
+    elif frame.batch is Batch.FEW:
+        _matvec_few(frame, forms, table, step, kernels)
     elif kernels.group:
         _matmul_bytes(frame, forms, table, step, kernels)
     else:
@@ -77,8 +82,57 @@ def quantised(
     assert form.quantise is not None
     place = own_form(frame, forms, form)
     if not forms.holds(form.name, (source,), k):
-        arguments = (*frame.places[source].arguments, *place, form.quantise.address, k)
+        place_in = frame.places[source].arguments
+        arguments = (*place_in, *place, 0, form.quantise.address, k)
         table.add(matmul.quantise, arguments, frame.access(source, WHOLE), Units(fixed=1))
+    return place
+
+
+def _matvec_few(
+    frame: Frame, forms: Forms, table: Table, step: MatMul, kernels: FormatKernels
+) -> None:
+    matrix = step.matrix
+    accesses = frame.access(step.target, columns(matrix.n_rows), written=True)
+    if kernels.activation.quantise is None:
+        source = frame.places[step.source]
+        place: tuple[int, ...] = (source.base, source.token_stride)
+        accesses += frame.access(step.source, WHOLE)
+    else:
+        place = _quantised_few(frame, forms, table, step, kernels.activation)
+        accesses.append(reads(f"columns {kernels.activation.name}"))
+    target = frame.places[step.target]
+    arguments = (
+        *_matrix(frame, matrix),
+        *(k.address for k in few_columns(kernels)),
+        *place,
+        *(target.base, target.token_stride),
+    )
+    width, n_bytes = matrix.n_rows, matrix.data.size
+    frame.add_product(table, matmul.matvec_few, arguments, accesses, width=width, n_bytes=n_bytes)
+
+
+def few_columns(kernels: FormatKernels) -> list[Kernel]:
+    """A format's matvec for one column, for two, and so on."""
+    return [kernels.matvec.for_columns(n) for n in range(1, matmul.MOST_COLUMNS + 1)]
+
+
+def _quantised_few(
+    frame: Frame, forms: Forms, table: Table, step: MatMul, form: Activation
+) -> tuple[int, ...]:
+    """A row of bytes for each token of the source, made unless still valid: base and stride."""
+    assert form.quantise is not None
+    place = forms.place(form.name)
+    if place is None:
+        stride = max(form_bytes(form, k) for k, _ in _shapes(frame))
+        base = frame.memory.arena.zeros(matmul.FEW_TOKENS * stride)
+        place = forms.add(form.name, (base, stride))
+    k = step.matrix.n_columns
+    if not forms.holds(form.name, (step.source,), k):
+        source = frame.places[step.source].arguments
+        arguments = (*source, place[0], 0, place[1], form.quantise.address, k)
+        accesses = frame.access(step.source, items(1))
+        accesses.append(writes(f"columns {form.name}", items(1)))
+        frame.add_items(table, matmul.quantise, arguments, accesses, 1)
     return place
 
 
@@ -190,5 +244,5 @@ def floats_arguments(
 
 
 def _matrix(frame: Frame, matrix: Matrix) -> tuple[int, int, int, int]:
-    address = frame.memory.arena.hold(matrix.data)
+    address = frame.memory.arena.hold(np.asarray(matrix.data))
     return address, matrix.data.shape[1], matrix.n_rows, matrix.n_columns

@@ -1,9 +1,9 @@
 """Attention on the KV cache (runtime/kernels/kv_cache.py), one pass over keys and values.
 
-One token (decode): the blocks of visible positions are cut into chunks; a thread takes (kv head,
-chunk), serves all query heads that share the kv head, and leaves a partial result; `combine` adds
-them up. How blocks are cut depends on the positions alone, so the result does not depend on the
-number of threads. The cache is read as it lies, once for up to 4 query heads.
+One token (decode), or each of a few: the blocks of visible positions are cut into chunks; a thread
+takes (kv head, chunk), serves all query heads that share the kv head, and leaves a partial result;
+`combine` adds them up. How blocks are cut depends on the positions alone, so the result does not
+depend on the number of threads. The cache is read as it lies, once for up to 4 query heads.
 
 Many tokens (prompt): a thread takes (kv head, some tokens), walks along blocks of positions turned
 to f16 once, and multiplies for 6 rows of queries at a time (online softmax).
@@ -129,29 +129,33 @@ def attend_chunks(op, state, thread, first, last):
     """queries 0-2, key cache 3, value cache 4, heads 5, kv heads 6, key_dim 7, value_dim 8, padded
     key_dim 9, padded value_dim 10, cache positions 11, window 12, scale 13, bytes per block of
     keys 14, of values 15, score kernel 16, mix kernel 17, partials 18, kernel of the soft-cap 19
-    (or 0), cap 20; unit: a chunk of a kv head, all first chunks first"""
+    (or 0), cap 20, bytes of partials per token 21; unit: a chunk of a kv head for a token, all
+    tokens' one after the other, all first chunks first"""
     rows = arg(op, 5) // arg(op, 6)
     dim = arg(op, 9)
     width = arg(op, 10)
-    here = position(state)
-    begin = _visible(here, arg(op, 12))
-    first_block = begin // POSITIONS
-    n_blocks = here // POSITIONS + 1 - first_block
-    n_chunks = min(MAX_CHUNKS, n_blocks)
-    most = (n_blocks + n_chunks - 1) // n_chunks * POSITIONS  # positions in a chunk
-    stride = most * 4
     queries = (scratch(state, thread) + 63) & ~63
     scores = queries + rows * dim * 4
-    room = scores + rows * stride
     partial_stride = (16 + width) * 4
     head_stride = MAX_CHUNKS * partial_stride
     for unit in range(first, last):
-        kv_head = unit % arg(op, 6)
-        c = unit // arg(op, 6)
+        t = unit % n_tokens(state)
+        pair = unit // n_tokens(state)
+        kv_head = pair % arg(op, 6)
+        c = pair // arg(op, 6)
+        here = position(state) + t
+        begin = _visible(here, arg(op, 12))
+        first_block = begin // POSITIONS
+        n_blocks = here // POSITIONS + 1 - first_block
+        n_chunks = min(MAX_CHUNKS, n_blocks)
         if c >= n_chunks:
-            break  # fewer chunks are visible in a window
+            continue  # fewer chunks are visible in a window, or by an earlier token
+        most = (n_blocks + n_chunks - 1) // n_chunks * POSITIONS  # positions in a chunk
+        stride = most * 4
+        room = scores + rows * stride
+        own_queries = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
         for r in range(rows):
-            source = arg(op, 0) + thread * arg(op, 1) + (kv_head * rows + r) * arg(op, 7) * 4
+            source = own_queries + (kv_head * rows + r) * arg(op, 7) * 4
             scale = float_arg(op, 13) * float32(LOG2_E)
             copy_scaled(source, queries + r * dim * 4, arg(op, 7), dim, scale)
         start = _cut(first_block, n_blocks, c)
@@ -171,7 +175,7 @@ def attend_chunks(op, state, thread, first, last):
                 low, high = begin - block * POSITIONS, here + 1 - block * POSITIONS
                 for r in range(rows):
                     _hide(into + r * stride, low, high)
-        partials = arg(op, 18) + kv_head * rows * head_stride + c * partial_stride
+        partials = arg(op, 18) + t * arg(op, 21) + kv_head * rows * head_stride + c * partial_stride
         n = (end - start) * POSITIONS
         for r in range(rows):
             _softmax(scores + r * stride, n, partials + r * head_stride)
@@ -184,17 +188,17 @@ def attend_chunks(op, state, thread, first, last):
             mix = arg(op, 17)
             ahead = arg(op, 15)
             if block == end - 1:
-                ahead = _next_keys(op, unit, first_block, n_blocks) - values
+                ahead = _next_keys(op, pair, first_block, n_blocks) - values
             call10(
                 *(mix, rows, weights, stride, values, visible, out, head_stride, width, room, ahead)
             )
 
 
 @jit
-def _next_keys(op, unit, first_block, n_blocks):
-    """Where the keys of the unit after this one begin, as far as there is one."""
-    kv_head = (unit + 1) % arg(op, 6)
-    block = _cut(first_block, n_blocks, (unit + 1) // arg(op, 6))
+def _next_keys(op, pair, first_block, n_blocks):
+    """Where the keys of the chunk and kv head after these begin, as far as there are some."""
+    kv_head = (pair + 1) % arg(op, 6)
+    block = _cut(first_block, n_blocks, (pair + 1) // arg(op, 6))
     return arg(op, 3) + (kv_head * (arg(op, 11) // POSITIONS) + block) * arg(op, 14)
 
 
@@ -216,23 +220,25 @@ def _softmax(scores, n, partial):
 
 @kernel("iiiii")
 def combine(op, state, thread, first, last):
-    """target 0-1, heads 2, value_dim 3, padded value_dim 4, window 5, partials 6, sinks 7 (one per
-    head, or 0); unit: a head"""
-    here = position(state)
-    begin = _visible(here, arg(op, 5))
-    n_chunks = min(MAX_CHUNKS, here // POSITIONS + 1 - begin // POSITIONS)
-    stride = (16 + arg(op, 4)) * 4
-    target = arg(op, 0) + thread * arg(op, 1)
+    """target 0-2, heads 3, value_dim 4, padded value_dim 5, window 6, partials 7, sinks 8 (one per
+    head, or 0), bytes of partials per token 9; unit: a head of a token"""
+    stride = (16 + arg(op, 5)) * 4
     weights = scratch(state, thread)
     sums = weights + MAX_CHUNKS * 4
-    for head in range(first, last):
-        partials = arg(op, 6) + head * MAX_CHUNKS * stride
+    for item in range(first, last):
+        t = item // arg(op, 3)
+        head = item - t * arg(op, 3)
+        here = position(state) + t
+        begin = _visible(here, arg(op, 6))
+        n_chunks = min(MAX_CHUNKS, here // POSITIONS + 1 - begin // POSITIONS)
+        target = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
+        partials = arg(op, 7) + t * arg(op, 9) + head * MAX_CHUNKS * stride
         most = ld_f32(partials)
         for c in range(1, n_chunks):
             most = max(most, ld_f32(partials + c * stride))
         total = float32(0.0)
-        if arg(op, 7):
-            sink = ld_f32(arg(op, 7) + head * 4) * float32(LOG2_E)
+        if arg(op, 8):
+            sink = ld_f32(arg(op, 8) + head * 4) * float32(LOG2_E)
             most = max(most, sink)
             total = _exp2_one(sink - most)
         for c in range(n_chunks):
@@ -240,13 +246,13 @@ def combine(op, state, thread, first, last):
             st_f32(weights + c * 4, weight)
             total += weight * ld_f32(partials + c * stride + 4)
         inverse = float32(1.0) / total
-        for i in range(0, arg(op, 4), 16):
+        for i in range(0, arg(op, 5), 16):
             value = zero_f32x16()
             for c in range(n_chunks):
                 weight = splat_f32x16(ld_f32(weights + c * 4))
                 value = fma(weight, ld_f32x16(partials + c * stride + 64 + i * 4), value)
             st(sums + i * 4, value)
-        copy_scaled(sums, target + head * arg(op, 3) * 4, arg(op, 3), arg(op, 3), inverse)
+        copy_scaled(sums, target + head * arg(op, 4) * 4, arg(op, 4), arg(op, 4), inverse)
 
 
 # --- many tokens -----------------------------------------------------------------------------

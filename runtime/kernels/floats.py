@@ -22,7 +22,7 @@ from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec_f32(w, row_bytes, first, last, x, y, k):
     for r in range(first, last):
         p = w + r * row_bytes
@@ -38,7 +38,7 @@ def matvec_f32(w, row_bytes, first, last, x, y, k):
         st_f32(y + r * 4, hsum(even + odd) + tail)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec_f16(w, row_bytes, first, last, x, y, k):
     for r in range(first, last):
         p = w + r * row_bytes
@@ -54,7 +54,7 @@ def matvec_f16(w, row_bytes, first, last, x, y, k):
         st_f32(y + r * 4, hsum(even + odd) + tail)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec_bf16(w, row_bytes, first, last, x, y, k):
     for r in range(first, last):
         p = w + r * row_bytes

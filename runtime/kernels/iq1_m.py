@@ -66,7 +66,7 @@ def _weights(p, j):
 _matvec, _rows = biased_loops("iq1_m", BYTES, 16, BIAS, _scales, _weights)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

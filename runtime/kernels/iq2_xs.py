@@ -70,7 +70,7 @@ def _signs(p, j):
 _matvec, _rows = signed_loops("iq2_xs", BYTES, 16, _scales, _magnitudes, _signs)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

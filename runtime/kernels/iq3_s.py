@@ -62,7 +62,7 @@ def _signs(p, j):
 _matvec, _rows = signed_loops("iq3_s", BYTES, 32, _scales, _magnitudes, _signs)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

@@ -26,6 +26,7 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    to_f32,
     zero_f32x8,
     zero_f32x16,
     zero_i32x4,
@@ -45,7 +46,7 @@ unsigned_values = make_constant(
 )
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
@@ -90,7 +91,7 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
             n = bits_i8x16(bits_i16x8(n) >> 4)
             t = dpbusd(t, lookup16(values, n & mask), ld_i8x16(xq + b * 16 + 64))
             less = float32(BIAS) * ld_f32(pairs + b * 8 + 4)
-            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
+            result += ld_f16(p) * (to_f32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)
 
 

@@ -65,7 +65,7 @@ def unpack_scales(p):
     return bits_i8x8(low | (top << uint64(4))) - splat_i8x8(int8(32))
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     pairs = xq + k
     mask = keep(splat_i8x64(int8(15)))

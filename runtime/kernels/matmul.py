@@ -1,4 +1,7 @@
-"""Matrix products: matvec for one token, tiles of 32 rows x 6 tokens for prompts.
+"""Matrix products: matvec for one token or a few, tiles of 32 rows x 6 tokens for prompts.
+
+A few tokens have matvec kernels for 2 to 4 columns, which read and unpack the weights once and
+compute what the kernel for one computes.
 
 For a prompt, 32 rows of weights at a time are decoded to bytes (or float32) in this thread's
 scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tokens.
@@ -6,7 +9,7 @@ scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tok
 
 from numba import float32
 
-from gguf_tools.control import call3, call5, call7, call12
+from gguf_tools.control import call3, call5, call7, call9, call12
 from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
     hsum,
@@ -22,6 +25,8 @@ from runtime.kernels.formats import FormatKernels
 from runtime.kernels.interpreter import ROWS, arg, n_tokens, scratch
 
 COLUMNS = 6  # tokens per tile; buffers have room for a whole last tile
+FEW_TOKENS = 8  # up to here matvec kernels for several columns cost less than a tile
+MOST_COLUMNS = 4  # of a matvec: with 5, the sums of some formats do not fit the registers
 FLOAT_CHUNK = 512  # columns of float32 weights decoded at a time: 64 kB
 TILE_SLACK = 2048
 
@@ -37,9 +42,11 @@ def scratch_bytes(k: int) -> int:
 
 @kernel("iiiii")
 def quantise(op, state, thread, first, last):
-    """One token for matvec: source 0-2, target 3-4, quantiser 5, k 6; one unit"""
-    source = arg(op, 0) + thread * arg(op, 1)
-    call3(arg(op, 5), source, arg(op, 3) + thread * arg(op, 4), arg(op, 6))
+    """Tokens for matvec: source 0-2, target 3-5, quantiser 6, k 7; unit: a token"""
+    for t in range(first, last):
+        source = arg(op, 0) + thread * arg(op, 1) + t * arg(op, 2)
+        target = arg(op, 3) + thread * arg(op, 4) + t * arg(op, 5)
+        call3(arg(op, 6), source, target, arg(op, 7))
 
 
 @kernel("iiiii")
@@ -49,6 +56,38 @@ def matvec(op, state, thread, first, last):
     end = min(last * ROWS, arg(op, 2))
     activation = arg(op, 5) + thread * arg(op, 6)
     call7(arg(op, 4), arg(op, 0), arg(op, 1), begin, end, activation, arg(op, 7), arg(op, 3))
+
+
+@kernel("iiiii")
+def matvec_few(op, state, thread, first, last):
+    """w 0, bytes per row 1, rows 2, k 3, kernels for 1 to 4 columns 4-7, activations 8, bytes per
+    token 9, target 10, bytes per token 11; unit: 32 rows"""
+    n = n_tokens(state)
+    groups = (n + MOST_COLUMNS - 1) // MOST_COLUMNS
+    end = min(last * ROWS, arg(op, 2))
+    for r in range(first * ROWS, end, ROWS):
+        stop = min(r + ROWS, end)
+        for g in range(groups):  # all but the first find the rows in the cache
+            t = n * g // groups
+            count = n * (g + 1) // groups - t
+            x = arg(op, 8) + t * arg(op, 9)
+            y = arg(op, 10) + t * arg(op, 11)
+            each = arg(op, 3 + count)
+            if count == 1:
+                call7(each, arg(op, 0), arg(op, 1), r, stop, x, y, arg(op, 3))
+            else:
+                call9(
+                    each,
+                    arg(op, 0),
+                    arg(op, 1),
+                    r,
+                    stop,
+                    x,
+                    arg(op, 9),
+                    y,
+                    arg(op, 11),
+                    arg(op, 3),
+                )
 
 
 @jit

@@ -32,6 +32,7 @@ from gguf_tools.simd import (
     splat_i32x8,
     st,
     st_f32,
+    to_f32,
     ucvt_i32x4,
     zero_f32x8,
     zero_f32x16,
@@ -69,7 +70,7 @@ def _scale(p):
     return first_lane(_scales_of(int64(_exponent(p))))
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
@@ -115,7 +116,7 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
             n = bits_i8x16(bits_i16x8(n) >> 4)
             t = dpbusd7(t, lookup16(values, n & mask), ld_i8x16(xq + b * 16 + 64))
             less = float32(BIAS) * ld_f32(pairs + b * 8 + 4)
-            result += _scale(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
+            result += _scale(p) * (to_f32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)
 
 

@@ -57,7 +57,7 @@ def _weights(row, i):
 _matvec, _rows = short_loops("nvfp4", BYTES, BIAS, _scales, _weights)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

@@ -24,7 +24,7 @@ def _weights(row, i):
 _matvec, _rows = short_loops("q1_0", 9, 1, _scales, _weights)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

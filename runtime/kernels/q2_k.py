@@ -51,7 +51,7 @@ pair_2 = make_shuffle("pair_2", _pair(2), VECTORS["f32x16"])
 pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["f32x16"])
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     dx = xq + k
     sums = dx + k // 4

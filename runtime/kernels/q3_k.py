@@ -57,7 +57,7 @@ def unpack_scales(p):
     return concat(bits_i8x8(first), bits_i8x8(second)) - splat_i8x16(int8(32))
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     dx = xq + k
     sums = dx + k // 4

@@ -25,6 +25,7 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    to_f32,
     zero_f32x8,
     zero_f32x16,
     zero_i32x4,
@@ -48,7 +49,7 @@ _nibbles = make_shuffle("_nibbles", _lanes(4, 16), VECTORS["i8x64"], two=True)
 _scales = make_shuffle("_scales", _lanes(0, 4), VECTORS["i8x64"], two=True)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
@@ -88,7 +89,7 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
             n = ld_i8x16(p + 4)
             t = dpbusd7(zero_i32x4(), n & mask, ld_i8x16(xq + b * 16))
             t = dpbusd7(t, bits_i8x16(bits_i16x8(n) >> 4) & mask, ld_i8x16(xq + b * 16 + 64))
-            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8))
+            result += ld_f16(p) * (to_f32(hsum(t)) * ld_f32(pairs + b * 8))
             result += ld_f16(p + 2) * ld_f32(pairs + b * 8 + 4)
         st_f32(y + r * 4, result)
 

@@ -83,7 +83,7 @@ def scale_pairs(p, pairs):
     return cvt_f32x16(ucvt_i32x16(unpack_scales(p))) * (d * ld_f32x16(pairs))
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     pairs = xq + k
     mask = keep(splat_i8x64(int8(15)))

@@ -30,6 +30,7 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    to_f32,
     zero_f32x8,
     zero_f32x16,
     zero_i8x16,
@@ -74,7 +75,7 @@ def halves_of_block(p, bits):
     return low, high | sel_bits(ld_u16(bits + 2), bit, zero_i8x16())
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     n_blocks = k // 32
     pairs = xq + ((k + 127) & ~127)
@@ -120,7 +121,7 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
             t = dpbusd(zero_i32x4(), low, ld_i8x16(xq + b * 16))
             t = dpbusd(t, high, ld_i8x16(xq + b * 16 + 64))
             less = float32(16.0) * ld_f32(pairs + b * 8 + 4)
-            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
+            result += ld_f16(p) * (to_f32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)
 
 

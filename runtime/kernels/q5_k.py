@@ -52,7 +52,7 @@ _odd_bits = make_constant(
 _four_times = make_shuffle("_four_times", [i % 16 for i in range(64)], VECTORS["i8x16"])
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     pairs = xq + k
     mask = keep(splat_i8x64(int8(15)))

@@ -42,7 +42,7 @@ _scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["
 _scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["f32x16"])
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     dx = xq + k
     sums = dx + k // 4

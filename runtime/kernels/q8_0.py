@@ -21,6 +21,7 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    to_f32,
     zero_f32x8,
     zero_f32x16,
     zero_i32x8,
@@ -44,7 +45,7 @@ _first_2 = make_shuffle("_first_2", [0] * 8 + [2] * 8, VECTORS["f32x8"])
 _last_2 = make_shuffle("_last_2", [4] * 8 + [6] * 8, VECTORS["f32x8"])
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     # Weights become unsigned by 128 more; the sums of the activations take it out again.
     n_blocks = k // 32
@@ -84,7 +85,7 @@ def _short_rows(w, row_bytes, first, last, xq, pairs, y, n_blocks):
             p = w + r * row_bytes + b * 34
             t = dpbusd(zero_i32x8(), ld_i8x32(p + 2) ^ flip, ld_i8x32(xq + b * 32))
             less = float32(128.0) * ld_f32(pairs + b * 8 + 4)
-            result += ld_f16(p) * (float32(hsum(t)) * ld_f32(pairs + b * 8) - less)
+            result += ld_f16(p) * (to_f32(hsum(t)) * ld_f32(pairs + b * 8) - less)
         st_f32(y + r * 4, result)
 
 

@@ -33,7 +33,7 @@ def _weights(p, j):
 _matvec, _rows = biased_loops("tq2_0", BYTES, 32, 1, _scales, _weights)
 
 
-@kernel("iiiiiii")
+@kernel("iiiicci")
 def matvec(w, row_bytes, first, last, xq, y, k):
     _matvec(w, row_bytes, first, last, xq, y, k)
 

@@ -12,6 +12,7 @@ import pytest
 
 from gguf_tools.jit import CACHE_FOLDER, Kernel
 from runtime.kernels.formats import FormatKernels
+from runtime.kernels.matmul import MOST_COLUMNS
 from runtime.kernels.table import FORMATS
 from tests.kernels.blocks import block_size, dequantise, random_rows
 from tests.test_simd import usable_dots
@@ -60,6 +61,37 @@ def test_matvec(name: str, k: int) -> None:
     # One value in many may round the other way where x / step is almost a half.
     assert np.all(np.abs(y - expected) <= 1e-4 * scale)
     assert np.all(np.abs(y - weights @ x) <= 0.02 * scale)
+
+
+def check_columns(name: str, n: int, lengths: tuple[int, ...]) -> None:
+    """A matvec for n columns gives what that for one gives for each, to the bit."""
+    kernels, n_rows = FORMATS[name], 5
+    for k in lengths:
+        rng = np.random.default_rng(k)
+        rows = random_rows(name, n_rows, k, rng)
+        x = rng.normal(size=(n, k)).astype(np.float32)
+        expected = np.stack([matvec(kernels, rows, each) for each in x])
+        source = x
+        if kernels.activation.quantise is not None:
+            source = np.zeros((n, kernels.activation.size(k) + 64), np.uint8)
+            for each, place in zip(x, source, strict=True):
+                kernels.activation.quantise(each.ctypes.data, place.ctypes.data, k)
+        y = np.full((n, n_rows + 3), np.nan, np.float32)
+        columns = (source.ctypes.data, source.strides[0], y.ctypes.data, y.strides[0])
+        kernels.matvec.for_columns(n)(rows.ctypes.data, rows.shape[1], 1, n_rows, *columns, k)
+        assert np.array_equal(y[:, 1:n_rows], expected[:, 1:])
+        assert np.isnan(y[:, [0, *range(n_rows, n_rows + 3)]]).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matvec_for_columns(name: str) -> None:
+    check_columns(name, 3, LENGTHS[block_size(name)])
+
+
+@pytest.mark.parametrize("n", [n for n in range(2, MOST_COLUMNS + 1) if n != 3])
+@pytest.mark.parametrize("name", ["F16", "Q4_0", "Q4_K"])
+def test_matvec_for_other_numbers_of_columns(name: str, n: int) -> None:
+    check_columns(name, n, LENGTHS[block_size(name)])
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
@@ -135,15 +167,17 @@ def check_products() -> None:
     for name in FORMATS.keys() - set(SAME_PRODUCTS):
         test_matvec(name, 768)
         test_rows(name, 768)
+    for name in ("Q4_0", "Q6_K"):
+        check_columns(name, 2, (768,))
 
 
 @pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are kept in memory only")
 @pytest.mark.parametrize("name", FORMATS)
 def test_kernels_are_kept_on_disk(name: str) -> None:
     """numba keeps no kernel that passes functions about or looks at large arrays."""
-    for each in (FORMATS[name].matvec, FORMATS[name].rows):
+    for each in (FORMATS[name].matvec, FORMATS[name].rows, FORMATS[name].matvec.for_columns(3)):
         assert each.address
-        assert Kernel(each.function, each.letters).is_ready
+        assert Kernel(each.function, each.letters, each.n_columns).is_ready
 
 
 @pytest.mark.parametrize("dot", ["avx2", "neon", "armv8", "portable"])
