@@ -17,6 +17,7 @@ from gguf_tools.cores import default_threads
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
+from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
 from runtime.backends.cuda_toolkit import REMEDY, missing_packages
 from runtime.bandwidth import measure_bandwidth
@@ -167,16 +168,20 @@ def processor_name() -> str:
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
             name = str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
     else:
-        name = _name_in_cpuinfo()
-    return name.strip() or platform.processor() or platform.machine() or "unknown"
+        name = _read_cpuinfo()
+    return name.strip() or core_name() or platform.machine() or "unknown"
 
 
-def _name_in_cpuinfo() -> str:
+def _read_cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return name_in_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
     except OSError:
         return ""
-    fields = (line.partition(":") for line in lines)
+
+
+def name_in_cpuinfo(text: str) -> str:
+    """The processor's name in Linux's /proc/cpuinfo; empty, as for most of ARM's, without one."""
+    fields = (line.partition(":") for line in text.splitlines())
     names = {label.strip().lower(): value.strip() for label, _, value in fields}
     return names.get("model name") or names.get("hardware") or names.get("model") or ""
 

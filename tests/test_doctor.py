@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gguf_tools.cores import choose_threads
+from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
 from runtime.backends.cuda_toolkit import missing_packages
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
@@ -22,6 +24,7 @@ from runtime.doctor import (
     describe,
     dot_meaning,
     examine,
+    name_in_cpuinfo,
     processor_name,
     to_json,
 )
@@ -83,6 +86,31 @@ def test_this_machine_s_choice_has_words() -> None:
 
 def test_a_processor_has_a_name() -> None:
     assert processor_name().strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel\t\t: 26\nmodel name\t: Some CPU @ 3 GHz\n", "Some CPU @ 3 GHz"),
+        ("processor\t: 0\nCPU part\t: 0xd0b\n\nModel\t\t: Raspberry Pi 5\n", "Raspberry Pi 5"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", ""),
+    ],
+    ids=["x86", "a board", "a server with ARM cores"],
+)
+def test_names_in_cpuinfo(text: str, name: str) -> None:
+    assert name_in_cpuinfo(text) == name
+
+
+def test_a_core_has_a_name_that_says_something() -> None:
+    assert core_name() == core_name().strip() != "generic"
+
+
+@pytest.mark.parametrize(
+    ("physical", "logical", "threads"), [(4, 8, 4), (8, 2, 2), (None, 8, 8), (None, 1, 1)]
+)
+def test_threads_by_default(physical: int | None, logical: int, threads: int) -> None:
+    """A system that tells no physical cores (some with ARM) gets more than one thread."""
+    assert choose_threads(physical, logical) == threads
 
 
 def test_what_is_told(facts: Facts) -> None:
