@@ -22,7 +22,14 @@ from gguf_tools.reader import GGUFFile, read_metadata
 from gguf_tools.self_check import Finding
 from gguf_tools.values import Value
 from runtime.config import MAX_CONTEXT
-from runtime.logits_check import N_TOKENS, TEXT, check_logits, choose_layers, run_source
+from runtime.logits_check import (
+    N_TOKENS,
+    TEXT,
+    Expected,
+    check_logits,
+    choose_layers,
+    run_source,
+)
 from runtime.sources import PlannedWeights, Source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
@@ -40,35 +47,40 @@ def main(arguments: Sequence[str]) -> int:
 
 def check(request: dict[str, Any], *, wait: Callable[[], object]) -> list[Finding]:
     """The findings about the file, in the order of the line."""
-    path = Path(request["file"])
-    metadata = read_metadata(path)
+    findings, expected = _before(request)
+    wait()
+    if expected is not None:
+        with GGUFFile(request["file"]) as file:
+            findings.append(check_logits(expected, file, threads=request["threads"]))
+    return findings
+
+
+def _before(request: dict[str, Any]) -> tuple[list[Finding], Expected | None]:
+    """What needs no finished file; the vocabulary, which may be large, is not kept."""
+    metadata = read_metadata(Path(request["file"]))
     try:
         tokenizer = Tokenizer(metadata)
     except GGUFError as error:
-        return [Finding("not run: its tokenizer cannot be used", (str(error),))]
+        return [Finding("not run: its tokenizer cannot be used", (str(error),))], None
     with ThreadPoolExecutor(1) as executor:
         template = executor.submit(check_template, metadata, tokenizer)
-        logits = _check_logits(request, tokenizer, wait)
-        return [template.result(), logits]
+        made = _run_source(request, tokenizer)
+        found = [template.result()]
+    return (found, made) if isinstance(made, Expected) else ([*found, made], None)
 
 
-def _check_logits(
-    request: dict[str, Any], tokenizer: Tokenizer, wait: Callable[[], object]
-) -> Finding:
+def _run_source(request: dict[str, Any], tokenizer: Tokenizer) -> Expected | Finding:
+    """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
         source = open_source(request)
         if not source.tensors:
             return Finding("no weights to run")
-        ids, layers = _ids(tokenizer, source), choose_layers(source)
         # One thread: the conversion has the others.
-        expected = run_source(source, ids, threads=1, layers=layers)
+        return run_source(source, _ids(tokenizer, source), threads=1, layers=choose_layers(source))
     except UnsupportedModelError:
         return Finding("not run: its architecture cannot be run yet")
     except GGUFError as error:
         return Finding("logits not compared", (f"the source cannot be run: {error}",))
-    wait()
-    with GGUFFile(request["file"]) as file:
-        return check_logits(expected, file, threads=request["threads"])
 
 
 def open_source(request: dict[str, Any]) -> Source:

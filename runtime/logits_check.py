@@ -177,22 +177,27 @@ def lightest_type(file: Source, beginning: str) -> tuple[str, float]:
 
 def _off(expected: Floats, found: Floats) -> float:
     """The relative error of the median token: the first is often one that dwarfs all others."""
-    norms = np.maximum(np.linalg.norm(expected, axis=1), 1e-30)
     with np.errstate(invalid="ignore", over="ignore"):
-        return float(np.median(np.linalg.norm(found - expected, axis=1) / norms))
+        errors = [
+            np.linalg.norm(other - one) / max(float(np.linalg.norm(one)), 1e-30)
+            for one, other in zip(expected, found, strict=True)
+        ]
+        return float(np.median(errors))
 
 
 def _divergence(expected: Floats, found: Floats) -> float:
-    """The mean over tokens; infinite where one's is no number."""
-    p, q = _log_chances(expected), _log_chances(found)
-    with np.errstate(invalid="ignore"):
-        kl = float((np.exp(p) * (p - q)).sum(axis=1).mean())
-    return kl if math.isfinite(kl) else math.inf
+    """The mean over tokens; infinite where one's is no number. Token by token: a row is large."""
+    total = 0.0
+    for one, other in zip(expected, found, strict=True):
+        with np.errstate(invalid="ignore", over="ignore"):
+            p, q = _log_chances(one), _log_chances(other)
+            total += float(np.exp(p) @ (p - q))
+    return total / len(expected) if math.isfinite(total) else math.inf
 
 
 def _log_chances(logits: Floats) -> npt.NDArray[np.float64]:
+    """Of one token."""
     x = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        x -= x.max(axis=1, keepdims=True)
-        log_chances: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    x -= x.max()
+    log_chances: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum())
     return log_chances
