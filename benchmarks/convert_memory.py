@@ -1,30 +1,31 @@
 """Peak memory and time of `convert` on a large checkpoint that is made for the purpose.
 
-    python benchmarks/convert_memory.py [--gigabytes 4] [--type Q4_K_M] [--threads N] [--folder DIR]
+    python benchmarks/convert_memory.py [--gigabytes 8] [--threads N] [--folder DIR]
+        [--imatrix] [TYPE...]
 
-Makes a sharded BF16 checkpoint of random weights with an embedding of 128,000 rows, converts it in
-a process of its own, prints what the operating system says about that process (ru_maxrss), and
-removes both. The folder needs room for the checkpoint and the file.
+Makes a sharded BF16 checkpoint of random weights with the embedding and the layers of an 8 B model
+(152,000 rows of 4096), converts it to each type in a process of its own, and removes all files.
+With --imatrix the same again with an importance matrix. Memory and disk are as convert_race.py
+measures them. The folder needs room for the checkpoint and the largest file.
 """
 
 import argparse
 import json
-import resource
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from convert_race import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "models" / "stories260k" / "tokenizer.model"
 SHARD = 1 << 30  # bytes
-DIM, FFN, HEADS, KV_HEADS, VOCAB = 2560, 6912, 20, 5, 128_000
-UNIT = 1024 if sys.platform.startswith("linux") else 1  # of ru_maxrss
+DIM, FFN, HEADS, KV_HEADS, VOCAB = 4096, 12_288, 32, 8, 152_000
+COLUMNS = {"ffn_down": FFN}  # of the matrices of a layer; DIM of the others
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
@@ -44,7 +45,7 @@ def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, n_bytes: int) -> int:
-    """Write the checkpoint; its size in bytes."""
+    """Write the checkpoint; how many layers it has."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, DIM),
         "model.norm.weight": (DIM,),
@@ -82,7 +83,19 @@ def make_checkpoint(folder: Path, n_bytes: int) -> int:
         write_shard(folder / file, {name: shapes[name] for name in names})
         weight_map.update(dict.fromkeys(names, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return n_layers
+
+
+def make_importance(path: Path, n_layers: int) -> None:
+    """An importance matrix of all matrices, in llama-imatrix's older form."""
+    rng = np.random.default_rng(1)
+    names = [f"blk.{layer}.{name}.weight" for layer in range(n_layers) for name in MATRICES]
+    with open(path, "wb") as file:
+        file.write(struct.pack("<i", len(names)))
+        for name in names:
+            values = rng.random(COLUMNS.get(name.split(".")[2], DIM), np.float32)
+            file.write(struct.pack("<i", len(name)) + name.encode())
+            file.write(struct.pack("<ii", 1, values.size) + values.tobytes())
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -104,27 +117,39 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the checkpoint")
-    parser.add_argument("--type", default="Q4_K_M")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the checkpoint")
+    parser.add_argument("--threads", type=int, help="by default the physical cores")
+    parser.add_argument("--imatrix", action="store_true", help="also with an importance matrix")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary one by default")
+    parser.add_argument("types", nargs="*", default=["Q4_K_M", "Q8_0", "F16"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        model = Path(folder) / "model"
+        model, made = Path(folder) / "model", Path(folder) / "made"
         model.mkdir()
-        size = make_checkpoint(model, int(options.gigabytes * 1e9))
-        output = Path(folder) / "model.gguf"
-        command = [sys.executable, "-m", "gguf_tools", "convert", str(model)]
-        command += ["--type", options.type, "-o", str(output)]
-        command += ["--threads", str(options.threads)] if options.threads else []
-        start = time.monotonic()
-        subprocess.run(command, check=True, cwd=ROOT)
-        seconds = time.monotonic() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * UNIT
-        print()
-        print(f"checkpoint   {size / 1e9:.2f} GB BF16 -> {output.stat().st_size / 1e9:.2f} GB")
-        print(f"time         {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s of the checkpoint)")
-        print(f"peak memory  {peak / 1e6:.0f} MB (ru_maxrss of the process)")
+        made.mkdir()
+        n_layers = make_checkpoint(model, int(options.gigabytes * 1e9))
+        matrix = Path(folder) / "imatrix.dat"
+        make_importance(matrix, n_layers)
+        size = sum(path.stat().st_size for path in model.iterdir())
+        print(f"checkpoint of {size / 1e9:.2f} GB BF16 in shards, {n_layers} layers", flush=True)
+        print("| | time | of the checkpoint | memory | private | disk |")
+        print("|---|---:|---:|---:|---:|---:|", flush=True)
+        for file_type in options.types:
+            for with_matrix in (False, True) if options.imatrix else (False,):
+                output = made / "model.gguf"
+                command = [sys.executable, "-m", "gguf_tools", "convert", model, "-o", output]
+                command += ["--type", file_type]
+                command += ["--threads", options.threads] if options.threads else []
+                command += ["--imatrix", matrix] if with_matrix else []
+                cost = measure(command, made)
+                name = file_type + (", importance matrix" if with_matrix else "")
+                print(
+                    f"| {name} | {cost.seconds:.1f} s | {size / 1e6 / cost.seconds:,.0f} MB/s "
+                    f"| {cost.memory / 1e6:,.0f} MB | {cost.private / 1e6:,.0f} MB "
+                    f"| {cost.disk / 1e6:,.0f} MB |",
+                    flush=True,
+                )
+                output.unlink()
 
 
 if __name__ == "__main__":

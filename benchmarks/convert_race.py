@@ -95,10 +95,12 @@ def run_ours(settings: Settings, folder: Path) -> tuple[dict[str, Cost], Path]:
     return {"convert": measure(command, folder, settings.threads)}, output
 
 
-def measure(command: Sequence[object], folder: Path, threads: int) -> Cost:
+def measure(command: Sequence[object], folder: Path, threads: int | None = None) -> Cost:
     """Run a command that writes into `folder`."""
     words = [str(word) for word in command]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryFile() as output:
         start = time.monotonic()
         process = subprocess.Popen(
@@ -111,7 +113,7 @@ def measure(command: Sequence[object], folder: Path, threads: int) -> Cost:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             output.seek(0)
-            sys.stderr.write(output.read().decode("utf-8", "replace"))
+            sys.stderr.write(output.read().decode("utf-8", "replace")[-2000:])
             sys.exit(f"error: ended with {process.returncode}: {' '.join(words)}")
     memory = max(peak.memory, usage.ru_maxrss * UNIT)
     return replace(peak, seconds=seconds, memory=memory, disk=max(peak.disk, size_of(folder)))

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
     from gguf_tools.reader import GGUFFile
-    from gguf_tools.vocab.agreement import TokenizerCheck
+    from gguf_tools.self_check import SelfCheck
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
-DECIDE_NO_BYTE = ("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run")
+DECIDE_NO_BYTE = (
+    *("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run"),
+    *("no_check", "check_details"),
+)
 
 
 def convert(
@@ -78,9 +81,20 @@ def convert(
         typer.Option(
             "--strict",
             help="Fail, and leave no file, where a tensor would not get the type asked for, or "
-            "unless the file's tokenizer encodes a set of test texts exactly as the checkpoint's "
-            "does. Without it both are only told.",
+            "where the self-check finds something wrong. Without it both are only told.",
         ),
+    ] = False,
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check",
+            help="Leave out the self-check of the finished file: its tokenizer against the "
+            "checkpoint's, its chat template, its logits against the source's weights.",
+        ),
+    ] = False,
+    check_details: Annotated[
+        bool,
+        typer.Option("--check-details", help="Show what the self-check measured, a line for each."),
     ] = False,
     imatrix: Annotated[
         Path | None,
@@ -197,7 +211,7 @@ def convert(
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
     from gguf_tools.requantising import is_gguf, plan_requantisation, protect_parts, source_name
-    from gguf_tools.vocab.agreement import TokenizerCheck
+    from gguf_tools.self_check import SelfCheck, Source
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
@@ -244,30 +258,38 @@ def convert(
         protect_parts(file, target)
     for path in (model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = agreement = None
+    seconds = checked = None
     losses = Losses()
+    n_threads = threads or default_threads()
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        # A GGUF file's tokenizer is carried over as it is.
-        checked = None if lora_only or file else TokenizerCheck(model_dir, target, strict=strict)
+        made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
+        if not no_check and not lora_only:
+            checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
         with checked or nullcontext():
             losses = _write(
                 plan,
                 target,
-                threads=threads or default_threads(),
+                threads=n_threads,
                 force=force,
                 check=checked,
                 journal=journal,
             )
-        agreement = checked.agreement if checked else None
         seconds = time.monotonic() - start
-    _print_pairs(closing_rows(plan, target, seconds, agreement))
+    self_check = "" if dry_run else "left out, as --no-check asks"
+    if checked is not None:
+        self_check = checked.line
+    elif lora_only and not dry_run:
+        self_check = "left out: an adapter does not run without its base"
+    _print_pairs(closing_rows(plan, target, seconds, self_check))
+    for detail in checked.details if checked and check_details else ():
+        print(detail)
     sys.stdout.flush()
-    told = (*plan.notes, *loss_notes(plan, losses), *(agreement.lines() if agreement else ()))
-    for note in told:
+    found = checked.problems if checked else ()
+    for note in (*plan.notes, *loss_notes(plan, losses), *found):
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -375,7 +397,7 @@ def _write(
     *,
     threads: int,
     force: bool,
-    check: "TokenizerCheck | None",
+    check: "SelfCheck | None",
     journal: "Journal",
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
@@ -434,6 +456,8 @@ def _write(
                 bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
                 if step.loss is not None:
                     losses.add(step.tensor.name, step.loss)
+                if step.finished and step.index == len(plan.tensors) - 1 and check is not None:
+                    bar.update(task, description=f"{'self-check':<32}")
     except (KeyboardInterrupt, SystemExit):
         note(journal.kept)
         raise

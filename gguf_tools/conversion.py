@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gguf_tools import archs
 from gguf_tools.archs.config import HFConfig
+from gguf_tools.archs.transforms import transformed
 from gguf_tools.checkpoint import CONFIG_NAME, open_checkpoint
 from gguf_tools.errors import (
     CheckpointError,
@@ -30,7 +31,7 @@ from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.journal import Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.losses import Loss, measure
-from gguf_tools.matching import match_tensors
+from gguf_tools.matching import MatchedModel, match_tensors
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.quants.multiples import keep_multiples
@@ -78,11 +79,8 @@ def plan_conversion(
 
     The adapters are merged into the weights.
     """
-    checkpoint = open_checkpoint(folder)
-    where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
-    architecture = archs.find(HFConfig(checkpoint.config, where))
-    checkpoint, merged = with_adapters(checkpoint, architecture, adapters)
-    model = match_tensors(checkpoint, architecture)
+    model, merged = match_checkpoint(folder, adapters)
+    checkpoint = model.checkpoint
     vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
     plan = build_plan(
         model,
@@ -93,6 +91,17 @@ def plan_conversion(
         matrix=matrix,
     )
     return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+
+
+def match_checkpoint(
+    folder: str | os.PathLike[str], adapters: Sequence[Scaled] = ()
+) -> tuple[MatchedModel, tuple[str, ...]]:
+    """The tensors that the file is made from, with the adapters merged, and notes on those."""
+    checkpoint = open_checkpoint(folder)
+    where = printable(checkpoint.folder / CONFIG_NAME, limit=1000)
+    architecture = archs.find(HFConfig(checkpoint.config, where))
+    checkpoint, merged = with_adapters(checkpoint, architecture, adapters)
+    return match_tensors(checkpoint, architecture), merged
 
 
 def convert(
@@ -211,10 +220,7 @@ def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
     peak = _check_finite(source, rows, first)
     original = rows
     if tensor.transform is not None:
-        shape = rows.shape
-        # The elements of a vector are what its matrix has as rows.
-        rows = rows.reshape(-1, 1) if len(tensor.shape) < 2 else rows
-        rows = tensor.transform.apply(rows).reshape(shape)
+        rows = transformed(rows, tensor.transform, len(tensor.shape))
     if quant.quantize is None:
         raise UnsupportedQuantError(
             f"tensor {printable(tensor.name)}: type {quant.name} can be read but not written"

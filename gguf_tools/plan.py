@@ -154,7 +154,7 @@ def build_plan(
     )
     metadata = {
         **_general_metadata(model, tensors, sampling),
-        **_model_metadata(model),
+        **model_metadata(model),
         **vocab_metadata,
         # Last, where llama-quantize puts them: its file and ours are then the same to the byte.
         "general.quantization_version": Value("u32", QUANTIZATION_VERSION),
@@ -303,7 +303,8 @@ def _size_label(tensors: Sequence[TensorPlan]) -> str:
     return f"{stacked[0].shape[0]}x{size_label(others + single)}"
 
 
-def _model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
+def model_metadata(model: MatchedModel) -> dict[str, MetadataValue]:
+    """The keys `ARCHITECTURE.*`, of config.json's numbers."""
     name = model.architecture.name
     entries: dict[str, MetadataValue] = {}
     for rule in model.architecture.metadata:

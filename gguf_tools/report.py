@@ -12,7 +12,6 @@ from gguf_tools.errors import printable
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.losses import Losses
 from gguf_tools.plan import Plan, TensorPlan, kind_of_name
-from gguf_tools.vocab.agreement import Agreement
 
 Row = tuple[str, str]  # label and text
 
@@ -34,7 +33,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def closing_rows(
-    plan: Plan, output: Path, seconds: float | None, agreement: Agreement | None = None
+    plan: Plan, output: Path, seconds: float | None, self_check: str = ""
 ) -> Iterator[Row]:
     """The table at the end; without `seconds` nothing was written."""
     size = plan.total_size
@@ -47,8 +46,8 @@ def closing_rows(
     yield from _fallback_rows(plan)
     if plan.matrix is not None:
         yield from _importance_rows(plan, plan.matrix)
-    if agreement is not None:
-        yield "tokenizer", agreement.describe()
+    if self_check:
+        yield "self-check", self_check
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
 

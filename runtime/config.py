@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_tools.errors import FormatError, printable
-from gguf_tools.reader import GGUFFile
+from runtime.sources import Source
 
 MAX_LAYERS = 2048
 MAX_SIZE = 1 << 24  # rows, columns and heads of any model that exists are far below
@@ -105,7 +105,7 @@ class Metadata:
         return value
 
 
-def read_config(file: GGUFFile) -> ModelConfig:
+def read_config(file: Source) -> ModelConfig:
     """The decoder's configuration; FormatError names the key that is missing or contradicts."""
     meta = Metadata(file.path, file.metadata)
     arch = meta.text("general.architecture")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.quants import QuantType
+from runtime.streamed_rows import StreamedRows
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,7 +29,8 @@ class Matrix:
     quant: QuantType
     n_rows: int
     n_columns: int
-    data: npt.NDArray[np.uint8]  # (n_rows, row_bytes), a view into the mapped file
+    # (n_rows, row_bytes): a view into the mapped file, or what reads it when it is needed
+    data: npt.NDArray[np.uint8] | StreamedRows
 
     def rows(self, chosen: slice | npt.NDArray[np.intp]) -> Floats:
         """Some rows as float32 (len(chosen), n_columns)."""

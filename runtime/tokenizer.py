@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf_tools.encoders import GUARD, TextEncoder, read_vocabulary
 from gguf_tools.encoders.vocabulary import byte_value, is_added
-from gguf_tools.token_types import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED
+from gguf_tools.token_types import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
 __all__ = ["GUARD", "StreamDecoder", "Tokenizer", "encode_chat"]
 
@@ -87,6 +87,11 @@ class Tokenizer:
         if not 0 <= token_id < self.n_tokens:
             raise ValueError(f"{token_id} is no token of {self.n_tokens}")
         return self._vocabulary.tokens[token_id]
+
+    def is_mark(self, token_id: int) -> bool:
+        """Whether a token stands for no text, but for a place in it: bos, <|im_end|> and such."""
+        special = self._vocabulary.types[token_id] in (CONTROL, USER_DEFINED, UNKNOWN)
+        return special and bool(self.token_text(token_id).replace(SPACE, " ").strip())
 
     @property
     def _byte_alphabet(self) -> bool:

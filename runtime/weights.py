@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from gguf_tools.errors import MissingTensorError, printable
 from gguf_tools.quants import by_name
-from gguf_tools.reader import GGUFFile
 from runtime.program import Floats, Matrix
+from runtime.sources import Source, streamed
+from runtime.streamed_rows import StreamedRows
 
 NAMED_AT_MOST = 8  # tensors named in one error; a wrong file may lack hundreds
 
@@ -18,13 +19,14 @@ NAMED_AT_MOST = 8  # tensors named in one error; a wrong file may lack hundreds
 class Weights:
     """Look-ups that remember what was missing, so that one error can name all of it."""
 
-    def __init__(self, file: GGUFFile, *, in_memory: bool = False) -> None:
-        """`in_memory` copies matrices out of the mapped file.
+    def __init__(self, file: Source, *, in_memory: bool = False, stream: bool = False) -> None:
+        """`in_memory` copies matrices out of the mapped file; with `stream` none is read yet.
 
         Where the system gives large arrays huge pages, such copies are read faster: a mapped file
         lies in pages of 4 KiB, and a processor that crosses one every 100 ns waits for its address.
         """
         self.file = file
+        self.stream = stream
         self._copies: dict[str, npt.NDArray[np.uint8]] | None = {} if in_memory else None
         self.used: set[str] = set()
         self.problems: list[str] = []
@@ -70,16 +72,20 @@ class Weights:
             none = np.empty((0, 0), np.uint8)
             return (Matrix(name, by_name("F32"), n_rows, n_columns, none),) * n_experts
         info = self.file.tensors[name]
-        data = self._blocks(name).reshape(n_experts, n_rows, -1)
-        return tuple(Matrix(name, info.quant, n_rows, n_columns, expert) for expert in data)
+        data = self._blocks(name)
+        firsts = range(0, n_experts * n_rows, n_rows)
+        return tuple(
+            Matrix(name, info.quant, n_rows, n_columns, data[first : first + n_rows])
+            for first in firsts
+        )
 
     def flattened(self, name: str, n: int, n_rows: int, n_columns: int) -> Matrix:
         """A stacked tensor (n, n_rows, n_columns) as one matrix of n * n_rows rows."""
         if not self._check(name, (n, n_rows, n_columns)):
             none = np.empty((0, 0), np.uint8)
             return Matrix(name, by_name("F32"), n * n_rows, n_columns, none)
-        data = self.file.raw(name).reshape(n * n_rows, -1)
-        return Matrix(name, self.file.tensors[name].quant, n * n_rows, n_columns, data)
+        quant = self.file.tensors[name].quant
+        return Matrix(name, quant, n * n_rows, n_columns, self._blocks(name))
 
     def _single_experts(
         self, stem: str, suffix: str, n_experts: int, shape: tuple[int, int]
@@ -133,8 +139,10 @@ class Weights:
             self.problems.append(f"{name} is {found}, expected {' x '.join(map(str, shape))}")
         return info is not None and tuple(info.shape) == shape
 
-    def _blocks(self, name: str) -> npt.NDArray[np.uint8]:
+    def _blocks(self, name: str) -> npt.NDArray[np.uint8] | StreamedRows:
         """The blocks of a tensor, (n_rows, row_bytes)."""
+        if self.stream:
+            return streamed(self.file, name)
         if self._copies is None:
             return self.file.raw(name)
         if name not in self._copies:

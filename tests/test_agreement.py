@@ -12,7 +12,7 @@ from gguf_tools.errors import OutputError
 from gguf_tools.quants import by_name
 from gguf_tools.values import Value
 from gguf_tools.vocab import Vocab
-from gguf_tools.vocab.agreement import TokenizerCheck, compare
+from gguf_tools.vocab.agreement import ask_for_comparison, compare, read_agreement
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.trial import Question
 from gguf_tools.writer import GGUFWriter, TensorSpec
@@ -103,15 +103,12 @@ def test_the_metadata_are_enough(tmp_path: Path) -> None:
     vocab = vocab_of(byte_level(), tmp_path / "folder")
     metadata = {"general.architecture": Value("str", "llama"), **vocab.metadata}
     weight = TensorSpec("output.weight", by_name("F32"), (4096, 4096))
-    check = TokenizerCheck(tmp_path / "folder", tmp_path / "x.gguf", strict=True)
     with (
         pytest.raises(OutputError, match="got 0"),
         GGUFWriter(tmp_path / "x.gguf", metadata=metadata, tensors=[weight]) as writer,
-        check,
+        ask_for_comparison(tmp_path / "folder", writer.part) as question,
     ):
-        check.begin(writer.part)
-        check.end(writer.part)
-    assert check.agreement is not None and check.agreement.complete
+        assert read_agreement(question).complete
 
 
 def test_a_comparison_that_nobody_waits_for_ends(tmp_path: Path) -> None:
@@ -149,7 +146,7 @@ def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_difference_is_told(odd_checkpoint: Path, tmp_path: Path) -> None:
     done = convert(tmp_path, odd_checkpoint)
     assert done.returncode == 0 and (tmp_path / "x.gguf").is_file()
-    (row,) = (line for line in done.stdout.splitlines() if line.startswith("tokenizer "))
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("self-check "))
     assert f"of {len(TEST_TEXTS)} test texts are encoded as by tokenizer.json" in row
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: tokenizer: '")]
     assert any("Hello world" in note for note in notes)

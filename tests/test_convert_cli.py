@@ -311,6 +311,6 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     os.close(leader)
     assert process.returncode == 0
     assert "B/s" in shown.decode()
-    assert re.search(r"blk\.\d+\.\w+\.weight Q8_0|output\.weight Q8_0", shown.decode())
+    assert re.search(r"blk\.\d+\.\w+\.weight Q8_0|output\.weight Q8_0|self-check", shown.decode())
     assert "100%" in shown.decode()
     assert fields(stdout)["file"] == "model-Q8_0.gguf"

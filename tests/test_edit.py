@@ -159,15 +159,17 @@ def test_new_and_removed_keys(model: Path) -> None:
         ("tokenizer.ggml.tokens", None, {}, "--force"),
         ("tokenizer.ggml.scores", "[1, 2]", {}, "70 values"),
         ("tokenizer.ggml.eos_token_id", "70", {}, "0 to 69"),
-        ("tokenizer.ggml.eos_token_id", "-1", {}, "0 to 69|not a value"),
+        ("tokenizer.ggml.eos_token_id", "-1", {}, "of type u32, found '-1'"),
         ("tokenizer.ggml.eos_token_id", "two", {}, "type u32"),
         ("tokenizer.ggml.eos_token_id", "9" * 5000, {}, "type u32"),
         ("tokenizer.ggml.bos_token_id", "70", {"type_name": "u32"}, "0 to 69"),
         ("tokenizer.ggml.add_bos_token", "yes", {}, "type bool"),
-        ("llama.context_length", "4294967296", {}, "not a value of type u32"),
+        ("llama.context_length", "4294967296", {}, "of type u32, found '4294967296'"),
         ("llama.context_length", "5", {"type_name": "u64"}, "keeps its type"),
         ("llama.rope.freq_base", "x", {"type_name": "f32"}, "type f32"),
-        ("llama.rope.freq_base", "1e39", {"type_name": "f32"}, "not a value of type f32"),
+        ("llama.rope.freq_base", "1e39", {"type_name": "f32"}, "of type f32, found '1e39'"),
+        ("llama.rope.freq_base", "nan", {"type_name": "f32"}, "finite number, found nan"),
+        ("a.floats", "[1, -Infinity]", {"type_name": "arr[f32]"}, "finite number, found -inf"),
         ("general.license", "mit", {}, "--type"),
         ("general.license", "mit", {"type_name": "string"}, "known are str"),
         ("general.license", "[]", {"type_name": "arr[arr]"}, "known are str"),
@@ -191,6 +193,8 @@ def test_refused(
 def test_forced(model: Path) -> None:
     change(model, "general.architecture", "qwen2", force=True)
     assert value(model, "general.architecture") == "qwen2"
+    change(model, "general.sampling.temp", "inf", type_name="f32", force=True)
+    assert value(model, "general.sampling.temp") == float("inf")
 
 
 def test_a_split_model(model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from runtime.backends.cpu import CPUBackend
+from runtime.backends.frame import Batch
+from runtime.backends.lowering import Lowering
 from runtime.backends.reference import route, sigmoid, softmax
 from runtime.program import (
     Add,
@@ -178,7 +180,8 @@ def test_experts_without_kernels(rng: np.random.Generator, monkeypatch) -> None:
     backend = CPUBackend(whole(program), n_ctx=32, n_threads=1, n_batch=8)
     assert len(backend.notes) == 1 and "Q8_0" in backend.notes[0]
     # A thread that is late for one table would miss what it was to make there for the next.
-    assert not any(place.thread_stride for place in backend._one_places.values())
+    frame = Lowering(backend.stage, backend._engine.memory, Batch.ONE).frame
+    assert not any(place.thread_stride for place in frame.places.values())
     backend.close()
     agree(program, 1e-5)
 

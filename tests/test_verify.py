@@ -86,6 +86,8 @@ def test_metadata(tmp_path: Path) -> None:
         ({"llama.block_count": Value("u32", 0)}, "block_count: expected a number of at least 1"),
         ({"llama.context_length": Value("str", "x")}, "context_length: expected a number"),
         ({"llama.embedding_length": Value("u32", 32)}, "rows of 64"),
+        ({"llama.rope.freq_base": Value("f32", float("nan"))}, "freq_base: found what is no"),
+        ({"llama.a": Array("f32", [1.0, float("inf")])}, "llama.a: found what is no finite number"),
         ({"general.architecture": Value("str", "qwen2")}, "qwen2.block_count: expected"),
         ({"general.architecture": Value("u32", 1)}, "general.architecture is missing"),
     ):

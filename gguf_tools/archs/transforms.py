@@ -32,3 +32,14 @@ def interleave_heads(head_dim: int) -> Transform:
 def add_one(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Norm weights that a checkpoint stores less one."""
     return rows + np.float32(1)
+
+
+def transformed(
+    rows: npt.NDArray[np.float32], transform: Transform, n_dims: int
+) -> npt.NDArray[np.float32]:
+    """Whole groups of rows of a tensor with n_dims axes, changed.
+
+    The elements of a vector are what its matrix has as rows.
+    """
+    apart = rows.reshape(-1, 1) if n_dims < 2 else rows
+    return transform.apply(apart).reshape(rows.shape)

@@ -10,10 +10,11 @@ error counts in each column.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants.arithmetic import ordered_sum
 from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
+
+STRETCH = 1 << 16  # weights, of which an importance matrix makes as many numbers again
+LANES = 16  # the largest group of blocks that a kernel takes
 
 _LOADING = threading.Lock()
 
@@ -86,9 +90,16 @@ def block_quant(
         x = split_blocks(weights, block_size)
         if importance is None or quantize_weighted_reference is None:
             data = quantize_with_kernel(name, x, block_bytes)
-        else:
-            weighed = weigh(weights, check_importance(importance, weights), spread)
-            data = quantize_with_kernel(name, x, block_bytes, weighed.reshape(-1, block_size))
+            return data.reshape(*weights.shape[:-1], row_bytes)
+        columns = check_importance(importance, weights)
+        k = weights.shape[-1]
+        rows = x.reshape(-1, k)
+        data = np.empty((len(rows), row_bytes), np.uint8)
+        for first, last in _stretches(len(rows), k, block_size):
+            part = rows[first:last]
+            weighed = weigh(part, columns, spread).reshape(-1, block_size)
+            blocks = quantize_with_kernel(name, part.reshape(-1, block_size), block_bytes, weighed)
+            data[first:last] = blocks.reshape(-1, row_bytes)
         return data.reshape(*weights.shape[:-1], row_bytes)
 
     can_quantize = quantize_reference is not None
@@ -162,6 +173,17 @@ def weigh(weights: Floats, importance: Floats, spread: Spread | None) -> Floats:
         *(spread.span, spread.times, spread.over, scratch),
     )
     return weighed
+
+
+def _stretches(n_rows: int, k: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Rows that are weighed and quantised together: few, so that they stay in the cache.
+
+    All but the last are a multiple of 16 blocks, which every kernel can take as they are.
+    """
+    unit = LANES // gcd(LANES, k // block_size)
+    step = max(unit, STRETCH // max(k, 1) // unit * unit)
+    for first in range(0, n_rows, step):
+        yield first, min(first + step, n_rows)
 
 
 def quantize_with_kernel(

@@ -15,9 +15,10 @@ when every weight is as close to scale * k as these two roundings bring it. Then
   the checkpoint's to the bit (in particular: weights that were not rounded come out exactly);
 - otherwise the scale is the nearest one, and adds no more than 2^-11 of each weight.
 
-Anything else stays as ggml's quantiser made it, and a checkpoint that was not made so stays whole:
-`keep_multiples` first looks at a few blocks, of which nearly all must be found. In a checkpoint of
-floats only Q4_0 is looked for, which models are trained for.
+Anything else stays as ggml's quantiser made it: blocks that are to the bit already, and the whole
+of a checkpoint that was not made so, as `keep_multiples` first looks at a few blocks, of which
+nearly all must be found. In a checkpoint of floats only Q4_0 is looked for, which models are
+trained for.
 """
 
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def keep_multiples(quant: QuantType, weights: Floats, data: Bytes) -> Bytes:
     if len(find_multiples(probe, multiples, digits).index) < needed:
         return data
     kept: Bytes = data.reshape(len(x), -1).copy()
-    inexact = np.flatnonzero((quant.dequantize(kept) != x).any(axis=1))
+    made = quant.dequantize(kept)
+    inexact = np.flatnonzero((_rounded(made, digits) != x).any(axis=1))
     for begin in range(0, len(inexact), TOGETHER):
         some = inexact[begin : begin + TOGETHER]
         found = find_multiples(x[some], multiples, digits)
@@ -174,6 +176,18 @@ def _rounding_to(x: Floats, digits: int) -> tuple[Doubles, Doubles]:
     sizes = np.abs(x)
     below = np.spacing(np.nextafter(sizes, np.float32(0))).astype(np.float64)
     return half * np.abs(below), half * np.spacing(sizes).astype(np.float64)
+
+
+def _rounded(x: Floats, digits: int) -> Floats:
+    """Numbers as a type that has so many digits less than float32 holds them: half to even."""
+    if digits == 0:
+        return x
+    with np.errstate(over="ignore"):
+        if digits == 13:
+            return x.astype(np.float16).astype(np.float32)
+        bits = x.view(np.uint32)
+        bits = bits + np.uint32(0x7FFF) + (bits >> 16 & 1) & np.uint32(0xFFFF0000)
+        return bits.view(np.float32)
 
 
 def _spare_digits(x: Floats) -> int:

@@ -1,6 +1,7 @@
 """What a metadata value may be set to: its type, and the values that would break the file."""
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -53,7 +54,9 @@ def parse_value(
     try:
         encode_value(entry)
     except (struct.error, OverflowError, UnicodeEncodeError) as error:
-        raise GGUFError(f"{printable(key)}: not a value of type {kind}: {error}") from error
+        raise GGUFError(
+            f"{printable(key)}: expected a value of type {kind}, found '{printable(text)}'"
+        ) from error
     return kind, value, entry
 
 
@@ -73,6 +76,12 @@ def check_change(file: GGUFFile, key: str, value: Any | None, *, force: bool) ->
         )
     if value is None:
         return
+    odd = [item for item in (value if isinstance(value, list) else [value]) if not_finite(item)]
+    if odd and not force:
+        raise GGUFError(
+            f"{shown}: expected a finite number, found {odd[0]}; with --force it is changed "
+            "nevertheless"
+        )
     tokens: Any = file.metadata.get("tokenizer.ggml.tokens")
     is_id = key.startswith(TOKENIZER) and key.endswith("_token_id") and isinstance(tokens, list)
     if is_id and not (isinstance(value, int) and 0 <= value < len(tokens)):
@@ -86,6 +95,11 @@ def check_change(file: GGUFFile, key: str, value: Any | None, *, force: bool) ->
                 f"{shown} has {len(old):,} values, which belong to the tokens one by one; found "
                 f"{len(value):,}; with --force it is changed nevertheless"
             )
+
+
+def not_finite(value: object) -> bool:
+    """Whether it is a float that is infinite or no number."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _new_type(key: str, type_name: str | None) -> str:

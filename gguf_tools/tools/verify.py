@@ -17,6 +17,7 @@ from gguf_tools.describe import architecture
 from gguf_tools.errors import printable
 from gguf_tools.reader import GGUFFile, TensorInfo
 from gguf_tools.tools.digests import digests_path, hash_tensors, read_digests
+from gguf_tools.tools.edit_values import not_finite
 from gguf_tools.tools.scales import count_not_finite
 
 TOKENIZER = "tokenizer.ggml."
@@ -132,6 +133,9 @@ def _check_metadata(file: GGUFFile) -> Iterator[Finding]:
     kind = file.metadata.get("general.type", "model")
     if kind != "model" or arch == "clip" or not file.tensors:
         return  # adapters, importance matrices, vision parts and vocabularies have other keys
+    for key, value in file.metadata.items():
+        if key.startswith(f"{arch}.") and any(map(not_finite, _items(value))):
+            yield Finding(ERROR, f"metadata {printable(key)}: found what is no finite number")
     for name in NEEDED:
         value = file.metadata.get(f"{arch}.{name}")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -150,6 +154,12 @@ def _check_metadata(file: GGUFFile) -> Iterator[Finding]:
             f"tensor token_embd.weight: rows of {embedding.row_length:,}, but "
             f"{printable(arch)}.embedding_length is {width:,}",
         )
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, np.ndarray):
+        return list(value.tolist())
+    return value if isinstance(value, list) else [value]
 
 
 def _check_layers(file: GGUFFile, n_layers: Any) -> Iterator[Finding]:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gguf_tools.encoders import TextEncoder, read_vocabulary
-from gguf_tools.errors import GGUFError, OutputError, printable
+from gguf_tools.errors import GGUFError, printable
 from gguf_tools.reader import read_metadata
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
@@ -68,57 +67,20 @@ class Agreement:
         ]
 
 
-class TokenizerCheck:
-    """The comparison as a step of a conversion; with `strict`, what differs is an error.
-
-    For a `with` block: it runs beside the conversion, from `begin` on.
-    """
-
-    def __init__(self, folder: Path, output: Path, *, strict: bool) -> None:
-        self.agreement: Agreement | None = None
-        self._folder, self._output, self._strict = folder, output, strict
-        self._question: Question | None = None
-
-    def __enter__(self) -> "TokenizerCheck":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._question is not None:
-            self._question.close()
-
-    def begin(self, part: Path) -> None:
-        """Start comparing `part`, which is to become the output and has its metadata already."""
-        self._question = _ask_for_comparison(self._folder, part)
-
-    def end(self, file: Path) -> None:
-        """Wait for what comes of it; the file is finished, its metadata is what it was."""
-        assert self._question is not None
-        self.agreement = _agreement(self._question)
-        if self._strict and not self.agreement.complete:
-            what = "; ".join((self.agreement.describe(), *self.agreement.lines()[:1]))
-            raise OutputError(
-                f"{printable(self._output, limit=1000)} was not written, as --strict asks: "
-                f"the tokenizer: {what}"
-            )
-
-
 def compare(folder: Path, file: Path) -> Agreement:
     """Encode the test texts with the checkpoint in `folder` and with the GGUF file."""
-    with _ask_for_comparison(folder, file) as question:
-        return _agreement(question)
+    with ask_for_comparison(folder, file) as question:
+        return read_agreement(question)
 
 
-def _ask_for_comparison(folder: Path, file: Path) -> Question:
+def ask_for_comparison(folder: Path, file: Path) -> Question:
+    """The comparison under way; of the file only the metadata need be there."""
     arguments = [str(folder.resolve()), str(file.resolve())]
     return Question("gguf_tools.vocab.agreement", arguments)
 
 
-def _agreement(question: Question) -> Agreement:
+def read_agreement(question: Question) -> Agreement:
+    """What came of the comparison, which is waited for."""
     try:
         answer = question.answer(seconds=TIME_LIMIT)
         differences = tuple(

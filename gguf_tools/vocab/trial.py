@@ -44,13 +44,14 @@ class Question:
     To be closed, by the end of a `with` block: the process ends there if it has not yet.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], *, waits: bool = False) -> None:
+        """With `waits` its standard input stays open until the answer is asked for."""
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: OSError | None = None
         try:
             self._process = subprocess.Popen(
                 python_command(module, arguments),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
@@ -76,7 +77,7 @@ class Question:
         """
         if self._process is None:
             raise self._failure or ValueError("the question is closed")
-        text, _ = self._process.communicate(timeout=seconds)
+        text, _ = self._process.communicate(timeout=seconds)  # closes standard input
         if self._process.returncode != 0:
             raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
         return json.loads(text)

@@ -13,7 +13,8 @@ In all, matrix rows and columns of buffers are shared out in the same groups of 
 or gate after a product can be claimed with it (runtime/backends/table.py).
 
 Formats without kernels of their own become `HostProduct`s between tables: NumPy multiplies with
-rows that the format's definition decodes.
+rows that the format's definition decodes. So do matrices that are streamed
+(runtime/backends/streaming.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from gguf_tools.jit import Kernel
 from runtime.backends.flow import PARTIALS, unknown, width_written, written_by
 from runtime.backends.frame import EACH, Batch, Frame, row_groups
-from runtime.backends.memory import Memory
+from runtime.backends.memory import Memory, Place
 from runtime.backends.mixture import Mixture
 from runtime.backends.products import Forms, lower_product
 from runtime.backends.table import WHOLE, Table, Units, columns, items, reads, writes
@@ -45,6 +46,7 @@ from runtime.program import (
     Instruction,
     LayerNorm,
     MatMul,
+    Matrix,
     RMSNorm,
     Rope,
     Route,
@@ -54,14 +56,18 @@ from runtime.program import (
     Stage,
     StoreKV,
 )
+from runtime.streamed_rows import StreamedRows
 
 
 @dataclass(frozen=True, eq=False)
 class HostProduct:
-    """A product that NumPy does between two tables, of rows as wide as its source."""
+    """A product that is done between two tables, of rows as wide as its source."""
 
     step: MatMul | ExpertMatMul
     width: int
+    source: Place
+    target: Place
+    routes: Place | None
 
 
 class Lowering:
@@ -69,10 +75,9 @@ class Lowering:
 
     def __init__(self, stage: Stage, memory: Memory, batch: Batch) -> None:
         self.memory = memory
-        self.host_types: set[str] = set()
         # A late thread leaves a table that the caller has left for a product of the host: what it
         # was to make for itself there, the next table would miss.
-        owns = batch is Batch.ONE and not any(host_type(step) for step in stage.steps)
+        owns = batch is Batch.ONE and not any(is_apart(step) for step in stage.steps)
         self.frame = Frame(stage, memory, batch, owns=owns)
         self._forms = Forms()
         self._mixture = Mixture(self.frame, self._forms)
@@ -89,17 +94,21 @@ class Lowering:
         table = Table()
         parts: list[Table | HostProduct] = [table]
         for step in steps:
-            quant = host_type(step)
-            if quant is None:
-                self._emit(table, step)
-            else:
+            if is_apart(step):
                 assert isinstance(step, (MatMul, ExpertMatMul))
-                self.host_types.add(quant)
                 self._forms.clear()
                 table = Table()
-                parts += [HostProduct(step, self.frame.width(step.source)), table]
+                parts += [self._host_product(step), table]
+            else:
+                self._emit(table, step)
             self._note(step)
         return [part for part in parts if isinstance(part, HostProduct) or part.rows]
+
+    def _host_product(self, step: MatMul | ExpertMatMul) -> HostProduct:
+        places = self.frame.places
+        routes = places[step.routes] if isinstance(step, ExpertMatMul) else None
+        width = self.frame.width(step.source)
+        return HostProduct(step, width, places[step.source], places[step.target], routes)
 
     def _note(self, step: Instruction) -> None:
         """What a buffer holds has changed."""
@@ -351,16 +360,20 @@ class Lowering:
         table.add(attention.attend_tiles, arguments, accesses, units)
 
 
-def host_type(step: Instruction) -> str | None:
-    """The format that a product lacks kernels for, if it does."""
-    match step:
-        case MatMul():
-            quant = step.matrix.quant.name
-        case ExpertMatMul():
-            quant = step.experts[0].quant.name
-        case _:
-            return None
-    return None if quant in FORMATS else quant
+def is_apart(step: Instruction) -> bool:
+    """Whether a product is done between tables: its matrix is streamed, or lacks kernels."""
+    if not isinstance(step, (MatMul, ExpertMatMul)):
+        return False
+    return isinstance(_matrix(step).data, StreamedRows) or lacks_kernels(step)
+
+
+def lacks_kernels(step: MatMul | ExpertMatMul) -> bool:
+    """Whether a product's format has none."""
+    return _matrix(step).quant.name not in FORMATS
+
+
+def _matrix(step: MatMul | ExpertMatMul) -> Matrix:
+    return step.matrix if isinstance(step, MatMul) else step.experts[0]
 
 
 def _softcap(step: Attend) -> tuple[int | float, ...]:

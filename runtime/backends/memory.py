@@ -33,6 +33,12 @@ class Arena:
         self._blocks.append(array)
         return array.ctypes.data
 
+    def rows(self, n_rows: int, width: int) -> tuple[Floats, Place]:
+        """Rows with room for whole groups of 32 and one cache line more, against aliasing."""
+        stride = (width + 31) // 32 * 32 + 48
+        block = np.zeros((n_rows, stride), np.float32)
+        return block, Place(self.hold(block), 0, stride * 4)
+
     def padded(self, values: Floats) -> int:
         """A copy of a vector with room for whole groups of 32."""
         copy = np.zeros((len(values) + 63) // 32 * 32, np.float32)

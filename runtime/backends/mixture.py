@@ -317,6 +317,8 @@ class Mixture:
         key = id(step.experts)
         if key not in self._addresses:
             arena = self.frame.memory.arena
-            table = np.array([arena.hold(expert.data) for expert in step.experts], np.int64)
+            table = np.array(
+                [arena.hold(np.asarray(expert.data)) for expert in step.experts], np.int64
+            )
             self._addresses[key] = arena.hold(table)
         return self._addresses[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from gguf_tools.jit import Kernel
 from runtime.backends.frame import Batch, Frame
 from runtime.backends.table import WHOLE, Table, Units, columns, items, reads, writes
@@ -242,5 +244,5 @@ def floats_arguments(
 
 
 def _matrix(frame: Frame, matrix: Matrix) -> tuple[int, int, int, int]:
-    address = frame.memory.arena.hold(matrix.data)
+    address = frame.memory.arena.hold(np.asarray(matrix.data))
     return address, matrix.data.shape[1], matrix.n_rows, matrix.n_columns

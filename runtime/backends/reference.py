@@ -7,7 +7,7 @@ float32. Other backends are judged against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ from runtime.program import (
     Stage,
     StoreKV,
 )
+
+Product = Callable[[Floats, Matrix], Floats]  # (n, n_columns) times a matrix: (n, n_rows)
 
 ROWS_AT_ONCE = 4096  # rows of a matrix dequantised together
 
@@ -116,7 +118,7 @@ class ReferenceBackend:
                 buffers[step.routes] = route(buffers[step.scores], step)
             case ExpertMatMul():
                 buffers[step.target] = expert_matmul(
-                    buffers[step.source], buffers[step.routes], step
+                    buffers[step.source], buffers[step.routes], step, matmul
                 )
             case ExpertBias():
                 experts = buffers[step.routes][:, : step.n_used].astype(np.intp)
@@ -217,14 +219,14 @@ def softmax(x: Floats) -> Floats:
     return y
 
 
-def expert_matmul(x: Floats, routes: Floats, step: ExpertMatMul) -> Floats:
+def expert_matmul(x: Floats, routes: Floats, step: ExpertMatMul, product: Product) -> Floats:
     n_rows, n_columns = step.experts[0].n_rows, step.experts[0].n_columns
     experts = routes[:, : step.n_used].astype(np.intp)  # (n_tokens, n_used)
     sources = np.broadcast_to(x.reshape(len(x), -1, n_columns), (len(x), step.n_used, n_columns))
     y = np.empty((len(x), step.n_used, n_rows), np.float32)
     for expert in np.unique(experts):
         chosen = experts == expert
-        y[chosen] = matmul(sources[chosen], step.experts[expert])
+        y[chosen] = product(sources[chosen], step.experts[expert])
     return y.reshape(len(x), -1)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from gguf_tools.errors import FormatError, UnsupportedModelError, printable
-from gguf_tools.reader import GGUFFile
 from runtime.config import ModelConfig
 from runtime.decoders import deepseek2, gemma, gpt, gptoss, llama, olmo2, stablelm
 from runtime.program import Program
+from runtime.sources import Source
 from runtime.weights import Weights
 
 Build = Callable[[Weights, ModelConfig, int], Program]
@@ -35,7 +35,7 @@ DECODERS: dict[str, Build] = {
 }
 
 
-def check_architecture(file: GGUFFile) -> None:
+def check_architecture(file: Source) -> None:
     """Refuse a file that no decoder here runs, before its other keys are looked at.
 
     UnsupportedModelError lists the known architectures; FormatError for a file without weights.
@@ -51,19 +51,24 @@ def check_architecture(file: GGUFFile) -> None:
 
 
 def build_program(
-    file: GGUFFile, config: ModelConfig, *, n_ctx: int = 0, in_memory: bool = False
+    file: Source,
+    config: ModelConfig,
+    *,
+    n_ctx: int = 0,
+    in_memory: bool = False,
+    stream: bool = False,
 ) -> Program:
     """The program of the model in `file`, to be run with a context of n_ctx tokens.
 
     The context matters to models whose positions change beyond their original one (longrope); 0
     stands for the context they were trained for. With `in_memory` the weights are copied from the
-    mapped file.
+    mapped file; with `stream` matrices are read when they are multiplied with.
 
     UnsupportedModelError lists the known architectures; MissingTensorError names every tensor
     that is missing, of another shape, or not expected.
     """
     check_architecture(file)
-    weights = Weights(file, in_memory=in_memory)
+    weights = Weights(file, in_memory=in_memory, stream=stream)
     program = DECODERS[config.architecture](weights, config, n_ctx or config.n_ctx_train)
     weights.finish()
     return program

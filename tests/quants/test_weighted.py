@@ -73,6 +73,16 @@ def test_numbers_of_rows(quant: QuantType) -> None:
         np.testing.assert_array_equal(quantize(cube[:, ::2], importance(k))[1, 1], flat[5])
 
 
+@each(RECORDED)
+def test_many_rows(quant: QuantType) -> None:
+    """Rows are weighed and quantised a few at a time; which ones together makes no difference."""
+    k = 3 * 256  # 3 blocks, or 24
+    weights = plain_rows(200, k)
+    data = quant.quantize(weights, importance(k))
+    parts = [quant.quantize(weights[i : i + 7], importance(k)) for i in range(0, 200, 7)]
+    np.testing.assert_array_equal(data, np.concatenate(parts))
+
+
 @each(MADE)
 def test_no_importance_at_all(quant: QuantType) -> None:
     """A tensor whose inputs were all zeros: any bytes, but the same and of numbers."""

@@ -1,0 +1,105 @@
+"""A model run layer by layer from where its weights lie, in memory that no model outgrows.
+
+The weights may be a checkpoint's own (runtime.sources.PlannedWeights) or a GGUF file's. Each layer
+is run for all windows of tokens before the next: it is read once, or as long as the system keeps
+it, and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_tools.jit import compile_kernels
+from runtime.backends.streaming import StreamedBackend
+from runtime.config import read_config
+from runtime.decoders import build_program, check_architecture
+from runtime.program import Attend, Floats, Instruction, Program, StoreKV
+from runtime.sources import Source
+
+# Weights of a damaged file may be NaN or huge. So then is what comes of them.
+_damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+class LayerwiseModel:
+    """Gives hidden states and logits of windows of tokens, each from position 0."""
+
+    @_damaged_weights
+    def __init__(
+        self,
+        source: Source,
+        *,
+        n_tokens: int,
+        threads: int,
+        layers: Sequence[int] | None = None,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`source` must stay open; windows have at most `n_tokens` tokens.
+
+        With `layers` the others are left out, as if the model had only these. Kernels that are not
+        in the cache yet are compiled now; `on_compile(done, total)` is called meanwhile.
+        """
+        check_architecture(source)
+        self.config = read_config(source)
+        program = build_program(source, self.config, n_ctx=n_tokens, stream=True)
+        self.program = program if layers is None else with_layers(program, layers)
+        for done, total in compile_kernels(StreamedBackend.kernels(self.program)):
+            if on_compile is not None:
+                on_compile(done, total)
+        self._backend = StreamedBackend(self.program, n_tokens=n_tokens, n_threads=threads)
+
+    def embed(self, ids: Sequence[int]) -> Floats:
+        """The hidden states (n_tokens, dim) before the first layer."""
+        tokens = np.asarray(ids, np.int64)
+        if not len(tokens) or tokens.min() < 0 or tokens.max() >= self.config.n_vocab:
+            raise ValueError(f"token ids must be from 0 to {self.config.n_vocab - 1}")
+        return self.program.embed(tokens, 0)
+
+    @_damaged_weights
+    def layer(self, index: int, hidden: Floats) -> Floats:
+        """The hidden states after a layer."""
+        return self._backend.layer(index, hidden)
+
+    @_damaged_weights
+    def head(self, hidden: Floats) -> Floats:
+        """The logits (n_tokens, n_vocab) of hidden states after the last layer."""
+        return self._backend.head(hidden)
+
+    def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits of each window in turn, (n_tokens, n_vocab)."""
+        hidden = [self.embed(ids) for ids in windows]
+        for index in range(len(self.program.layers)):
+            hidden = [self.layer(index, x) for x in hidden]
+        for x in hidden:
+            yield self.head(x)
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def __enter__(self) -> LayerwiseModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def with_layers(program: Program, chosen: Sequence[int]) -> Program:
+    """The program with only some of its layers, in this order."""
+
+    def moved(step: Instruction, layer: int) -> Instruction:
+        return replace(step, layer=layer) if isinstance(step, (StoreKV, Attend)) else step
+
+    layers = tuple(
+        tuple(moved(step, place) for step in program.layers[layer])
+        for place, layer in enumerate(chosen)
+    )
+    return replace(program, layers=layers, caches=tuple(program.caches[layer] for layer in chosen))

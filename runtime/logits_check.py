@@ -1,0 +1,203 @@
+"""Whether a file computes what its source's weights compute: a few tokens, run through both.
+
+Rounding weights costs a model something; a tensor that is swapped, permuted wrongly or read at the
+wrong place makes another model of it. Each layer of the file is given what the source's layers have
+made so far, so that its own error shows and not that of those before it: how much that may be
+depends on the types alone (LIMITS), whatever the model makes of it. A small model is run as a
+whole, too: how far its logits are from the source's is told, and judged by nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_tools.errors import GGUFError
+from gguf_tools.self_check import Finding
+from runtime.layerwise import LayerwiseModel
+from runtime.program import Floats
+from runtime.sources import Source
+
+TEXT = (
+    "The river rises in the mountains, crosses three countries and reaches the sea near a small "
+    "town where, in 1869, the first bridge of iron was built. People say that"
+)
+N_TOKENS = 24
+WHOLE_WEIGHTS = 800_000_000  # of models with more only some layers are run
+ENDS = 2  # at either end
+
+
+# Types by the bits they have for a weight (or more), and the error that is taken for rounding: of
+# what a part of the model makes, relative, of the median token. Measured were a third to two
+# thirds of that on real models; a wrong tensor makes 0.3 to 2.
+LIMITS = (
+    (16.0, 0.02),  # F16, BF16, F32
+    (8.0, 0.10),
+    (6.0, 0.15),
+    (5.0, 0.30),
+    (4.0, 0.42),
+    (3.0, 0.50),
+    (0.0, 0.70),
+)
+
+
+@dataclass(frozen=True)
+class PartError:
+    """A part of the file against that of the source, given the same input."""
+
+    name: str  # "layer 3"
+    error: float  # relative
+    lightest: str  # type of its matrices
+    limit: float
+
+    @property
+    def is_wrong(self) -> bool:
+        return not self.error <= self.limit  # so is what is no number
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the source's weights make of some tokens."""
+
+    ids: tuple[int, ...]
+    layers: Sequence[int] | None  # that were run; None: all
+    states: tuple[Floats, ...]  # hidden states before each layer, and after the last
+    logits: Floats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A file against its source."""
+
+    n_tokens: int
+    n_same: int  # tokens after which both have the same first choice
+    kl: float  # mean Kullback-Leibler divergence from the source's distributions, nats
+    parts: tuple[PartError, ...]  # embedding, layers, head
+    whole: bool  # all layers were run, and the logits are those of the whole model
+
+
+def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
+    """The file against what its source gives."""
+    try:
+        found = compare(expected, file, threads=threads)
+    except GGUFError as error:
+        return Finding("not run", (f"the file cannot be run: {error}",))
+    text = f"logits agree on {found.n_same} of {found.n_tokens} first choices, KL {found.kl:.2g}"
+    if not found.whole:
+        worst = max(part.error for part in found.parts)
+        text = f"head and {len(found.parts) - 2} layers agree to {worst:.1%}"
+    wrong = [part for part in found.parts if part.is_wrong]
+    more = f"; and {len(wrong) - 1} more parts (--check-details)" if len(wrong) > 1 else ""
+    problems = [
+        f"the {part.name} of the file is not that of the source's weights: what it makes is "
+        f"{part.error:.0%} off, where {part.lightest} explains {part.limit:.0%}{more}"
+        for part in wrong[:1]
+    ]
+    details = [
+        f"{part.name}: {part.error:.2%} off, {part.lightest} explains {part.limit:.0%}"
+        for part in found.parts
+    ]
+    details.append(f"logits: {found.n_tokens} tokens, mean KL divergence {found.kl:.4g} nats")
+    return Finding(text, tuple(problems), tuple(details))
+
+
+def run_source(
+    source: Source,
+    ids: Sequence[int],
+    *,
+    threads: int,
+    layers: Sequence[int] | None = None,
+) -> Expected:
+    """Run the source's own weights; with `layers` only these, and the head.
+
+    UnsupportedModelError where its architecture has no decoder here.
+    """
+    n_tokens = len(ids)
+    with LayerwiseModel(source, n_tokens=n_tokens, threads=threads, layers=layers) as model:
+        states = [model.embed(ids)]
+        for index in range(len(model.program.layers)):
+            states.append(model.layer(index, states[-1]))
+        return Expected(tuple(ids), layers, tuple(states), model.head(states[-1]))
+
+
+def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
+    """Run the file on the same tokens."""
+    ids, layers, states = expected.ids, expected.layers, expected.states
+    numbers = layers if layers is not None else range(len(states) - 1)
+    parts = []
+
+    def add(name: str, tensors: str, made: Floats, found: Floats) -> None:
+        lightest, limit = lightest_type(file, tensors)
+        parts.append(PartError(name, _off(made, found), lightest, limit))
+
+    with LayerwiseModel(file, n_tokens=len(ids), threads=threads, layers=layers) as model:
+        own = model.embed(ids)
+        add("embedding", "token_embd.", states[0], own)
+        for index, number in enumerate(numbers):
+            before, after = states[index], states[index + 1]
+            made = model.layer(index, before) - before
+            add(f"layer {number}", f"blk.{number}.", after - before, made)
+            if layers is None:
+                own = model.layer(index, own)
+        found = model.head(states[-1])
+        head = "output." if "output.weight" in file.tensors else "token_embd."
+        add("head", head, expected.logits, found)
+        if layers is None:
+            found = model.head(own)
+    same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())
+    kl = _divergence(expected.logits, found)
+    return Comparison(len(ids), same, kl, tuple(parts), layers is None)
+
+
+def choose_layers(source: Source) -> list[int] | None:
+    """All (None), or of a large model the first and the last."""
+    n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
+    numbers = [name.split(".")[1] for name in source.tensors if name.startswith("blk.")]
+    n_layers = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+    if n_weights <= WHOLE_WEIGHTS or n_layers <= 2 * ENDS:
+        return None
+    return [*range(ENDS), *range(n_layers - ENDS, n_layers)]
+
+
+def lightest_type(file: Source, beginning: str) -> tuple[str, float]:
+    """The type with the fewest bits a weight, of matrices whose names begin so, and its limit."""
+    quants = {
+        tensor.quant.name: tensor.quant
+        for name, tensor in file.tensors.items()
+        if name.startswith(beginning) and len(tensor.shape) > 1
+    }
+    bits = {name: 8 * quant.block_bytes / quant.block_size for name, quant in quants.items()}
+    name, least = min(bits.items(), key=lambda item: item[1], default=("F32", 32.0))
+    return name, next(limit for bound, limit in LIMITS if least >= bound)
+
+
+def _off(expected: Floats, found: Floats) -> float:
+    """The relative error of the median token: the first is often one that dwarfs all others."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors = [
+            np.linalg.norm(other - one) / max(float(np.linalg.norm(one)), 1e-30)
+            for one, other in zip(expected, found, strict=True)
+        ]
+        return float(np.median(errors))
+
+
+def _divergence(expected: Floats, found: Floats) -> float:
+    """The mean over tokens; infinite where one's is no number. Token by token: a row is large."""
+    total = 0.0
+    for one, other in zip(expected, found, strict=True):
+        with np.errstate(invalid="ignore", over="ignore"):
+            p, q = _log_chances(one), _log_chances(other)
+            total += float(np.exp(p) @ (p - q))
+    return total / len(expected) if math.isfinite(total) else math.inf
+
+
+def _log_chances(logits: Floats) -> npt.NDArray[np.float64]:
+    """Of one token."""
+    x = logits.astype(np.float64)
+    x -= x.max()
+    log_chances: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum())
+    return log_chances
