@@ -113,7 +113,7 @@ def measure(command: Sequence[object], folder: Path, threads: int | None = None)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             output.seek(0)
-            sys.stderr.write(output.read().decode("utf-8", "replace"))
+            sys.stderr.write(output.read().decode("utf-8", "replace")[-2000:])
             sys.exit(f"error: ended with {process.returncode}: {' '.join(words)}")
     memory = max(peak.memory, usage.ru_maxrss * UNIT)
     return replace(peak, seconds=seconds, memory=memory, disk=max(peak.disk, size_of(folder)))

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 
+import llvmlite.binding as llvm
 import numba
 from numba.core.codegen import get_host_cpu_features
 
@@ -27,6 +28,12 @@ def examine_features() -> dict[str, bool]:
         return parse_features(numba.config.CPU_FEATURES)
     features = parse_features(get_host_cpu_features())
     return features | (_ask_system() if IS_ARM else {})
+
+
+def core_name() -> str:
+    """The kind of core as compilers call it, such as cortex-a76; empty if LLVM knows none."""
+    name = llvm.get_host_cpu_name()
+    return "" if name == "generic" else name
 
 
 def parse_features(text: str) -> dict[str, bool]:

@@ -17,7 +17,9 @@ from gguf_tools.cores import default_threads
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
 from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
+from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
+from runtime.backends.cuda_toolkit import REMEDY, missing_packages
 from runtime.bandwidth import measure_bandwidth
 
 # What the byte dot product, the heart of every quantised kernel, is made of.
@@ -71,7 +73,7 @@ class KernelCache:
 
 @dataclass(frozen=True)
 class CUDA:
-    backend: bool  # whether this build can use it
+    backend: bool  # whether what layers on a GPU need is installed
     driver: str | None  # the CUDA version the NVIDIA driver speaks; None: no driver is visible
     devices: tuple[str, ...]
 
@@ -166,16 +168,20 @@ def processor_name() -> str:
         with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
             name = str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
     else:
-        name = _name_in_cpuinfo()
-    return name.strip() or platform.processor() or platform.machine() or "unknown"
+        name = _read_cpuinfo()
+    return name.strip() or core_name() or platform.machine() or "unknown"
 
 
-def _name_in_cpuinfo() -> str:
+def _read_cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return name_in_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
     except OSError:
         return ""
-    fields = (line.partition(":") for line in lines)
+
+
+def name_in_cpuinfo(text: str) -> str:
+    """The processor's name in Linux's /proc/cpuinfo; empty, as for most of ARM's, without one."""
+    fields = (line.partition(":") for line in text.splitlines())
     names = {label.strip().lower(): value.strip() for label, _, value in fields}
     return names.get("model name") or names.get("hardware") or names.get("model") or ""
 
@@ -205,13 +211,14 @@ def _version(package: str) -> str:
 
 def examine_cuda() -> CUDA:
     """What the NVIDIA driver says, if there is one."""
+    backend = missing_packages() is None
     try:
         driver = ctypes.CDLL(CUDA_LIBRARIES.get(sys.platform, "libcuda.so.1"))
     except OSError:
-        return CUDA(backend=False, driver=None, devices=())
+        return CUDA(backend=backend, driver=None, devices=())
     number, count, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
-        return CUDA(backend=False, driver=None, devices=())
+        return CUDA(backend=backend, driver=None, devices=())
     devices = []
     if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
         for index in range(count.value):
@@ -220,11 +227,13 @@ def examine_cuda() -> CUDA:
                 driver.cuDeviceGetName(name, CUDA_NAME_BYTES, device)
                 devices.append(name.value.decode(errors="replace"))
     shown = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    return CUDA(backend=False, driver=shown, devices=tuple(devices))
+    return CUDA(backend=backend, driver=shown, devices=tuple(devices))
 
 
 def _describe_cuda(cuda: CUDA) -> str:
-    build = "this build has no GPU backend, models run on the CPU"
+    build = (
+        "layers can go to GPUs" if cuda.backend else f"models run on the CPU ({REMEDY} for GPUs)"
+    )
     if cuda.driver is None:
         return f"{build}; no NVIDIA driver is visible"
     devices = ", ".join(printable(name) for name in cuda.devices) or "no device"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 from gguf_tools.errors import DeviceError, DeviceMemoryError, printable
 from runtime.backends import Backend
+from runtime.backends.cuda_toolkit import LEAST_CAPABILITY, missing_packages
 from runtime.devices import Device, choose_devices, find_devices, load_driver, parse_size
 from runtime.plan_text import brief
 from runtime.program import Program, Stage
@@ -86,13 +86,14 @@ def why_unusable(device: Device) -> str | None:
     """Why no backend here can use a device, and the remedy; None if one can."""
     if device.is_fake:
         return None
-    if find_spec("runtime.backends.cuda") is None:
-        return f"this build has no CUDA backend for {device.name} ({device.model})"
-    if find_spec("numba_cuda") is None:
-        return (
-            f"{device.name} ({device.model}) needs the CUDA extra: pip install 'gguf-tools[cuda]'"
+    named = f"{device.name} ({device.model})"
+    if device.capability is not None and device.capability < LEAST_CAPABILITY:
+        found, least = (
+            f"{major}.{minor}" for major, minor in (device.capability, LEAST_CAPABILITY)
         )
-    return None
+        return f"{named} has compute capability {found}, and {least} is needed"
+    missing = missing_packages()
+    return None if missing is None else f"{named} cannot be used: {missing}"
 
 
 def _why_nowhere(devices: tuple[Device, ...], chosen: str | None) -> str:
@@ -146,6 +147,10 @@ def make_device_backend(
     device: Device, stage: Stage, *, n_ctx: int, n_batch: int, kv_type: str
 ) -> Backend:
     """The backend of a stage on a device; DeviceMemoryError when it has no room for it."""
-    from runtime.backends.fake import FakeBackend
+    if device.is_fake:
+        from runtime.backends.fake import FakeBackend
 
-    return FakeBackend(stage, device, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
+        return FakeBackend(stage, device, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
+    from runtime.backends.cuda import CUDABackend
+
+    return CUDABackend(stage, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type, device=device.index)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.backends.cuda_formats import weight_bytes
 from runtime.devices import Device
 from runtime.program import (
     Attend,
@@ -196,15 +197,15 @@ def stage_bytes(stage: Stage, *, n_ctx: int, n_batch: int, kv_type: str) -> int:
 
 
 def step_bytes(step: Instruction) -> int:
-    """Bytes of an instruction's weights, each array rounded up as allocators do."""
+    """Bytes of an instruction's weights on a GPU, each array rounded up as allocators do."""
     total = 0
     for value in vars(step).values():
         if isinstance(value, Matrix):
-            total += _rounded(value.data.nbytes)
+            total += _rounded(weight_bytes(value))
         elif isinstance(value, np.ndarray):
             total += _rounded(value.nbytes)
         elif isinstance(step, ExpertMatMul) and value is step.experts:
-            total += _rounded(sum(matrix.data.nbytes for matrix in step.experts))
+            total += _rounded(sum(map(weight_bytes, step.experts)))
     return total
 
 

@@ -23,6 +23,7 @@ from runtime.bench import Note, Step
 from runtime.config import read_config
 from runtime.model import BATCH, Model
 from runtime.offload import Offload
+from runtime.session import count
 
 PROBE = 32  # tokens read to see how long it takes
 MOST_DECODED = 64  # tokens written for one figure
@@ -127,7 +128,7 @@ def measure(
 
     on_cpu: list[Timing] = []
     for done, n_threads in enumerate(threads):
-        yield Step(f"{n_threads} threads", done, total)
+        yield Step(f"the CPU alone, {count(n_threads, 'thread')}", done, total)
         for event in time_model(Offload(), n_threads):
             if isinstance(event, Timing):
                 on_cpu.append(event)

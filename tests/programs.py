@@ -8,8 +8,6 @@ import numpy as np
 
 from gguf_tools.jit import Kernel
 from gguf_tools.quants import by_name
-from runtime.backends.cpu import CPUBackend
-from runtime.backends.needs import few_kernels
 from runtime.backends.reference import ReferenceBackend
 from runtime.program import (
     Add,
@@ -95,6 +93,10 @@ def run(
 ) -> np.ndarray:
     """Logits of ids 0, 1, 2..., so many at a time; by the reference backend for no threads."""
     if threads:
+        # Not where numba compiles nothing.
+        from runtime.backends.cpu import CPUBackend
+        from runtime.backends.needs import few_kernels
+
         compile_all(few_kernels(program))
         backend = CPUBackend(
             whole(program), n_ctx=n_ctx, n_threads=threads, n_batch=max(batches), **options

@@ -10,7 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gguf_tools.cores import choose_threads
+from gguf_tools.processor import core_name
 from gguf_tools.vectors import DOT
+from runtime.backends.cuda_toolkit import missing_packages
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
 from runtime.doctor import (
     CUDA,
@@ -21,6 +24,7 @@ from runtime.doctor import (
     describe,
     dot_meaning,
     examine,
+    name_in_cpuinfo,
     processor_name,
     to_json,
 )
@@ -66,7 +70,7 @@ def test_facts_hold_together(facts: Facts) -> None:
     assert all(each.bytes_per_second > 1e6 for each in facts.read_bandwidth)
     assert facts.versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"numba", "llvmlite", "numpy"} < set(facts.versions)
-    assert not facts.cuda.backend
+    assert facts.cuda.backend == (missing_packages() is None)
 
 
 def test_the_memory_that_is_read_is_larger_than_the_caches() -> None:
@@ -82,6 +86,31 @@ def test_this_machine_s_choice_has_words() -> None:
 
 def test_a_processor_has_a_name() -> None:
     assert processor_name().strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel\t\t: 26\nmodel name\t: Some CPU @ 3 GHz\n", "Some CPU @ 3 GHz"),
+        ("processor\t: 0\nCPU part\t: 0xd0b\n\nModel\t\t: Raspberry Pi 5\n", "Raspberry Pi 5"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n", ""),
+    ],
+    ids=["x86", "a board", "a server with ARM cores"],
+)
+def test_names_in_cpuinfo(text: str, name: str) -> None:
+    assert name_in_cpuinfo(text) == name
+
+
+def test_a_core_has_a_name_that_says_something() -> None:
+    assert core_name() == core_name().strip() != "generic"
+
+
+@pytest.mark.parametrize(
+    ("physical", "logical", "threads"), [(4, 8, 4), (8, 2, 2), (None, 8, 8), (None, 1, 1)]
+)
+def test_threads_by_default(physical: int | None, logical: int, threads: int) -> None:
+    """A system that tells no physical cores (some with ARM) gets more than one thread."""
+    assert choose_threads(physical, logical) == threads
 
 
 def test_what_is_told(facts: Facts) -> None:
@@ -117,12 +146,13 @@ def test_a_missing_cache_is_told(facts: Facts) -> None:
     [
         (CUDA(False, None, ()), "no NVIDIA driver is visible"),
         (CUDA(False, "12.4", ()), "driver for CUDA 12.4 is visible with no device"),
-        (CUDA(False, "12.4", ("A\x1b[2J", "B")), r"visible with A\x1b[2J, B"),
+        (CUDA(True, "12.4", ("A\x1b[2J", "B")), r"visible with A\x1b[2J, B"),
     ],
 )
 def test_cuda_is_told_honestly(facts: Facts, cuda: CUDA, says: str) -> None:
     told = lines(replace(facts, cuda=cuda))["CUDA"]
-    assert "no GPU backend" in told and told.endswith(says)
+    assert told.endswith(says)
+    assert ("pip install 'gguf-tools[cuda]'" in told) == (not cuda.backend)
 
 
 def test_json_object(facts: Facts) -> None:

@@ -16,6 +16,15 @@ def to_half(x: Floats) -> npt.NDArray[np.float16]:
     return half
 
 
+def settle_nan(x: Floats) -> Floats:
+    """x, with the sign set where it is no number.
+
+    An undefined operation gives that on x86, where ggml's recorded answers come from, and a NaN
+    without a sign on ARM: files must not depend on the processor.
+    """
+    return np.where(np.isnan(x), np.copysign(np.float32(np.nan), np.float32(-1)), x)
+
+
 def nearest_int(x: Floats) -> npt.NDArray[np.int32]:
     """ggml's rounding of the K formats: half to even, by adding a magic number.
 

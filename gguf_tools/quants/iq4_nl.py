@@ -8,7 +8,7 @@ weight = d * LEVELS[q]                               LEVELS of iq4.py
 
 import numpy as np
 
-from gguf_tools.quants.arithmetic import inverse, join_nibbles, to_half
+from gguf_tools.quants.arithmetic import inverse, join_nibbles, settle_nan, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
 from gguf_tools.quants.quanttype import Array, Floats
@@ -27,7 +27,7 @@ def quantize_reference(x: Floats) -> Array:
 
 
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
-    scale = fit_scale(x, weights)
+    scale = settle_nan(fit_scale(x, weights))
     q = nearest_level(inverse(scale)[:, None] * x)
     blocks = np.zeros(len(x), BLOCK)
     blocks["d"] = to_half(scale)

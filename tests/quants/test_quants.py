@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from gguf_tools.errors import UnsupportedQuantError
-from gguf_tools.quants import QUANTS, QuantType, by_id, by_name
+from gguf_tools.jit import kernel
+from gguf_tools.quants import QUANTS, QuantType, arithmetic, by_id, by_name
+from gguf_tools.quants.kernels import lanes
+from gguf_tools.simd import ld_f32x16, st
 from tests.quants.samples import hard_matrix, hard_rows, plain_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -251,6 +254,33 @@ def test_many_threads_at_once(quant: QuantType) -> None:
         parts = list(pool.map(quant.quantize, [weights[i : i + 1] for i in range(64)] * 4))
     for i, part in enumerate(parts):
         np.testing.assert_array_equal(part[0], expected[i % 64])
+
+
+@kernel("ii")
+def settle(x, y):
+    st(y, lanes.settle_nan(ld_f32x16(x)))
+
+
+def test_undefined_numbers_get_one_sign() -> None:
+    """inf / inf is a negative NaN on x86 and a positive one on ARM."""
+    bits = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0x7F800001], np.uint32)
+    others = np.array([0, -0.0, 1, -1, np.inf, -np.inf, 3e38, 1e-45, -2], np.float32)
+    x = np.concatenate([bits.view(np.float32), others, np.zeros(3, np.float32)])
+    y = np.zeros(16, np.float32)
+    settle(x.ctypes.data, y.ctypes.data)
+    for settled in (y, arithmetic.settle_nan(x)):
+        assert np.isnan(settled[:4]).all() and np.signbit(settled[:4]).all()
+        assert np.array_equal(settled[4:].view(np.uint32), x[4:].view(np.uint32))
+
+
+def test_undefined_scales_are_the_same_on_every_processor() -> None:
+    """IQ4_NL's sums of squares overflow."""
+    weights = np.full((17, 32), 3e38, np.float32)
+    for data in (
+        by_name("IQ4_NL").quantize(weights),
+        by_name("IQ4_NL").quantize_reference(weights),
+    ):
+        assert (np.ascontiguousarray(data[:, :2]).view("<u2") == 0xFE00).all()
 
 
 @each(MADE)

@@ -2,7 +2,7 @@
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.iq4 import fit_scale, store_levels
-from gguf_tools.quants.kernels.lanes import inverse, store_halves, turn
+from gguf_tools.quants.kernels.lanes import inverse, settle_nan, store_halves, turn
 from gguf_tools.quants.kernels.search import square_weights
 from gguf_tools.simd import ld_f32, st
 
@@ -32,7 +32,7 @@ def quantize_weighted(x, weights, data, n_blocks, scratch):
 @jit
 def _quantize_group(blocks, y, scratch):
     found = scratch + 4096
-    scale = fit_scale(scratch)
+    scale = settle_nan(fit_scale(scratch))
     store_halves(scale, y, 18, found)
     st(found, inverse(scale))
     for b in range(16):

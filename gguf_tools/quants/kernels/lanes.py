@@ -65,6 +65,15 @@ def only_small(x):
 
 
 @jit
+def settle_nan(x):
+    """x, with the sign set where it is no number: the same on every processor."""
+    bits = bits_i32x16(x)
+    magnitude = bits & splat_i32x16(int32(0x7FFFFFFF))
+    is_nan = splat_i32x16(int32(0x7F800000)) - magnitude  # negative for NaN
+    return bits_f32x16(bits | (is_nan & splat_i32x16(int32(-0x80000000))))
+
+
+@jit
 def inverse(x):
     """1 / x, and 0 for 0."""
     return sel_lt(zero_f32x16(), vfabs(x), splat_f32x16(float32(1.0)) / x, x)

@@ -1,0 +1,219 @@
+"""The CUDA backend: the spans of a stage as kernel launches on one GPU.
+
+Weights are uploaded once, as they lie in the file. What spans take and give passes through pinned
+host memory. For one token a span's launches are captured as a graph and replayed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numba import cuda
+from numba.cuda.cudadrv.driver import CudaAPIError
+from numba.cuda.cudadrv.error import CudaSupportError
+
+from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
+from runtime.backends.cuda_formats import kept_as
+from runtime.backends.cuda_graph import Graph, capture
+from runtime.backends.cuda_launches import Launch, Launches
+from runtime.backends.cuda_memory import DeviceMemory
+from runtime.backends.cuda_room import HEAD_ROWS, Buffer, make_room
+from runtime.program import Floats, Span, Stage, matrices
+
+
+@dataclass(eq=False)
+class _ReadySpan:
+    """The launches of a span: for one token, and those of the last other number of tokens."""
+
+    span: Span
+    one: list[Launch]
+    graph: Graph | None = None
+    has_tried_graph: bool = False
+    n_many: int = 0
+    many: list[Launch] = field(default_factory=list)
+
+
+class CUDABackend:
+    """Runs a stage on a GPU."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        kv_type: str = "f16",
+        device: int = 0,
+        memory_limit: int | None = None,
+    ) -> None:
+        """Uploads the weights; `memory_limit` in bytes. Whatever kv_type, the KV cache is f16.
+
+        DeviceMemoryError when they, the cache and the buffers do not fit.
+        """
+        self.stage = stage
+        self.notes = tuple(_notes(stage, kv_type))
+        self.no_graph_reason = ""  # once a token was decoded: why no graph is replayed
+        self._device = device
+        with self._on_device():
+            self._memory = DeviceMemory(memory_limit)
+            try:
+                self._prepare(n_ctx, n_batch)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)
+                self.close()
+                raise
+
+    def _prepare(self, n_ctx: int, n_batch: int) -> None:
+        stage = self.stage
+        self._room = make_room(stage, self._memory, n_ctx=n_ctx, n_batch=n_batch)
+        self._launches = Launches(self._room, self._memory)
+        self._spans = [
+            _ReadySpan(span, self._launches.make((*span.body, *span.head), 1, holding=span.inputs))
+            for span in stage.spans
+        ]
+        passed = {name for span in stage.spans for name in (*span.inputs, *span.outputs)}
+        self._head_rows = min(HEAD_ROWS, n_batch)
+        self._host: dict[str, Floats] = {}
+        for name in sorted(passed):
+            rows = self._head_rows if name == "logits" else n_batch
+            shape = (rows, self._room.buffers[name].stride)
+            self._host[name] = cuda.pinned_array(shape, np.float32)
+            self._host[name][:] = 0
+        self._host_state = cuda.pinned_array(1, np.int32)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes taken on the GPU."""
+        return self._memory.size
+
+    @property
+    def n_launches(self) -> int:
+        """Kernels that one token takes."""
+        return sum(len(ready.one) for ready in self._spans)
+
+    def run(
+        self, index: int, values: Mapping[str, Floats], start: int, n_outputs: int
+    ) -> dict[str, Floats]:
+        """Backend.run"""
+        ready = self._spans[index]
+        n = len(next(iter(values.values())))
+        with self._on_device():
+            self._enter(values, start)
+            if n == 1:
+                self._run_one(ready, values, start)
+            else:
+                self._run_body(ready, n)
+            if ready.span.head:
+                return {"logits": self._head(ready.span, n, n_outputs)}
+            return {
+                name: self._read(name, n)[:, :width].copy()
+                for name, width in ready.span.outputs.items()
+            }
+
+    def close(self) -> None:
+        """Frees the memory."""
+        self._spans = []
+        self._host = {}
+        self._memory.drop()
+        self.__dict__.pop("_launches", None)
+        self.__dict__.pop("_room", None)
+
+    # --- one step --------------------------------------------------------------------------
+
+    def _enter(self, values: Mapping[str, Floats], start: int) -> None:
+        """Put a span's inputs and their position on the GPU."""
+        for name, rows in values.items():
+            n, width = rows.shape
+            buffer, host = self._room.buffers[name], self._host[name]
+            host[:n, :width] = rows
+            buffer.array[: n * buffer.stride].copy_to_device(host[:n].reshape(-1))
+        self._host_state[0] = start
+        self._room.state.copy_to_device(self._host_state)
+
+    def _run_one(self, ready: _ReadySpan, values: Mapping[str, Floats], start: int) -> None:
+        """Body and head for one token."""
+        if ready.graph is not None:
+            ready.graph()
+            return
+        _launch(ready.one)
+        if ready.has_tried_graph:
+            return
+        ready.has_tried_graph = True
+        ready.graph, self.no_graph_reason = capture(
+            ready.one, lambda: self._enter(values, start), lambda: self._result(ready.span)
+        )
+        if ready.graph is None:  # whatever the attempt has left
+            self._enter(values, start)
+            _launch(ready.one)
+
+    def _run_body(self, ready: _ReadySpan, n: int) -> None:
+        if ready.n_many != n:
+            ready.many = self._launches.make(ready.span.body, n, holding=ready.span.inputs)
+            ready.n_many = n
+        _launch(ready.many)
+
+    def _head(self, span: Span, n: int, n_outputs: int) -> Floats:
+        """The logits of the last n_outputs of n tokens; of one alone they are there already."""
+        n_vocab = span.outputs["logits"]
+        logits = np.empty((n_outputs, n_vocab), np.float32)
+        hidden = self._room.buffers["x"]
+        for first in range(0, n_outputs, self._head_rows):
+            rows = min(self._head_rows, n_outputs - first)
+            if n > 1:
+                row = n - n_outputs + first
+                later = {"x": Buffer(hidden.array[row * hidden.stride :], hidden.stride)}
+                _launch(self._launches.make(span.head, rows, instead=later))
+            logits[first : first + rows] = self._read("logits", rows)[:, :n_vocab]
+        return logits
+
+    def _read(self, name: str, n: int) -> Floats:
+        """A buffer's first rows, in host memory that the next step overwrites."""
+        buffer, host = self._room.buffers[name], self._host[name][:n]
+        buffer.array[: n * buffer.stride].copy_to_host(host.reshape(-1))
+        return host
+
+    def _result(self, span: Span) -> bytes:
+        """What a step of one token leaves."""
+        return b"".join(self._read(name, 1).tobytes() for name in sorted(span.outputs))
+
+    # --- the device ------------------------------------------------------------------------
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        try:
+            with cuda.gpus[self._device]:
+                yield
+        except CudaAPIError as error:
+            if "OUT_OF_MEMORY" in str(error):
+                raise DeviceMemoryError(
+                    f"GPU {self._device} has no memory left for these layers: use fewer "
+                    "--gpu-layers or a smaller --ctx"
+                ) from error
+            raise DeviceLostError(
+                f"GPU {self._device} failed ({error}): --gpu-layers 0 uses the processor alone"
+            ) from error
+        except (CudaSupportError, IndexError) as error:
+            raise DeviceError(
+                f"GPU {self._device} cannot be used ({error}): --gpu-layers 0 uses the processor "
+                "alone"
+            ) from error
+
+
+def _launch(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch()
+
+
+def _notes(stage: Stage, kv_type: str) -> Iterator[str]:
+    """What is other on a GPU than asked for, or than in the file."""
+    kinds = {matrix.quant.name: kept_as(matrix.quant) for matrix in matrices(stage)}
+    changed = sorted((name, kept) for name, kept in kinds.items() if name != kept)
+    if changed:
+        listed = ", ".join(f"{name} as {kept}" for name, kept in changed)
+        yield f"the GPU keeps some formats as larger ones, which have kernels there: {listed}"
+    if kv_type != "f16" and stage.caches:
+        yield f"the GPU keeps keys and values as f16, not {kv_type}"

@@ -1,0 +1,41 @@
+"""How formats are kept on a GPU, and how much memory matrices take there. Needs no GPU."""
+
+from __future__ import annotations
+
+from gguf_tools.quants import QuantType
+from runtime.program import Matrix
+
+NATIVE = (
+    *("F32", "F16", "BF16"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+)
+"""Formats whose blocks the kernels read as they lie in the file."""
+
+AS_F16 = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"),
+)
+"""Formats of few bits times a float16."""
+
+
+def kept_as(quant: QuantType) -> str:
+    """The format that a GPU keeps these weights in: itself, or the floats that hold them."""
+    if quant.name in NATIVE:
+        return quant.name
+    if quant.name in AS_F16:
+        return "F16"
+    return "BF16" if quant.name == "NVFP4" else "F32"
+
+
+def row_bytes(matrix: Matrix) -> int:
+    """Bytes of a row on the GPU."""
+    kept = kept_as(matrix.quant)
+    if kept == matrix.quant.name:
+        return matrix.quant.row_bytes(matrix.n_columns)
+    return matrix.n_columns * (4 if kept == "F32" else 2)
+
+
+def weight_bytes(matrix: Matrix) -> int:
+    """Bytes of a matrix on the GPU."""
+    return matrix.n_rows * row_bytes(matrix)

@@ -1,0 +1,142 @@
+"""Instructions on single numbers: a thread for each column, a row of blocks for each token."""
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from gguf_tools.jit import jit, jit_for
+
+ROOT_HALF = np.float32(math.sqrt(0.5))
+ROOT_2_OVER_PI = np.float32(math.sqrt(2 / math.pi))
+CUBIC = np.float32(0.044715)
+ALPHA, LIMIT = np.float32(1.702), np.float32(7)  # of swiglu_oai
+HALF, ONE, ZERO = np.float32(0.5), np.float32(1), np.float32(0)
+
+
+@jit
+def sigmoid(x):
+    e = math.exp(-abs(x))
+    return (ONE if x >= ZERO else e) / (ONE + e)
+
+
+@jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@jit
+def gelu(x):
+    return HALF * x * (ONE + math.tanh(ROOT_2_OVER_PI * x * (ONE + CUBIC * x * x)))
+
+
+@jit
+def gelu_erf(x):
+    return HALF * x * (ONE + math.erf(x * ROOT_HALF))
+
+
+@jit
+def relu(x):
+    return max(x, ZERO)
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_erf": gelu_erf, "relu": relu}
+
+
+def _gated(name, activation):
+    @jit_for(f"cuda_{name}")
+    def gated(x, up):
+        return activation(x) * up
+
+    return gated
+
+
+@jit
+def swiglu_oai(x, up):
+    x, up = min(x, LIMIT), min(max(up, -LIMIT), LIMIT)
+    return x * sigmoid(ALPHA * x) * (up + ONE)
+
+
+def _make_gate(function):
+    @cuda.jit
+    def gate(x, x_stride, up, up_stride, y, y_stride, width):
+        i, token = cuda.grid(2)
+        if i < width:
+            y[token * y_stride + i] = function(x[token * x_stride + i], up[token * up_stride + i])
+
+    return gate
+
+
+def _make_activate(function):
+    @cuda.jit
+    def activate(x, stride, width):
+        i, token = cuda.grid(2)
+        if i < width:
+            x[token * stride + i] = function(x[token * stride + i])
+
+    return activate
+
+
+GATES = {
+    **{name: _make_gate(_gated(name, function)) for name, function in ACTIVATIONS.items()},
+    "swiglu_oai": _make_gate(swiglu_oai),
+}
+ALONE = {name: _make_activate(function) for name, function in ACTIVATIONS.items()}
+
+
+@cuda.jit
+def add_bias(x, stride, bias, width):
+    i, token = cuda.grid(2)
+    if i < width:
+        x[token * stride + i] += bias[i]
+
+
+@cuda.jit
+def add(x, x_stride, y, y_stride, width):
+    """y += x"""
+    i, token = cuda.grid(2)
+    if i < width:
+        y[token * y_stride + i] += x[token * x_stride + i]
+
+
+@cuda.jit
+def scale(x, stride, factor, width):
+    i, token = cuda.grid(2)
+    if i < width:
+        x[token * stride + i] *= factor
+
+
+@cuda.jit
+def softcap(x, stride, cap, width):
+    i, token = cuda.grid(2)
+    if i < width:
+        x[token * stride + i] = cap * math.tanh(x[token * stride + i] / cap)
+
+
+@cuda.jit
+def sigmoid_scale(gate, gate_stride, x, stride, width):
+    """x *= sigmoid(gate), one gate for each token."""
+    i, token = cuda.grid(2)
+    if i < width:
+        x[token * stride + i] *= sigmoid(gate[token * gate_stride])
+
+
+@cuda.jit
+def expert_bias(x, stride, routes, routes_stride, biases, n_rows, width):
+    """x += the biases of each slot's expert; width = slots * n_rows."""
+    i, token = cuda.grid(2)
+    if i < width:
+        expert = int(routes[token * routes_stride + i // n_rows])
+        x[token * stride + i] += biases[expert * n_rows + i % n_rows]
+
+
+@cuda.jit
+def expert_sum(x, x_stride, routes, routes_stride, n_used, y, y_stride, width):
+    """y = sum over slots of the slot's weight times x."""
+    i, token = cuda.grid(2)
+    if i < width:
+        total = ZERO
+        for slot in range(n_used):
+            weight = routes[token * routes_stride + n_used + slot]
+            total += weight * x[token * x_stride + slot * width + i]
+        y[token * y_stride + i] = total

@@ -1,0 +1,286 @@
+"""A matrix times many tokens: blocks of threads that share tiles of weights and activations.
+
+A block makes 64 rows of the result for 64 tokens, each of its 16 x 16 threads 4 x 4 of them. Blocks
+of whole numbers are unpacked to int8 with a scale and an offset for each 16 weights; float formats
+become float32. `x_at` and `y_at` say where a token's activations begin and where its result goes,
+so that a mixture's slots, sorted by expert, go the same way as the tokens of a prompt.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numba import cuda, types
+from numpy import float32, int32
+
+from gguf_tools.jit import jit
+from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16
+from runtime.kernels.cuda.products import BLOCKS
+from runtime.kernels.cuda.unpacking import Unpacking, first_run
+
+ROWS = TOKENS = 64
+THREADS = 256
+STEP = 128  # columns of whole numbers at a time
+WORDS = STEP // 4 + 1  # of a row in shared memory; an odd number keeps its banks apart
+RUNS = STEP // 16
+ALL_WORDS, ALL_RUNS = ROWS * WORDS, ROWS * RUNS
+FLOAT_STEP = 16
+FLOAT_ROW = FLOAT_STEP + 1
+ALL_FLOATS = ROWS * FLOAT_ROW
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The kernels of one format."""
+
+    matmul: Any
+    expert_matmul: Any
+
+
+def _quantised_tile(unpacking: Unpacking) -> Any:
+    unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
+
+    @cuda.jit(device=True)
+    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+        weights = cuda.shared.array(ALL_WORDS, types.int32)
+        scales = cuda.shared.array(ALL_RUNS, types.float32)
+        offsets = cuda.shared.array(ALL_RUNS, types.float32)
+        others = cuda.shared.array(ALL_WORDS, types.int32)
+        their_scales = cuda.shared.array(ALL_RUNS, types.float32)
+        their_sums = cuda.shared.array(ALL_RUNS, types.float32)
+        sums = cuda.local.array((4, 4), types.float32)
+        a = cuda.local.array((4, 4), types.int32)
+        thread = cuda.threadIdx.x
+        down, along = thread // 16, thread % 16
+        first_row = cuda.blockIdx.x * ROWS
+        n_wide = wide_tokens(y_at)
+        for i in range(4):
+            for j in range(4):
+                sums[i, j] = float32(0)
+        for start in range(0, k, STEP):
+            # One unit of weights for each thread.
+            row, unit = thread // 4, thread % 4
+            here = start // 32 + unit
+            run = first_run(unit, apart)
+            at = row * WORDS + 4 * run
+            further = at + 4 * apart
+            if first_row + row < n_rows and here * 32 < k:
+                place = base + (first_row + row) * row_bytes
+                one, two, scale, offset = unpack(w, place, here)
+                for i in range(4):
+                    weights[at + i] = one[i]
+                    weights[further + i] = two[i]
+                scales[row * RUNS + run] = scale[0]
+                scales[row * RUNS + run + apart] = scale[1]
+                if has_offset:
+                    offsets[row * RUNS + run] = offset[0]
+                    offsets[row * RUNS + run + apart] = offset[1]
+            else:
+                for i in range(4):
+                    weights[at + i] = 0
+                    weights[further + i] = 0
+                scales[row * RUNS + run] = float32(0)
+                scales[row * RUNS + run + apart] = float32(0)
+                if has_offset:
+                    offsets[row * RUNS + run] = float32(0)
+                    offsets[row * RUNS + run + apart] = float32(0)
+            for item in range(thread, TOKENS * RUNS, THREADS):
+                token, run = item // RUNS, item % RUNS
+                at = token * WORDS + 4 * run
+                column = start + 16 * run
+                if x_at[token] >= 0 and column < k:
+                    source = x_at[token] + column
+                    q = load16(xq, source)
+                    for i in range(4):
+                        others[at + i] = q[i]
+                    their_scales[item] = xd[source >> 5]
+                    their_sums[item] = xs[source >> 4]
+                else:
+                    for i in range(4):
+                        others[at + i] = 0
+                    their_scales[item] = float32(0)
+                    their_sums[item] = float32(0)
+            cuda.syncthreads()
+            for run in range(RUNS):
+                for i in range(4):
+                    at = (down + 16 * i) * WORDS + 4 * run
+                    for n in range(4):
+                        a[i, n] = weights[at + n]
+                for j in range(4):
+                    if j < n_wide:
+                        at = (along + 16 * j) * WORDS + 4 * run
+                        b, c, d, e = others[at], others[at + 1], others[at + 2], others[at + 3]
+                        item = (along + 16 * j) * RUNS + run
+                        for i in range(4):
+                            dot = dp4a(a[i, 0], b, dp4a(a[i, 1], c, dp4a(a[i, 2], d, int32(0))))
+                            dot = dp4a(a[i, 3], e, dot)
+                            at = (down + 16 * i) * RUNS + run
+                            sums[i, j] += float32(dot) * (scales[at] * their_scales[item])
+                            if has_offset:
+                                sums[i, j] += offsets[at] * their_sums[item]
+            cuda.syncthreads()
+        _store(sums, y, y_at, first_row, n_rows, down, along)
+
+    return tile
+
+
+def _float_tile(size: int, element: Any) -> Any:
+    @cuda.jit(device=True)
+    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+        weights = cuda.shared.array(ALL_FLOATS, types.float32)
+        others = cuda.shared.array(ALL_FLOATS, types.float32)
+        sums = cuda.local.array((4, 4), types.float32)
+        a = cuda.local.array(4, types.float32)
+        thread = cuda.threadIdx.x
+        down, along = thread // 16, thread % 16
+        first_row = cuda.blockIdx.x * ROWS
+        n_wide = wide_tokens(y_at)
+        for i in range(4):
+            for j in range(4):
+                sums[i, j] = float32(0)
+        for start in range(0, k, FLOAT_STEP):
+            for i in range(4):
+                row, column = down + 16 * i, start + along
+                at = row * FLOAT_ROW + along
+                weights[at] = float32(0)
+                others[at] = float32(0)
+                if column < k:
+                    if first_row + row < n_rows:
+                        place = base + (first_row + row) * row_bytes
+                        weights[at] = element(w, place + size * column)
+                    if x_at[row] >= 0:
+                        others[at] = xq[x_at[row] + column]
+            cuda.syncthreads()
+            for column in range(FLOAT_STEP):
+                for i in range(4):
+                    a[i] = weights[(down + 16 * i) * FLOAT_ROW + column]
+                for j in range(4):
+                    if j < n_wide:
+                        b = others[(along + 16 * j) * FLOAT_ROW + column]
+                        for i in range(4):
+                            sums[i, j] += a[i] * b
+            cuda.syncthreads()
+        _store(sums, y, y_at, first_row, n_rows, down, along)
+
+    return tile
+
+
+@jit
+def wide_tokens(y_at):
+    """How many sixteens of a tile's tokens are there, given that the first ones are."""
+    n = 0
+    for j in range(4):
+        if y_at[16 * j] >= 0:
+            n = j + 1
+    return n
+
+
+@cuda.jit(device=True)
+def _store(sums, y, y_at, first_row, n_rows, down, along):
+    for i in range(4):
+        row = first_row + down + 16 * i
+        for j in range(4):
+            at = y_at[along + 16 * j]
+            if row < n_rows and at >= 0:
+                y[at + row] = sums[i, j]
+
+
+@jit
+def f32_at(w, at):
+    return as_float(load2(w, at) | load2(w, at + 2) << 16)
+
+
+@jit
+def f16_at(w, at):
+    return half(load2(w, at))
+
+
+@jit
+def bf16_at(w, at):
+    return as_float(load2(w, at) << 16)
+
+
+def _make_tiles(tile: Any) -> Tiles:
+    @cuda.jit
+    def matmul(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes, n_tokens):
+        """y = each token's activations times w, transposed."""
+        x_at = cuda.shared.array(TOKENS, types.int64)
+        y_at = cuda.shared.array(TOKENS, types.int64)
+        thread = cuda.threadIdx.x
+        if thread < TOKENS:
+            token = cuda.blockIdx.y * TOKENS + thread
+            inside = token < n_tokens
+            x_at[thread] = token * x_stride if inside else -1
+            y_at[thread] = token * y_stride if inside else -1
+        cuda.syncthreads()
+        tile(w, 0, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at)
+
+    @cuda.jit
+    def expert_matmul(
+        w,
+        xq,
+        xd,
+        xs,
+        x_stride,
+        slot_stride,
+        y,
+        y_stride,
+        n_rows,
+        k,
+        row_bytes,
+        order,
+        starts,
+        n_used,
+    ):
+        """The same of each slot with its expert, the third coordinate of a block."""
+        x_at = cuda.shared.array(TOKENS, types.int64)
+        y_at = cuda.shared.array(TOKENS, types.int64)
+        thread = cuda.threadIdx.x
+        expert = cuda.blockIdx.z
+        first = starts[expert] + cuda.blockIdx.y * TOKENS
+        end = starts[expert + 1]
+        if first < end:
+            if thread < TOKENS:
+                x_at[thread] = -1
+                y_at[thread] = -1
+                if first + thread < end:
+                    token, slot = order[first + thread] // n_used, order[first + thread] % n_used
+                    x_at[thread] = token * x_stride + slot * slot_stride
+                    y_at[thread] = token * y_stride + slot * n_rows
+            cuda.syncthreads()
+            base = expert * n_rows * row_bytes
+            tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at)
+
+    return Tiles(matmul, expert_matmul)
+
+
+@cuda.jit
+def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts):
+    """Slots (token * n_used + slot) by expert; those of expert e are starts[e] to starts[e + 1]."""
+    counts = cuda.shared.array(0, types.int32)
+    thread = cuda.threadIdx.x
+    for expert in range(thread, n_experts, THREADS):
+        counts[expert] = 0
+    cuda.syncthreads()
+    for i in range(thread, n_tokens * n_used, THREADS):
+        expert = int(routes[i // n_used * routes_stride + i % n_used])
+        cuda.atomic.add(counts, expert, 1)
+    cuda.syncthreads()
+    if thread == 0:
+        total = 0
+        for expert in range(n_experts):
+            starts[expert] = total
+            total += counts[expert]
+            counts[expert] = starts[expert]
+        starts[n_experts] = total
+    cuda.syncthreads()
+    for i in range(thread, n_tokens * n_used, THREADS):
+        expert = int(routes[i // n_used * routes_stride + i % n_used])
+        order[cuda.atomic.add(counts, expert, 1)] = i
+
+
+TILES = {
+    **{name: _make_tiles(_quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
+    "F32": _make_tiles(_float_tile(4, f32_at)),
+    "F16": _make_tiles(_float_tile(2, f16_at)),
+    "BF16": _make_tiles(_float_tile(2, bf16_at)),
+}

@@ -1,0 +1,66 @@
+"""Sums and maxima over the lanes of a warp and over a block; every lane gets the result.
+
+Arrays in shared memory are handed over: `shared` has room for a float32 of each warp.
+"""
+
+from numba import cuda
+from numpy import float32
+
+ALL = 0xFFFFFFFF
+
+
+@cuda.jit(device=True)
+def warp_sum(value):
+    value += cuda.shfl_xor_sync(ALL, value, 16)
+    value += cuda.shfl_xor_sync(ALL, value, 8)
+    value += cuda.shfl_xor_sync(ALL, value, 4)
+    value += cuda.shfl_xor_sync(ALL, value, 2)
+    value += cuda.shfl_xor_sync(ALL, value, 1)
+    return value
+
+
+@cuda.jit(device=True)
+def warp_max(value):
+    value = max(value, cuda.shfl_xor_sync(ALL, value, 16))
+    value = max(value, cuda.shfl_xor_sync(ALL, value, 8))
+    value = max(value, cuda.shfl_xor_sync(ALL, value, 4))
+    value = max(value, cuda.shfl_xor_sync(ALL, value, 2))
+    value = max(value, cuda.shfl_xor_sync(ALL, value, 1))
+    return value
+
+
+@cuda.jit(device=True)
+def eighth_sum(value):
+    """Over 8 neighbouring lanes."""
+    value += cuda.shfl_xor_sync(ALL, value, 4)
+    value += cuda.shfl_xor_sync(ALL, value, 2)
+    value += cuda.shfl_xor_sync(ALL, value, 1)
+    return value
+
+
+@cuda.jit(device=True)
+def block_sum(value, shared):
+    """Over the threads of a block of one dimension."""
+    value = warp_sum(value)
+    if cuda.threadIdx.x % 32 == 0:
+        shared[cuda.threadIdx.x // 32] = value
+    cuda.syncthreads()
+    total = float32(0)
+    for warp in range(cuda.blockDim.x // 32):
+        total += shared[warp]
+    cuda.syncthreads()  # `shared` may be used again
+    return total
+
+
+@cuda.jit(device=True)
+def block_max(value, shared):
+    """Over the threads of a block of one dimension."""
+    value = warp_max(value)
+    if cuda.threadIdx.x % 32 == 0:
+        shared[cuda.threadIdx.x // 32] = value
+    cuda.syncthreads()
+    largest = shared[0]
+    for warp in range(1, cuda.blockDim.x // 32):
+        largest = max(largest, shared[warp])
+    cuda.syncthreads()
+    return largest

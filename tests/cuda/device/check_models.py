@@ -1,0 +1,126 @@
+"""Whole models, and what the backend does besides computing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gguf_tools.errors import DeviceError, DeviceMemoryError
+from gguf_tools.reader import GGUFFile
+from runtime.backends import Backend
+from runtime.backends.cuda import CUDABackend
+from runtime.backends.reference import ReferenceBackend
+from runtime.config import read_config
+from runtime.decoders import build_program
+from runtime.devices import Device
+from runtime.model import Model
+from runtime.offload import Offload
+from runtime.program import Attend, Program, Stage, StoreKV
+from runtime.split import Wish
+from runtime.stages import Pipeline, cut_program, whole
+from tests.architectures import converted
+from tests.cuda.device.agreement import FLOAT, INT8, worst
+from tests.tiny import llama_file
+
+N_CTX = 48
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    path = llama_file(
+        tmp_path / "m.gguf", dim=32, ffn_dim=32, n_vocab=16, biases=True, n_heads=2, n_kv_heads=1
+    )
+    file = GGUFFile(path)
+    return build_program(file, read_config(file), n_ctx=N_CTX)
+
+
+@pytest.mark.parametrize("quant", ["F32", "Q4_0"])
+def test_a_llama(quant: str, tmp_path: Path) -> None:
+    path = llama_file(tmp_path / "m.gguf", quant=quant, n_layers=1, n_vocab=40, n_heads=2)
+    with GGUFFile(path) as file:
+        program = build_program(file, read_config(file), n_ctx=N_CTX)
+        assert worst(program, (9, 1, 1)) <= (FLOAT if quant == "F32" else INT8)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gptoss", "gpt2"])
+def test_an_architecture(name: str, tmp_path: Path) -> None:
+    with GGUFFile(converted(name, tmp_path)) as file:
+        program = build_program(file, read_config(file), n_ctx=N_CTX)
+        assert worst(program, (1, 1)) <= FLOAT
+
+
+def make_reference(place: int, stage: Stage) -> Backend:
+    return ReferenceBackend(stage, n_ctx=N_CTX)
+
+
+def make_gpu(place: int, stage: Stage) -> Backend:
+    return CUDABackend(stage, n_ctx=N_CTX, n_batch=9)
+
+
+def make_mixed(place: int, stage: Stage) -> Backend:
+    return make_gpu(place, stage) if place else make_reference(place, stage)
+
+
+def logits(program: Program, places: list[int], make=make_mixed) -> np.ndarray:
+    """Of a prompt, of one token, and of tokens that are read again."""
+    pipeline = Pipeline.open(program, cut_program(program, places), make)
+    ids = np.arange(12) % program.embedding.n_rows
+    parts = [pipeline.run(ids[:9], 0, 2), pipeline.run(ids[9:10], 9, 1)]
+    assert pipeline.run(ids[10:], 10, 0).shape == (0, program.buffers["logits"])
+    parts.append(pipeline.run(ids[10:], 10, 2))
+    pipeline.close()
+    return np.concatenate(parts)
+
+
+def test_a_slice_of_layers(program: Program) -> None:
+    """The last layer and the head on the GPU; the first and the head, apart."""
+    alone = logits(program, [0] * len(program.steps))
+    first, second = map(len, program.layers)
+    for places in (
+        [0] * first + [1] * second + [1] * len(program.head),
+        [1] * first + [0] * second + [1] * len(program.head),
+    ):
+        assert np.abs(logits(program, places) - alone).max() <= FLOAT * np.abs(alone).max()
+
+
+def test_cuts_inside_layers(program: Program, rng: np.random.Generator) -> None:
+    places = rng.integers(0, 2, len(program.steps)).tolist()
+    for i, step in enumerate(program.steps):
+        if isinstance(step, (StoreKV, Attend)):
+            places[i] = 1 - step.layer % 2
+    places[-len(program.head) :] = [1] * len(program.head)
+    alone = logits(program, [0] * len(places))
+    assert np.abs(logits(program, places) - alone).max() <= FLOAT * np.abs(alone).max()
+
+
+def test_too_little_memory(program: Program) -> None:
+    needed = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4).memory_bytes
+    CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, memory_limit=needed).close()
+    with pytest.raises(DeviceMemoryError, match="use fewer --gpu-layers"):
+        CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, memory_limit=needed - 1)
+
+
+def test_a_gpu_that_is_not_there(program: Program) -> None:
+    with pytest.raises(DeviceError, match="GPU 7 cannot be used"):
+        CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, device=7)
+
+
+def test_layers_go_to_a_gpu_by_number(tmp_path: Path) -> None:
+    """As --gpu-layers 2 does: the head and the last layer."""
+    path = llama_file(tmp_path / "m.gguf", dim=32, ffn_dim=32, n_vocab=16, n_heads=2, n_kv_heads=1)
+    gpu = Device("cuda:0", "a GPU", 1 << 34, 1 << 34, (8, 0))
+    found = []
+    for offload in (Offload(), Offload((gpu,), Wish(gpu_layers=2))):
+        with (
+            GGUFFile(path) as file,
+            Model.load(file, n_ctx=N_CTX, backend="reference", offload=offload) as model,
+        ):
+            found.append([model.forward([1, 2, 3]), model.forward([4])])
+            devices = model.devices
+    assert devices == ("cuda:0", "CPU")
+    assert np.abs(np.subtract(*found)).max() <= FLOAT * np.abs(found[0]).max()
+
+
+def test_a_kv_type_that_it_does_not_have(program: Program) -> None:
+    backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, kv_type="q8_0")
+    assert backend.notes == ("the GPU keeps keys and values as f16, not q8_0",)

@@ -1,0 +1,143 @@
+"""Runs the simulator's blocks as greenlets, one for each CUDA thread; importing it is enough.
+
+numba-cuda's simulator takes a thread of the system for each CUDA thread, and knows no shuffles.
+Here the lanes of a warp run in turn up to the next exchange or barrier: 40 times as fast, always in
+the same order, and a barrier that only a part of a block or warp reaches is an error. Memory that
+nobody has written yet is full of NaN. Needs NUMBA_ENABLE_CUDASIM=1.
+"""
+
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+from greenlet import getcurrent, greenlet
+from numba.cuda.simulator import kernel, kernelapi
+
+WARP = 32
+EXCHANGE, BARRIER = "exchange", "barrier"
+
+
+class Thread(greenlet):
+    """One CUDA thread: what it waits for, and what it brings to an exchange."""
+
+    def __init__(self, function, number, place, block):
+        super().__init__(function)
+        self.number, self.threadIdx, self.blockIdx = number, place, block
+        self.waits_for = None
+        self.value = None
+        self.values = {}
+
+
+class Block:
+    """Stands in for the simulator's BlockManager."""
+
+    def __init__(self, function, grid_dim, block_dim, debug):
+        self._function = function
+        self._shape = (*block_dim, 1, 1)[:3]
+
+    def run(self, grid_point, *arguments):
+        width, height, depth = self._shape
+        arguments = [plain(argument) for argument in arguments]
+        block = kernelapi.Dim3(*grid_point)
+        threads = []
+        for z in range(depth):
+            for y in range(height):
+                for x in range(width):
+                    place = kernelapi.Dim3(x, y, z)
+                    threads.append(Thread(self._function, len(threads), place, block))
+        for thread in threads:
+            thread.switch(*arguments)
+        warps = [threads[i : i + WARP] for i in range(0, len(threads), WARP)]
+        while any(not thread.dead for thread in threads):
+            moved = False
+            for warp in warps:
+                while exchange(warp):
+                    moved = True
+            live = [thread for thread in threads if not thread.dead]
+            if live and len(live) == len(threads) and waiting(live, BARRIER):
+                moved = True
+                for thread in live:
+                    thread.switch()
+            if live and not moved:
+                where = {(t.number // WARP, t.waits_for or "returned") for t in threads}
+                raise RuntimeError(f"a barrier that not all threads reach: {sorted(where)}")
+
+
+def exchange(warp):
+    """Let a warp go on whose lanes all wait for an exchange."""
+    live = [thread for thread in warp if not thread.dead]
+    if len(live) != len(warp) or not waiting(live, EXCHANGE):
+        return False
+    values = {thread.number % WARP: thread.value for thread in live}
+    for thread in live:
+        thread.values = values
+    for thread in live:
+        thread.switch()
+    return True
+
+
+def waiting(threads, reason):
+    return all(thread.waits_for == reason for thread in threads)
+
+
+def plain(argument):
+    """The NumPy array that the simulator's wrappers hold."""
+    while hasattr(argument, "_item") or hasattr(argument, "_ary"):
+        argument = argument._item if hasattr(argument, "_item") else argument._ary
+    return argument
+
+
+def wait(reason, value=None):
+    thread = getcurrent()
+    thread.waits_for, thread.value = reason, value
+    thread.parent.switch()
+    thread.waits_for = None
+    return thread
+
+
+def shfl_xor_sync(module, mask, value, lanes):
+    thread = wait(EXCHANGE, value)
+    return thread.values[thread.number % WARP ^ lanes]
+
+
+def shared_array(module, shape, dtype):
+    """As the simulator's, where a line of source tells arrays apart, without reading the source."""
+    if shape == 0:
+        dtype = np.dtype(str(dtype))
+        return np.frombuffer(module._dynshared.data, dtype)
+    frame = sys._getframe(1)
+    line = frame.f_code.co_filename, frame.f_lineno
+    if line not in module._allocations:
+        array = np.zeros(shape, str(dtype))
+        array[...] = np.nan if array.dtype.kind == "f" else 0x55
+        module._allocations[line] = array
+    return module._allocations[line]
+
+
+@contextmanager
+def swapped_cuda_module(function, module):
+    """Kernels see `module` as cuda; it is left there, since only kernels look."""
+    function.__globals__["cuda"] = module
+    yield
+
+
+def called(kernel_or_function, *arguments):
+    """A device function called by a kernel; else a launch."""
+    context = kernel._get_kernel_context()
+    if context is None:
+        return launch(kernel_or_function, *arguments)
+    function = kernel_or_function.fn
+    function.__globals__["cuda"] = context
+    return function(*arguments)
+
+
+launch = kernel.FakeCUDAKernel.__call__
+kernel.FakeCUDAKernel.__call__ = called
+kernel.swapped_cuda_module = swapped_cuda_module
+kernel.BlockManager = Block
+fake = kernelapi.FakeCUDAModule
+fake.threadIdx = property(lambda module: getcurrent().threadIdx)
+fake.blockIdx = property(lambda module: getcurrent().blockIdx)
+fake.syncthreads = lambda module: (wait(BARRIER), None)[1]
+fake.shfl_xor_sync = shfl_xor_sync
+kernelapi.FakeCUDAShared.array = shared_array

@@ -1,0 +1,191 @@
+"""What the CUDA toolkit makes of the kernels, for GPUs from 2018 on; no GPU is needed for it.
+
+Every kernel is compiled for the arguments it is launched with, so that a stray float64 shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed: pip install '.[dev]'", allow_module_level=True)
+
+import numba
+from numba import cuda
+from numba.cuda import types
+from numba.cuda.cudadrv import nvrtc, nvvm
+
+from runtime.backends.cuda_formats import NATIVE
+from runtime.backends.cuda_launches import Launch, Launches
+from runtime.backends.cuda_room import make_room
+from runtime.program import (
+    ACTIVATIONS,
+    Activate,
+    AddBias,
+    Gate,
+    Instruction,
+    LayerNorm,
+    MatMul,
+    Program,
+    Rope,
+    RopeTable,
+    SigmoidScale,
+    SoftCap,
+)
+from runtime.stages import whole
+from tests.programs import attention_program, mixture, program_of, random_matrix, random_vector
+
+CAPABILITIES = ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
+ONE, TILE = 1, 16  # tokens: a warp for each row, or tiles
+
+
+def find_toolkit() -> str:
+    """Why kernels cannot be compiled here, or nothing."""
+    try:
+        nvvm.NVVM()
+        nvrtc.get_supported_ccs()
+    except Exception as error:  # each missing library has an exception of its own
+        return f"the CUDA toolkit is not installed ({type(error).__name__}): pip install '.[cuda]'"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(reason := find_toolkit()), reason=reason)
+
+
+class HostMemory:
+    """Arrays of the types that a GPU would hold."""
+
+    def empty(self, size, dtype):
+        return np.empty(size, dtype)
+
+    zeros = empty
+
+    def hold(self, values):
+        return np.ascontiguousarray(values).reshape(-1)
+
+    def weights(self, matrices):
+        return np.empty(16, np.uint8)
+
+
+def launches(program: Program, n_tokens: int) -> list[Launch]:
+    stage, memory = whole(program), HostMemory()
+    room = make_room(stage, memory, n_ctx=600, n_batch=TILE)
+    return Launches(room, memory).make(stage.steps, n_tokens)
+
+
+def compiled(launch: Launch, capability: tuple[int, int]) -> str:
+    """The PTX of a kernel, checked for what no kernel may have."""
+    signature = types.void(*(numba.typeof(argument) for argument in launch.arguments))
+    device = SimpleNamespace(compute_capability=capability)
+    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: device):
+        ptx, _ = cuda.compile(
+            launch.kernel.py_func,
+            signature,
+            cc=capability,
+            device=False,
+            output="ptx",
+            abi="numba",
+        )
+    assert f".target sm_{capability[0]}{capability[1]}" in ptx
+    assert ".local" not in ptx, "registers do not suffice, or an index is not constant"
+    assert ".f64" not in ptx
+    return ptx
+
+
+def product(name: str) -> Program:
+    rng = np.random.default_rng(0)
+    return program_of([MatMul("x", "y", random_matrix(rng, 8, 256, name))], 256, buffers={"y": 8})
+
+
+def product_launch(name: str, n_tokens: int) -> Launch:
+    """The first product of the program above."""
+    kernels = ("matvec", "matmul")
+    return next(each for each in launches(product(name), n_tokens) if kernel_name(each) in kernels)
+
+
+def kernel_name(launch: Launch) -> str:
+    return str(launch.kernel.py_func.__name__)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_row_of_every_format(name: str) -> None:
+    ptx = compiled(product_launch(name, ONE), (8, 0))
+    assert "ld.global.nc.v4.u32" in ptx
+    assert ptx.count("shfl.sync") == 5
+    if name not in ("F32", "F16", "BF16"):
+        assert ptx.count("dp4a.s32.s32") >= 8
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
+def test_tiles(name: str) -> None:
+    ptx = compiled(product_launch(name, TILE), (8, 0))
+    assert ptx.count("dp4a.s32.s32") == (0 if name == "F16" else 64)
+
+
+def one_token_kernels() -> Iterable[Launch]:
+    """The ones that most of a token's time goes to."""
+    program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
+    attention = (each for each in launches(program, ONE) if kernel_name(each) == "attend")
+    return product_launch("Q4_K", ONE), *attention
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_every_generation(capability: tuple[int, int]) -> None:
+    for launch in one_token_kernels():
+        compiled(launch, capability)
+
+
+def find_linker() -> str:
+    """Why machine code cannot be made here, or nothing."""
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    try:
+        load_nvidia_dynamic_lib("nvJitLink")
+    except DynamicLibNotFoundError:
+        return "nvJitLink is not installed: pip install '.[cuda]'"
+    return ""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_machine_code(capability: tuple[int, int]) -> None:
+    if reason := find_linker():
+        pytest.skip(reason)
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}")
+    for launch in one_token_kernels():
+        ptx = ObjectCode.from_ptx(compiled(launch, capability).encode())
+        linked = Linker(ptx, options=options).link("cubin")
+        assert bytes(linked.code)[:4] == b"\x7fELF"
+
+
+def small_steps() -> list[Instruction]:
+    rng = np.random.default_rng(0)
+    weight = random_vector(rng, 32)
+    table = RopeTable(8, True, 0.5 ** np.arange(4.0), 1.0)
+    gates: list[Instruction] = [Gate("x", "x", "x", name) for name in ACTIVATIONS]
+    return [
+        *gates,
+        Activate("x", "gelu_erf"),
+        LayerNorm("x", "x", weight, weight, 1e-5),
+        AddBias("x", weight),
+        Rope("x", 2, 16, table),
+        SoftCap("x", 2.0),
+        SigmoidScale("x", "x"),
+    ]
+
+
+def test_the_small_steps() -> None:
+    small, mixed = program_of(small_steps(), 32), mixture(np.random.default_rng(0), biases=True)
+    seen = set()
+    for launch in (*launches(small, ONE), *launches(mixed, ONE), *launches(mixed, TILE)):
+        if launch.kernel not in seen:
+            seen.add(launch.kernel)
+            compiled(launch, (8, 0))
+    assert len(seen) >= 20
