@@ -186,8 +186,15 @@ def _find_changes(
         name = pair.module + ".weight"
         if name.startswith(architecture.skipped):
             continue
+        if pair.embedding:
+            raise CheckpointError(
+                f"{shown(adapter.folder)} changes the embedding {printable(name)} by a product, "
+                "which is not merged here: where a head is tied to it PEFT would change that, too. "
+                "Merge it with PEFT (merge_and_unload) and convert the result, or make a file of "
+                "it with --lora-only"
+            )
         name = architecture.rename(name)
-        transposed = pair.embedding or is_transposed(architecture, name)
+        transposed = is_transposed(architecture, name)
         before = changes.get(name, _Change())
         changes[name] = replace(before, deltas=(_Delta(pair, scaled.scale, transposed),))
     return changes

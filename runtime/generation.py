@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gguf_tools.errors import ContextFullError, FormatError
+from gguf_tools.errors import ContextFullError
 
 StopReason = Literal["end of generation", "token limit", "context full"]
 
@@ -104,17 +104,9 @@ def write(
     stop_ids: Collection[int] = (),
     max_tokens: int | None = None,
 ) -> Generator[int, None, StopReason]:
-    """Pick, yield, read what was picked, and so on, from the logits of the last token.
-
-    FormatError when no logit is a number.
-    """
+    """Pick, yield, read what was picked, and so on, from the logits of the last token."""
     n_written = 0
     while max_tokens is None or n_written < max_tokens:
-        if not np.isfinite(logits).any():
-            raise FormatError(
-                "the model answers with no number (NaN or infinity): its weights are damaged, or "
-                "too large for this computation; see what `gguf verify FILE` finds"
-            )
         token = sampler.pick(logits, model.tokens)
         if token in stop_ids:
             return "end of generation"

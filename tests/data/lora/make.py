@@ -44,11 +44,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "use_rslora": True,
             "bias": "all",
-            "target_modules": ["q_proj", "v_proj", "embed_tokens", "lm_head"],
+            "target_modules": ["q_proj", "v_proj", "lm_head"],
         },
     ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "renamed": ("gpt2-bare", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
+    "renamed": ("gpt2-bare", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "fused-saved": (
         "phi3",
         {"target_modules": ["qkv_proj", "gate_up_proj"], "modules_to_save": ["norm"]},
