@@ -210,7 +210,7 @@ def convert(
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
-    from gguf_tools.requantising import is_gguf, plan_requantisation, protect_parts, source_name
+    from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
     from gguf_tools.self_check import SelfCheck, Source
 
     if lora if lora_only else base is not None:
@@ -254,9 +254,7 @@ def convert(
         refuse_fallbacks(plan)
     named = output_name(source_name(model_dir) if file else model_dir, chosen.name, adapters=merged)
     target = output if output is not None else Path(named)
-    if file:
-        protect_parts(file, target)
-    for path in (model_dir, *merged, *files):
+    for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
     seconds = checked = None
     losses = Losses()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from gguf_tools.errors import (
 )
 from gguf_tools.file_types import FileType
 from gguf_tools.imatrix import ImportanceMatrix
-from gguf_tools.journal import Journal
+from gguf_tools.journal import SUFFIX, Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.losses import Loss, measure
 from gguf_tools.matching import MatchedModel, match_tensors
@@ -146,16 +147,23 @@ def convert(
 
 
 def protect_input(path: Path, output: Path) -> None:
-    """Refuse to write over what is being read: a file, or one of those in a checkpoint's folder."""
+    """Refuse to write over what is being read: a file, or one of those in a checkpoint's folder.
+
+    Before it is complete the output lies in NAME.part, beside its journal.
+    """
     if not path.is_dir():
         files, what = [path], "the file that is being read"
     else:
         names = [] if output.suffix == ".gguf" else os.listdir(path)
         files, what = [path / name for name in names], "a file of the checkpoint itself"
-    for file in files:
+    written = [output.with_name(output.name + end) for end in ("", ".part", ".part" + SUFFIX)]
+    for file, name in product(files, written):
         with suppress(OSError):  # one of them is not there: nothing to protect
-            if os.path.samefile(file, output):
-                raise OutputError(f"{printable(output, limit=1000)} is {what}; choose another name")
+            if os.path.samefile(file, name):
+                shown = printable(name, limit=1000)
+                if name != output:
+                    shown += f", as which {printable(output.name)} begins,"
+                raise OutputError(f"{shown} is {what}; choose another name")
 
 
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:

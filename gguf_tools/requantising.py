@@ -4,14 +4,13 @@ Metadata is carried over as it is, but for the two keys that say how the file is
 what describes parts of a split model. Tensors that no file type quantises keep their type.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gguf_tools.errors import FormatError, OutputError, UnsupportedQuantError, printable
+from gguf_tools.errors import FormatError, UnsupportedQuantError, printable
 from gguf_tools.file_types import FILE_TYPES, FileType, RecipeFacts
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
@@ -80,14 +79,6 @@ def plan_requantisation(
     replaced = {*DROPPED, *own}
     carried = {key: file.encoded(key) for key in file.metadata if key not in replaced}
     return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix)
-
-
-def protect_parts(file: GGUFFile, output: Path) -> None:
-    """Refuse to write over the file that is being read."""
-    if output.exists() and any(os.path.samefile(path, output) for path in file.paths):
-        raise OutputError(
-            f"{printable(output, limit=1000)} is the file that is being read; choose another name"
-        )
 
 
 def source_name(path: Path) -> Path:

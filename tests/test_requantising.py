@@ -1,5 +1,6 @@
 """A GGUF file as the source of another: metadata as it was, weights as from the checkpoint."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -262,3 +263,10 @@ def test_from_the_command_line(tmp_path: Path, floats: Path) -> None:
     over = run(output, "--type", "Q8_0", "-o", output, "--force")
     assert over.returncode == 1
     assert "is the file that is being read" in over.stderr
+    for end in (".part", ".part.journal"):  # what is written first
+        source = tmp_path / f"x.gguf{end}"
+        shutil.copy(output, source)
+        over = run(source, "--type", "Q8_0", "-o", tmp_path / "x.gguf", "--force")
+        assert over.returncode == 1
+        assert f"x.gguf{end}, as which x.gguf begins, is the file that is" in over.stderr
+        assert source.read_bytes() == output.read_bytes()
