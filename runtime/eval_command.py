@@ -6,7 +6,7 @@ Everything heavy is imported inside the command: `--help` answers at once.
 import json as json_module
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -16,16 +16,15 @@ from gguf_tools.errors import printable
 from runtime.tokenize_command import decode
 
 if TYPE_CHECKING:
-    from gguf_tools.reader import GGUFFile
-    from runtime.model import Model
     from runtime.quality.choices import Accuracy, Question
     from runtime.quality.evaluation import Evaluation
+    from runtime.quality.subjects import Subject
     from runtime.quality.table import Result
-    from runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 DEFAULT_CONTEXT = 512
+LONGEST = 8192  # tokens of a question
 
 
 def evaluate(
@@ -42,9 +41,9 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="A GGUF file of the same model (F16, BF16, F32) that the others are held "
-            "against, token by token.",
+            metavar="FILE|MODEL_DIR",
+            help="What the files are held against, token by token: a GGUF file of the same model "
+            "(F16, BF16, F32), or the checkpoint's folder.",
             show_default=False,
         ),
     ] = None,
@@ -105,34 +104,26 @@ def evaluate(
     if plot is not None and reference is None:
         raise typer.BadParameter("--plot needs --reference")
 
-    from gguf_tools.describe import bits_per_weight
     from runtime.quality.choices import read_questions
     from runtime.quality.table import Result, draw, to_json
 
     content = None if text is None else decode(text.read_bytes(), printable(text))
     questions = None if task is None else read_questions(task)
-    asked = [*([] if reference is None else [reference]), *files]
     with ExitStack() as stack:
-        opened = [stack.enter_context(_opened(path)) for path in asked]
-        n_ctx = ctx if questions is None else None
-        models = [stack.enter_context(_loaded(file, n_ctx, ctx, threads)) for file, _ in opened]
-        tokenizers = [tokenizer for _, tokenizer in opened]
-        names = [printable(path.name or path) for path in asked]
-        evaluations: list[Evaluation | None] = [None] * len(asked)
+        n_ctx = ctx if questions is None else max(ctx, LONGEST)
+        subjects = [stack.enter_context(_opened(path, n_ctx, threads)) for path in files]
+        if reference is not None:
+            held_against = _opened(reference, n_ctx, threads, is_reference=True)
+            subjects.insert(0, stack.enter_context(held_against))
+        evaluations: list[Evaluation | None] = [None] * len(subjects)
         if content is not None:
-            evaluations = [
-                *_evaluate(names, models, tokenizers, content, ctx, windows, reference is not None)
-            ]
-        accuracies: list[Accuracy | None] = [None] * len(asked)
+            evaluations = [*_evaluate(subjects, content, ctx, windows, reference is not None)]
+        accuracies: list[Accuracy | None] = [None] * len(subjects)
         if questions is not None:
-            accuracies = [
-                _answer(*each, questions) for each in zip(names, models, tokenizers, strict=True)
-            ]
+            accuracies = [_answer(subject, questions) for subject in subjects]
         results = [
-            Result(name, file.file_size, bits_per_weight(file) or 0.0, found, accuracy)
-            for name, (file, _), found, accuracy in zip(
-                names, opened, evaluations, accuracies, strict=True
-            )
+            Result(subject.name, subject.n_bytes, subject.bits_per_weight, found, accuracy)
+            for subject, found, accuracy in zip(subjects, evaluations, accuracies, strict=True)
         ]
     if plot is not None:
         draw(results, plot)
@@ -160,40 +151,34 @@ def _show(results: "list[Result]", *, as_markdown: bool) -> None:
 
 
 def _evaluate(
-    names: list[str],
-    models: "list[Model]",
-    tokenizers: "list[Tokenizer]",
-    text: str,
-    ctx: int,
-    limit: int | None,
-    with_reference: bool,
+    subjects: "list[Subject]", text: str, ctx: int, limit: int | None, with_reference: bool
 ) -> "Iterator[Evaluation]":
-    from runtime.quality.evaluation import (
-        Evaluation,
-        ModelScorer,
-        check_vocabularies,
-        cut_windows,
-        evaluate,
-    )
+    from runtime.quality.evaluation import Evaluation, check_vocabularies, cut_windows, evaluate
 
-    check_vocabularies(names, tokenizers, text)
-    windows = cut_windows(tokenizers[0], text, ctx, limit)
-    scorers = [ModelScorer(model) for model in models]
+    tokenizer = subjects[0].tokenizer
+    check_vocabularies(
+        [each.name for each in subjects], [each.tokenizer for each in subjects], text
+    )
+    windows = cut_windows(tokenizer, text, ctx, limit)
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    scorers = [subject.scorer(windows, bos) for subject in subjects]
     reference = scorers.pop(0) if with_reference else None
-    bos = tokenizers[0].bos_id if tokenizers[0].add_bos else None
     events = evaluate(scorers, windows, reference=reference, bos=bos)
     for event in _with_bar("reading", events):
         if isinstance(event, Evaluation):
             yield event
 
 
-def _answer(
-    name: str, model: "Model", tokenizer: "Tokenizer", questions: "list[Question]"
-) -> "Accuracy | None":
+def _answer(subject: "Subject", questions: "list[Question]") -> "Accuracy | None":
+    """None of a checkpoint: layer by layer, questions would take it too long."""
+    from runtime.model import Model
     from runtime.quality.choices import Accuracy, answer
 
+    if not isinstance(subject.model, Model):
+        return None
     found = None
-    for event in _with_bar(f"asking {name}", answer(model, tokenizer, questions)):
+    events = answer(subject.model, subject.tokenizer, questions)
+    for event in _with_bar(f"asking {printable(subject.name, 40)}", events):
         if isinstance(event, Accuracy):
             found = event
     return found
@@ -228,25 +213,15 @@ def _with_bar(text: str, events: Iterable[T]) -> Iterator[T]:
             yield event
 
 
-@contextmanager
-def _opened(path: Path) -> "Iterator[tuple[GGUFFile, Tokenizer]]":
+def _opened(
+    path: Path, n_ctx: int, threads: int | None, *, is_reference: bool = False
+) -> "AbstractContextManager[Subject]":
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.models_by_name import find_model
-    from gguf_tools.reader import GGUFFile
+    from runtime.quality.subjects import open_checkpoint, open_file
     from runtime.session import refuse_checkpoint
-    from runtime.tokenizer import Tokenizer
 
+    if is_reference and path.is_dir():
+        return open_checkpoint(path, n_ctx=n_ctx, threads=threads)
     refuse_checkpoint(path)
-    with GGUFFile(find_with_bar(find_model, path)) as file:
-        yield file, Tokenizer(file.metadata)
-
-
-@contextmanager
-def _loaded(
-    file: "GGUFFile", n_ctx: int | None, least: int, threads: int | None
-) -> "Iterator[Model]":
-    from runtime.model import DEFAULT_CONTEXT as LONGEST
-    from runtime.model import Model
-
-    with Model.load(file, n_ctx=n_ctx or max(least, LONGEST), threads=threads) as model:
-        yield model
+    return open_file(find_with_bar(find_model, path), n_ctx=n_ctx, threads=threads)

@@ -32,6 +32,7 @@ from runtime.quality.measures import (
     perplexity,
     predict,
 )
+from runtime.quality.subjects import open_checkpoint, open_file
 from runtime.quality.table import Result, chart, cliffs, draw, header, rows, to_json
 from runtime.tokenizer import Tokenizer
 
@@ -179,6 +180,24 @@ def test_a_model_is_as_its_reference(files: dict[str, Path]) -> None:
     assert found.distance.perplexity_ratio.value == pytest.approx(1)
 
 
+def test_a_checkpoint_is_a_reference(files: dict[str, Path]) -> None:
+    """Layer by layer it is what the F32 file of it is, but for 16 bits of keys and values."""
+    with (
+        open_checkpoint(STORIES, n_ctx=64, threads=1) as base,
+        open_file(files["F32"], n_ctx=64, threads=1) as other,
+    ):
+        windows = cut_windows(base.tokenizer, TALE, 64, limit=3)
+        bos = base.tokenizer.bos_id
+        reference = base.scorer(windows, bos)
+        *_, first, second = evaluate(
+            [other.scorer(windows, bos)], windows, reference=reference, bos=bos
+        )
+    assert isinstance(first, Evaluation) and isinstance(second, Evaluation)
+    assert second.distance is not None and second.distance.kl.value < 1e-6
+    assert first.perplexity.value == pytest.approx(second.perplexity.value, rel=1e-3)
+    assert (base.name, base.bits_per_weight) == ("stories260k", 32)
+
+
 def test_texts_and_windows_that_do_not_fit(files: dict[str, Path]) -> None:
     with GGUFFile(files["F32"]) as file:
         tokenizer = Tokenizer(file.metadata)
@@ -324,6 +343,9 @@ def test_command(files: dict[str, Path], tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines()[0].split()[:2] == ["file", "size"]
     assert "mean KL divergence by bits per weight" in ended.stdout
+    folder = (files["Q4_0"], "--reference", STORIES, "--text", tale(tmp_path), "--ctx", "64")
+    from_folder = json.loads(run_eval(*folder, "--windows", "2", "--json").stdout)
+    assert from_folder[0]["mean_kl"] == pytest.approx(objects[1]["mean_kl"], rel=1e-2)
     ended = run_eval(*asked, "--ctx", "64", "--windows", "2", "--markdown")
     first, second, *lines = ended.stdout.splitlines()
     assert first.startswith("| file | size | bits/weight |") and second.startswith("|---|---:|")

@@ -8,6 +8,7 @@ rows of logits at a time, so that no logits are kept.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.errors import GGUFError, printable
+from runtime.layerwise import LayerwiseModel
 from runtime.model import Model
 from runtime.program import Floats
 from runtime.quality.measures import (
@@ -33,6 +35,9 @@ from runtime.tokenizer import Tokenizer
 
 LOGITS_BYTES = 48 << 20  # of the rows of logits that a model gives at a time, about
 LEAST_ROWS = 16
+HIDDEN_BYTES = (
+    64 << 20
+)  # of hidden states of windows that go through a checkpoint's layers together
 SHORTEST = 8  # tokens in a window
 
 Ids = npt.NDArray[np.int64]
@@ -82,6 +87,40 @@ class ModelScorer:
             yield self._model.forward(part.tolist(), all_logits=True)
 
 
+class CheckpointScorer:
+    """A checkpoint's own weights as a scorer, layer by layer for many windows at a time."""
+
+    def __init__(self, model: LayerwiseModel, windows: Ids, bos: int | None) -> None:
+        """`windows` are those that will be asked for, in this order, once each."""
+        self._model = model
+        self._coming = deque(windows)
+        self._bos = bos
+        self._hidden: deque[Floats] = deque()  # of the next windows, after the last layer
+        self.n_vocab = model.config.n_vocab
+
+    def logits(self, window: Ids, first: int, rows: int) -> Iterator[Floats]:
+        if not self._hidden:
+            self._read_on()
+        hidden = self._hidden.popleft()
+        for start in range(first, len(window) - 1, rows):
+            yield self._model.head(hidden[start : min(start + rows, len(window) - 1)])
+
+    def _read_on(self) -> None:
+        """Run the layers for as many windows as there is room for."""
+        n_ctx = len(self._coming[0])
+        room = max(1, HIDDEN_BYTES // (4 * n_ctx * self._model.config.dim))
+        windows = [self._coming.popleft() for _ in range(min(room, len(self._coming)))]
+        hidden = [self._model.embed(with_bos(window, self._bos).tolist()) for window in windows]
+        for layer in range(len(self._model.program.layers)):
+            hidden = [self._model.layer(layer, x) for x in hidden]
+        self._hidden.extend(hidden)
+
+
+def with_bos(window: Ids, bos: int | None) -> Ids:
+    """A window as it is read: its first token replaced, unless bos is None."""
+    return window if bos is None else np.concatenate([[bos], window[1:]])
+
+
 def cut_windows(tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None = None) -> Ids:
     """The text's windows, (n_windows, n_ctx); GGUFError when it does not fill one."""
     if n_ctx < SHORTEST:
@@ -117,9 +156,7 @@ def evaluate(
     predictions: list[list[Predictions]] = [[] for _ in scorers]
     differences: list[list[Differences]] = [[] for _ in scorers]
     for done, window in enumerate(windows, 1):
-        read = window.copy()
-        if bos is not None:
-            read[0] = bos
+        read = with_bos(window, bos)
         streams = [scorer.logits(read, first, rows) for scorer in scorers]
         at = first + 1
         for logits in zip(*streams, strict=True):
