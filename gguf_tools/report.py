@@ -36,7 +36,8 @@ def closing_rows(
     plan: Plan, output: Path, seconds: float | None, self_check: str = ""
 ) -> Iterator[Row]:
     """The table at the end; without `seconds` nothing was written."""
-    size = plan.total_size
+    # The plan's size would take the whole header encoded once more, vocabulary and all.
+    size = plan.total_size if seconds is None else output.stat().st_size
     yield "file", printable(output, limit=1000) + ("" if seconds is not None else " (not written)")
     yield "size", f"{size:,} bytes ({short_size(size)})"
     yield "parameters", f"{plan.n_parameters:,}"

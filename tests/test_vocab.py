@@ -98,6 +98,15 @@ def test_metaspace_instead_of_a_normalizer(tmp_path: Path) -> None:
     assert value(vocab_of(data, tmp_path), "add_space_prefix") is False
 
 
+def test_spaces_in_merges_are_escaped(tmp_path: Path) -> None:
+    data = byte_level()
+    tokens = data["model"]["vocab"]
+    for text in (" ", " t"):
+        tokens[text] = max(n_tokens(data) - 1, *tokens.values()) + 1
+    data["model"]["merges"].append([" ", "t"])
+    assert value(vocab_of(data, tmp_path), "merges")[-1] == "\u0120 t"
+
+
 def test_old_spelling_of_merges(tmp_path: Path) -> None:
     data = byte_level()
     old = json.loads(json.dumps(data))

@@ -93,7 +93,9 @@ def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
     pairs = source.merges
     if len(names) < len(source.vocab):
         pairs = [(a, b) for a, b in pairs if a in names and b in names and a + b in names]
-    merges = [f"{_no_space(left)} {_no_space(right)}" for left, right in pairs]
+    if any(" " in text for text in names):  # not possible in the byte alphabet
+        pairs = [(_no_space(left), _no_space(right)) for left, right in pairs]
+    merges = [f"{left} {right}" for left, right in pairs]
     pieces = Pieces("gpt2", table, names, merges)
     _check_fits(pieces, max(source.vocab.values()), n_vocab, NAME)
     return pieces
@@ -211,7 +213,7 @@ def _check_fits(pieces: Pieces, last: int, n_vocab: int, name: str) -> None:
 
 
 def _no_space(text: str) -> str:
-    """A token in a merge, whose own spaces (not possible in the byte alphabet) are escaped."""
+    """A token in a merge, whose own spaces are escaped."""
     return text.replace(" ", chr(ord(" ") + 256))
 
 
