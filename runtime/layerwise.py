@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.jit import compile_kernels
-from runtime.backends.streaming import StreamedBackend
+from runtime.backends.reference import ReferenceBackend
+from runtime.backends.streaming import StreamedBackend, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
 from runtime.program import Attend, Floats, Instruction, Program, StoreKV
@@ -37,17 +38,25 @@ class LayerwiseModel:
         threads: int,
         layers: Sequence[int] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
+        compiles: bool = True,
     ) -> None:
         """`source` must stay open; windows have at most `n_tokens` tokens.
 
         With `layers` the others are left out, as if the model had only these. Kernels that are not
-        in the cache yet are compiled now; `on_compile(done, total)` is called meanwhile.
+        in the cache yet are compiled now; `on_compile(done, total)` is called meanwhile. Without
+        `compiles` NumPy takes their place, slowly (`is_compiled` tells).
         """
         check_architecture(source)
         self.config = read_config(source)
         program = build_program(source, self.config, n_ctx=n_tokens, stream=True)
         self.program = program if layers is None else with_layers(program, layers)
-        for done, total in compile_kernels(StreamedBackend.kernels(self.program)):
+        kernels = StreamedBackend.kernels(self.program)
+        self.is_compiled = compiles or all(kernel.is_ready for kernel in kernels)
+        self._backend: StreamedBackend | LayerwiseReference
+        if not self.is_compiled:
+            self._backend = LayerwiseReference(self.program, n_tokens=n_tokens)
+            return
+        for done, total in compile_kernels(kernels):
             if on_compile is not None:
                 on_compile(done, total)
         self._backend = StreamedBackend(self.program, n_tokens=n_tokens, n_threads=threads)
@@ -90,6 +99,23 @@ class LayerwiseModel:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class LayerwiseReference:
+    """What StreamedBackend does, by the reference backend."""
+
+    def __init__(self, program: Program, *, n_tokens: int) -> None:
+        self._stage = ReferenceBackend(layer_stage(program), n_ctx=n_tokens)
+        self._n_layers = len(program.layers)
+
+    def layer(self, index: int, x: Floats) -> Floats:
+        return self._stage.run(index, {"x": x}, 0, 0)["x"]
+
+    def head(self, x: Floats) -> Floats:
+        return self._stage.run(self._n_layers, {"x": x}, 0, len(x))["logits"]
+
+    def close(self) -> None:
+        self._stage.close()
 
 
 def with_layers(program: Program, chosen: Sequence[int]) -> Program:

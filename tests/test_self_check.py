@@ -206,6 +206,22 @@ def test_large_models_are_run_in_part(tmp_path: Path, monkeypatch: pytest.Monkey
     assert logits_finding(STORIES, path).problems
 
 
+@pytest.mark.parametrize("file_type", ["F16", "Q4_0"])
+def test_nothing_is_compiled_for_the_check(
+    file_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = converted(STORIES, tmp_path / "x.gguf", file_type)
+    monkeypatch.setattr("gguf_tools.jit.Kernel.is_ready", False)
+    monkeypatch.setattr("gguf_tools.jit.Kernel._build", None)  # that would be an error
+    found = logits_finding(STORIES, path)
+    assert found.problems == () and found.text.startswith("logits agree on")
+    monkeypatch.setattr("runtime.logits_check.NUMPY_WEIGHTS", 1000)
+    found = logits_finding(STORIES, path)
+    assert found.problems == () and found.text.startswith("head and 4 layers agree to")
+    tampered(path, swap("blk.0.attn_q.weight", "blk.3.attn_q.weight"))
+    assert logits_finding(STORIES, path).problems
+
+
 # --- template -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,58 @@
+"""What is evaluated: a GGUF file, or as a reference the checkpoint that files were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf_tools.conversion import plan_conversion
+from gguf_tools.cores import default_threads
+from gguf_tools.describe import bits_per_weight
+from gguf_tools.reader import GGUFFile
+from gguf_tools.recipes import find_file_type
+from runtime.layerwise import LayerwiseModel
+from runtime.model import Model
+from runtime.quality.evaluation import CheckpointScorer, Ids, ModelScorer, Scorer
+from runtime.sources import PlannedWeights
+from runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model that is ready to be evaluated."""
+
+    name: str
+    n_bytes: int  # of the file, or of a checkpoint's weights
+    bits_per_weight: float
+    tokenizer: Tokenizer
+    model: Model | LayerwiseModel
+
+    def scorer(self, windows: Ids, bos: int | None) -> Scorer:
+        """What reads these windows, each once and in this order."""
+        if isinstance(self.model, LayerwiseModel):
+            return CheckpointScorer(self.model, windows, bos)
+        return ModelScorer(self.model)
+
+
+@contextmanager
+def open_file(path: Path, *, n_ctx: int, threads: int | None) -> Iterator[Subject]:
+    """A GGUF file."""
+    with GGUFFile(path) as file:
+        tokenizer = Tokenizer(file.metadata)
+        with Model.load(file, n_ctx=n_ctx, threads=threads) as model:
+            bits = bits_per_weight(file) or 0.0
+            yield Subject(path.name, file.file_size, bits, tokenizer, model)
+
+
+@contextmanager
+def open_checkpoint(folder: Path, *, n_ctx: int, threads: int | None) -> Iterator[Subject]:
+    """The weights of a checkpoint as a conversion would have them, before any is quantised."""
+    plan = plan_conversion(folder, find_file_type("F32"))
+    source = PlannedWeights(folder, plan.tensors, plan.metadata)
+    tokenizer = Tokenizer(source.metadata)
+    n_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
+    n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
+    with LayerwiseModel(source, n_tokens=n_ctx, threads=threads or default_threads()) as model:
+        yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model)
