@@ -156,7 +156,7 @@ def protect_input(path: Path, output: Path) -> None:
     else:
         names = [] if output.suffix == ".gguf" else os.listdir(path)
         files, what = [path / name for name in names], "a file of the checkpoint itself"
-    written = [output.with_name(output.name + end) for end in ("", ".part", ".part" + SUFFIX)]
+    written = [output.parent / (output.name + end) for end in ("", ".part", ".part" + SUFFIX)]
     for file, name in product(files, written):
         with suppress(OSError):  # one of them is not there: nothing to protect
             if os.path.samefile(file, name):
