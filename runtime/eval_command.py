@@ -113,7 +113,7 @@ def evaluate(
         n_ctx = ctx if questions is None else max(ctx, LONGEST)
         subjects = [stack.enter_context(_opened(path, n_ctx, threads)) for path in files]
         if reference is not None:
-            held_against = _opened(reference, n_ctx, threads, is_reference=True)
+            held_against = _opened_reference(reference, ctx, n_ctx, threads)
             subjects.insert(0, stack.enter_context(held_against))
         evaluations: list[Evaluation | None] = [None] * len(subjects)
         if content is not None:
@@ -213,15 +213,22 @@ def _with_bar(text: str, events: Iterable[T]) -> Iterator[T]:
             yield event
 
 
-def _opened(
-    path: Path, n_ctx: int, threads: int | None, *, is_reference: bool = False
-) -> "AbstractContextManager[Subject]":
+def _opened(path: Path, n_ctx: int, threads: int | None) -> "AbstractContextManager[Subject]":
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.models_by_name import find_model
-    from runtime.quality.subjects import open_checkpoint, open_file
+    from runtime.quality.subjects import open_file
     from runtime.session import refuse_checkpoint
 
-    if is_reference and path.is_dir():
-        return open_checkpoint(path, n_ctx=n_ctx, threads=threads)
     refuse_checkpoint(path)
     return open_file(find_with_bar(find_model, path), n_ctx=n_ctx, threads=threads)
+
+
+def _opened_reference(
+    path: Path, window: int, n_ctx: int, threads: int | None
+) -> "AbstractContextManager[Subject]":
+    """A file, or a checkpoint, which reads windows alone."""
+    from runtime.quality.subjects import open_checkpoint
+
+    if path.is_dir():
+        return open_checkpoint(path, n_ctx=window, threads=threads)
+    return _opened(path, n_ctx, threads)
