@@ -35,7 +35,7 @@ import psutil
 from gguf_tools.reader import GGUFFile
 from gguf_tools.tools.diff import KeyDifference, compare
 
-OURS = "convert"
+OURS = ("convert", "convert --no-check")
 ROOT = Path(__file__).resolve().parent.parent
 DIRECT = ("F32", "F16", "BF16", "Q8_0")  # what convert_hf_to_gguf.py writes itself
 INTERVAL = 0.05  # seconds between two samples
@@ -94,10 +94,10 @@ def run_ours(settings: Settings, folder: Path) -> tuple[dict[str, Cost], Path]:
     output = folder / "ours.gguf"
     command = [sys.executable, "-m", "gguf_tools", "convert", settings.model, "-o", output]
     command += ["--type", settings.type, "--threads", settings.threads]
-    costs = {OURS: measure(command, folder, settings.threads)}
+    costs = {OURS[0]: measure(command, folder, settings.threads)}
     output.unlink()
     os.sync()
-    costs[f"{OURS} --no-check"] = measure([*command, "--no-check"], folder, settings.threads)
+    costs[OURS[1]] = measure([*command, "--no-check"], folder, settings.threads)
     return costs, output
 
 
@@ -205,7 +205,7 @@ def table(costs: dict[str, list[Cost]], reference: str) -> Iterator[str]:
             max(getattr(cost, part) for cost in of_name) / 1e6
             for part in ("memory", "private", "disk")
         )
-        times = f"{theirs / seconds:.1f} x" if name.startswith(OURS) else ""
+        times = f"{theirs / seconds:.1f} x" if name in OURS else ""
         yield (
             f"| {name} | {seconds:.1f} s | {memory:,.0f} MB | {private:,.0f} MB "
             f"| {disk:,.0f} MB | {times} |"
@@ -249,9 +249,7 @@ def main() -> None:
                 files[run] = result[1]
             if turn == 0:
                 lines = list(comparison(files[run_theirs], files[run_ours]))
-    reference = (
-        "both" if "both" in costs else next(name for name in costs if not name.startswith(OURS))
-    )
+    reference = "both" if "both" in costs else next(name for name in costs if name not in OURS)
     print(f"{settings.model.name} to {settings.type}, {settings.threads} threads:")
     for line in (*table(costs, reference), *lines):
         print(line)
