@@ -46,7 +46,13 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmat
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
 
 _PACKAGES = Path(__file__).resolve().parent.parent
-_KERNEL_SOURCES = ("gguf_tools/*.py", "gguf_tools/quants/**/*.py", "runtime/kernels/*.py")
+# What kernels are made of; the rest of the project may change without compiling them again.
+KERNEL_SOURCES = (
+    *(f"gguf_tools/{name}.py" for name in ("columns", "control", "jit", "processor")),
+    *(f"gguf_tools/{name}.py" for name in ("simd", "tiles", "vectors")),
+    "gguf_tools/quants/**/*.py",
+    "runtime/kernels/*.py",
+)
 _NUMBA_TYPES = {"i": types.int64, "f": types.float32, "c": types.int64}
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_int64}
 
@@ -59,7 +65,7 @@ def _digest() -> str:
     seen.update(join_features(FEATURES).encode())
     for variable in ("NUMBA_CPU_NAME", "GGUF_TOOLS_DOT"):
         seen.update(os.environ.get(variable, "").encode() + b"\0")
-    for pattern in _KERNEL_SOURCES:
+    for pattern in KERNEL_SOURCES:
         for path in sorted(_PACKAGES.glob(pattern)):
             seen.update(path.name.encode() + b"\0" + path.read_bytes())
     return seen.hexdigest()[:20]

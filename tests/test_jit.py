@@ -1,5 +1,6 @@
 """The cache of compiled kernels: shared by processes, absent, in the way, damaged."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from gguf_tools.errors import DeviceError
-from gguf_tools.jit import check_processor, jit, kernel
+from gguf_tools.jit import KERNEL_SOURCES, check_processor, jit, kernel
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gguf_tools.", "runtime.")
 PROGRAM = """
 import numpy as np
 from gguf_tools import jit
@@ -154,3 +156,27 @@ def test_processors_without_half_floats() -> None:
     check_processor("aarch64", {})
     with pytest.raises(DeviceError, match=r"F16C.*--backend reference"):
         check_processor("AMD64", {"avx": True})
+
+
+def test_kernel_sources() -> None:
+    """Whatever kernels import of the project decides what they are compiled to, with exceptions."""
+    sources = {path for pattern in KERNEL_SOURCES for path in ROOT.glob(pattern)}
+    uncompiled = {"gguf_tools.cache_folder", "gguf_tools.child", "gguf_tools.errors"}
+    imported = set()
+    for path in sources:
+        tree = ast.parse(path.read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported |= {name for node in froms for name in project_modules(node)}
+    missing = {name for name in imported if module_path(name) not in sources} - uncompiled
+    assert imported >= {"gguf_tools.simd", "gguf_tools.quants.search", "runtime.kernels.formats"}
+    assert not missing
+
+
+def project_modules(node: ast.ImportFrom) -> set[str]:
+    module = node.module or ""
+    found = {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.startswith(PACKAGES) and module_path(name).exists()}
+
+
+def module_path(name: str) -> Path:
+    return ROOT / f"{name.replace('.', '/')}.py"
