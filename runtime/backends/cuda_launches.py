@@ -37,6 +37,7 @@ from runtime.program import (
     RopeTable,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     StoreKV,
@@ -169,6 +170,8 @@ class _Emitter:
                 self._expert_sum(step)
             case SigmoidScale():
                 self._on_target(elementwise.sigmoid_scale, step, step.gate)
+            case Show():
+                pass
             case _:
                 unknown(step)
 
