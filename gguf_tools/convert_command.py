@@ -186,11 +186,42 @@ def convert(
             help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
         ),
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT|default",
+            help="Round the weights so that the least is lost on a text: a file, or `default`, "
+            "the text that comes with this program. The size stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--calibrate-windows",
+            metavar="N",
+            min=1,
+            help="So many windows of 512 tokens of the text are read, by default 58.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
     from contextlib import nullcontext
 
+    from gguf_tools.calibration import read_settings, remove_work
+    from gguf_tools.calibration_bar import calibrate_with_bar
     from gguf_tools.conversion import plan_conversion, protect_input
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
@@ -224,6 +255,10 @@ def convert(
         pure=pure,
         keep=keep or (),
     )
+    settings = read_settings(calibrate, method, calibrate_windows)
+    if settings and (imatrix is not None or lora_only):
+        other = "--lora-only" if lora_only else "--imatrix"
+        raise typer.BadParameter(f"--calibrate and {other} exclude each other")
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
@@ -254,7 +289,7 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = checked = None
+    seconds = checked = calibrated = None
     losses = Losses()
     n_threads = threads or default_threads()
     if dry_run:
@@ -263,6 +298,19 @@ def convert(
         print()
     else:
         made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
+        if settings:
+            calibrated = calibrate_with_bar(
+                plan,
+                made_from,
+                target,
+                settings,
+                inputs=(*inputs, *merged),
+                threads=n_threads,
+                force=force,
+                resume=not no_resume,
+            )
+            plan = calibrated.plan
+            journal.add_option(calibrated.digest)
         if not no_check and not lora_only:
             checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
         with checked or nullcontext():
@@ -274,13 +322,16 @@ def convert(
                 check=checked,
                 journal=journal,
             )
+        if calibrated:
+            remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
     if checked is not None:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
-    _print_pairs(closing_rows(plan, target, seconds, self_check))
+    said = calibrated.line if calibrated else ""
+    _print_pairs(closing_rows(plan, target, seconds, self_check, calibration=said))
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
