@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from gguf_tools.header import HeaderParser, TensorInfo
 from gguf_tools.parts import parse_part_name
 from gguf_tools.values import Encoded
 
-__all__ = ["GGUFFile", "TensorInfo"]
+__all__ = ["GGUFFile", "TensorInfo", "UnfinishedFile"]
 
 BAND = 1 << 20  # weights that are looked at together
 UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begins
@@ -30,9 +29,12 @@ UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begin
 class GGUFFile:
     """An open GGUF file. Arrays from `raw` are views into the mapping and keep it alive."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, begun: "UnfinishedFile | None" = None
+    ) -> None:
+        """`begun`: the same file before its tensors were there. Its metadata is not read again."""
         self.path = Path(path)
-        first = _open_part(self.path)
+        first = _open_part(self.path, begun.header if begun is not None else None)
         parts = [first, *_other_parts(first)]
         header = first.header
         self._maps: tuple[mmap.mmap, ...] = tuple(part.mapping for part in parts)
@@ -116,11 +118,13 @@ class GGUFFile:
         return tensor.quant.dequantize(self.raw(name)).reshape(tensor.shape)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a file whose tensors need not all be there yet."""
-    header = HeaderParser(_map_file(path), printable(path, limit=1000))
-    header.parse_metadata()
-    return header.metadata
+class UnfinishedFile:
+    """A file whose tensors need not all be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.header = HeaderParser(_map_file(path), printable(path, limit=1000))
+        self.header.parse_metadata()
+        self.metadata = self.header.metadata
 
 
 def undo_path(path: Path) -> Path:
@@ -138,12 +142,14 @@ class _Part:
     header: HeaderParser
 
 
-def _open_part(path: Path) -> _Part:
+def _open_part(path: Path, begun: HeaderParser | None = None) -> _Part:
     mapping = _map_file(path)
     shown = printable(path, limit=1000)
     _refuse_interrupted(path, shown)
-    header = HeaderParser(mapping, shown)
-    header.parse()
+    header = begun if begun is not None else HeaderParser(mapping, shown)
+    if begun is None:
+        header.parse_metadata()
+    header.parse_tensors(mapping)
     return _Part(path, shown, mapping, header)
 
 

@@ -180,6 +180,7 @@ def test_architecture_without_decoder_is_no_problem(
     request = {"file": path, "source": STORIES, "is_checkpoint": True, "adapters": []}
     found = check({**request, "threads": 1}, wait=lambda: None)
     assert found == [
+        Finding("tokenizer carried over"),
         Finding("no chat template"),
         Finding("not run: its architecture cannot be run yet"),
     ]
@@ -357,4 +358,4 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         checked.begin(path)
         with pytest.raises(OutputError, match=r"as --strict asks: the model could not be run"):
             checked.end(path)
-    assert checked.line.endswith(", model not run")
+    assert checked.line == "model not run"
