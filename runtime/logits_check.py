@@ -74,14 +74,20 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """Of the logits of two whole models."""
+
+    n_same: int  # tokens after which both have the same first choice
+    kl: float  # mean Kullback-Leibler divergence from the source's distributions, nats
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A file against its source."""
 
     n_tokens: int
-    n_same: int  # tokens after which both have the same first choice
-    kl: float  # mean Kullback-Leibler divergence from the source's distributions, nats
     parts: tuple[PartError, ...]  # embedding, layers, head
-    whole: bool  # all layers were run, and the logits are all of the whole model's
+    logits: Agreement | None = None  # where all was run
 
 
 def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
@@ -90,8 +96,10 @@ def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
         found = compare(expected, file, threads=threads)
     except GGUFError as error:
         return Finding("not run", (f"the file cannot be run: {error}",))
-    text = f"logits agree on {found.n_same} of {found.n_tokens} first choices, KL {found.kl:.2g}"
-    if not found.whole:
+    n_tokens, logits = found.n_tokens, found.logits
+    if logits is not None:
+        text = f"logits agree on {logits.n_same} of {n_tokens} first choices, KL {logits.kl:.2g}"
+    else:
         worst = max(part.error for part in found.parts)
         text = f"head and {len(found.parts) - 2} layers agree to {worst:.1%}"
     wrong = [part for part in found.parts if part.is_wrong]
@@ -105,8 +113,8 @@ def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
         f"{part.name}: {part.error:.2%} off, {part.lightest} explains {part.limit:.0%}"
         for part in found.parts
     ]
-    if found.whole:
-        details.append(f"logits: {found.n_tokens} tokens, mean KL divergence {found.kl:.4g} nats")
+    if logits is not None:
+        details.append(f"logits: {n_tokens} tokens, mean KL divergence {logits.kl:.4g} nats")
     return Finding(text, tuple(problems), tuple(details))
 
 
@@ -171,9 +179,10 @@ def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
         add("head", head, expected.logits, found)
         if whole:
             found = model.head(own)
+    if not whole:
+        return Comparison(len(ids), tuple(parts))
     same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())
-    kl = _divergence(expected.logits, found)
-    return Comparison(len(ids), same, kl, tuple(parts), whole)
+    return Comparison(len(ids), tuple(parts), Agreement(same, _divergence(expected.logits, found)))
 
 
 def choose_layers(source: Source, *, most: int | None = None) -> list[int] | None:

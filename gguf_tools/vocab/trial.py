@@ -64,7 +64,8 @@ class Question:
                 stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                # Threads of these libraries would wait for each other by spinning.
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:  # no process can be had: that is the answer
             self._failure = error
