@@ -23,6 +23,7 @@ from gguf_tools.values import Encoded
 __all__ = ["GGUFFile", "TensorInfo", "UnfinishedFile"]
 
 BAND = 1 << 20  # weights that are looked at together
+MAPPED_TOGETHER = 2 << 20  # bytes, at most: a large page
 UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begins
 
 
@@ -107,10 +108,15 @@ class GGUFFile:
         return Encoded(self._maps[0][first:last])
 
     def _release(self, part: int, start: int, n_bytes: int) -> None:
-        """Drop pages from memory; they are read again when they are needed again."""
+        """Drop pages from memory; they are read again when they are needed again.
+
+        With what lies around them: the system maps a stretch of a file where a page is touched.
+        """
         if hasattr(mmap, "MADV_DONTNEED") and self._maps:
-            first = start - start % mmap.PAGESIZE
-            self._maps[part].madvise(mmap.MADV_DONTNEED, first, start + n_bytes - first)
+            first = start - start % MAPPED_TOGETHER
+            last = start + n_bytes + -(start + n_bytes) % MAPPED_TOGETHER
+            count = min(last, len(self._maps[part])) - first
+            self._maps[part].madvise(mmap.MADV_DONTNEED, first, count)
 
     def load(self, name: str) -> np.ndarray:
         """The weights of a tensor, dequantised to float32."""
