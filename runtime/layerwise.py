@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.jit import compile_kernels
+from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
 from runtime.backends.streaming import StreamedBackend, layer_stage
 from runtime.config import read_config
@@ -82,14 +83,17 @@ class LayerwiseModel:
         return self.program.embed(tokens, 0)
 
     @_damaged_weights
-    def layer(self, index: int, hidden: Floats) -> Floats:
-        """The hidden states after a layer."""
-        return self._backend.layer(index, hidden)
+    def layer(self, index: int, hidden: Floats, observe: Observe | None = None) -> Floats:
+        """The hidden states after a layer; `observe` is told of its products, each beforehand."""
+        return self._backend.layer(index, hidden, observe)
 
     @_damaged_weights
-    def head(self, hidden: Floats) -> Floats:
-        """The logits (n_tokens, n_vocab) of hidden states after the last layer."""
-        return self._backend.head(hidden)
+    def head(self, hidden: Floats, observe: Observe | None = None) -> Floats:
+        """The logits (n_tokens, n_vocab) of hidden states after the last layer.
+
+        `observe` is told of the product with the output matrix, of some tokens at a time.
+        """
+        return self._backend.head(hidden, observe)
 
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of each window in turn, (n_tokens, n_vocab)."""
@@ -121,11 +125,11 @@ class LayerwiseReference:
         self._stage = ReferenceBackend(layer_stage(program), n_ctx=n_tokens)
         self._n_layers = len(program.layers)
 
-    def layer(self, index: int, x: Floats) -> Floats:
-        return self._stage.run(index, {"x": x}, 0, 0)["x"]
+    def layer(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(index, {"x": x}, 0, 0, observe)["x"]
 
-    def head(self, x: Floats) -> Floats:
-        return self._stage.run(self._n_layers, {"x": x}, 0, len(x))["logits"]
+    def head(self, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(self._n_layers, {"x": x}, 0, len(x), observe)["logits"]
 
     def close(self) -> None:
         self._stage.close()
