@@ -262,7 +262,12 @@ def convert(
             print(line)
         print()
     else:
-        made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
+        made_from = Source(
+            model_dir,
+            is_checkpoint=file is None,
+            adapters=tuple(lora or ()),
+            encodings=plan.encodings,
+        )
         if not no_check and not lora_only:
             checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
         with checked or nullcontext():
