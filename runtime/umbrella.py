@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 import gguf_tools.cli
+import gguf_tools.convert_command
 import gguf_tools.file_commands
 import runtime.cli
 import runtime.eval_command
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(gguf_tools.cli.convert)
+app.command()(gguf_tools.convert_command.convert)
 app.command()(gguf_tools.cli.info)
 app.command()(gguf_tools.cli.models)
 for name, command in gguf_tools.file_commands.COMMANDS.items():

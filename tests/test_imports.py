@@ -47,6 +47,7 @@ def test_directions(path: Path) -> None:
     if here not in (
         "gguf_tools/cli.py",
         "gguf_tools/command.py",
+        "gguf_tools/convert_command.py",
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/eval_command.py",
@@ -113,6 +114,7 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
     if name(path) in (
         "gguf_tools/cli.py",
         "gguf_tools/command.py",
+        "gguf_tools/convert_command.py",
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/chat.py",

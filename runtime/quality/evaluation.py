@@ -142,6 +142,11 @@ def cut_windows(
     return ids[: n_windows * n_ctx].reshape(n_windows, n_ctx)[:limit]
 
 
+def scored(n_ctx: int) -> int:
+    """How many tokens of a window are scored: those after the first half but for the last."""
+    return n_ctx - 1 - n_ctx // 2
+
+
 def evaluate(
     candidates: Sequence[Scorer],
     windows: Ids,

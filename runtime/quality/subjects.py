@@ -28,6 +28,7 @@ class Subject:
     bits_per_weight: float
     tokenizer: Tokenizer
     model: Model | LayerwiseModel
+    source: Source
 
     def scorer(self, windows: Ids, bos: int | None) -> Scorer:
         """What reads these windows, each once and in this order."""
@@ -43,7 +44,7 @@ def open_file(path: Path, *, n_ctx: int, threads: int | None) -> Iterator[Subjec
         tokenizer = Tokenizer(file.metadata)
         with Model.load(file, n_ctx=n_ctx, threads=threads) as model:
             bits = bits_per_weight(file) or 0.0
-            yield Subject(path.name, file.file_size, bits, tokenizer, model)
+            yield Subject(path.name, file.file_size, bits, tokenizer, model, file)
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def open_checkpoint(folder: Path, *, n_ctx: int, threads: int | None) -> Iterato
     n_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
     with LayerwiseModel(source, n_tokens=n_ctx, threads=threads or default_threads()) as model:
-        yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model)
+        yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model, source)
 
 
 @dataclass(frozen=True, eq=False)
