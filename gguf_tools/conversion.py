@@ -91,7 +91,8 @@ def plan_conversion(
         overrides=overrides,
         matrix=matrix,
     )
-    return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+    notes = (*merged, *plan.notes, *vocab.warnings)
+    return replace(plan, notes=notes, encodings=vocab.encodings)
 
 
 def match_checkpoint(

@@ -297,7 +297,12 @@ def convert(
             print(line)
         print()
     else:
-        made_from = Source(model_dir, is_checkpoint=file is None, adapters=tuple(lora or ()))
+        made_from = Source(
+            model_dir,
+            is_checkpoint=file is None,
+            adapters=tuple(lora or ()),
+            encodings=plan.encodings,
+        )
         if settings:
             calibrated = calibrate_with_bar(
                 plan,

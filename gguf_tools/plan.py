@@ -30,6 +30,7 @@ from gguf_tools.recipes import (
 )
 from gguf_tools.safetensors_file import Bytes, LazyTensor
 from gguf_tools.values import Array, MetadataValue, Value
+from gguf_tools.vocab.trial import Encodings
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
@@ -88,6 +89,7 @@ class Plan:
     metadata: Mapping[str, MetadataValue]
     notes: tuple[str, ...]
     matrix: ImportanceMatrix | None = None
+    encodings: Encodings | None = None  # of the test texts, by the checkpoint's tokenizer
 
     @property
     def specs(self) -> list[TensorSpec]:
