@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gguf_tools.journal import Journal
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck
+    from gguf_tools.self_check import SelfCheck, Source
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -218,7 +218,6 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
-    from contextlib import nullcontext
 
     from gguf_tools.calibration import read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
@@ -269,8 +268,12 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    n_threads = threads or default_threads()
+    checked = None
     if not dry_run:
         import_compilers()
+        if not no_check and not lora_only:
+            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -289,9 +292,8 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = checked = calibrated = None
+    seconds = calibrated = None
     losses = Losses()
-    n_threads = threads or default_threads()
     if dry_run:
         for line in plan_lines(plan):
             print(line)
@@ -316,17 +318,15 @@ def convert(
             )
             plan = calibrated.plan
             journal.add_option(calibrated.digest)
-        if not no_check and not lora_only:
-            checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        with checked or nullcontext():
-            losses = _write(
-                plan,
-                target,
-                threads=n_threads,
-                force=force,
-                check=checked,
-                journal=journal,
-            )
+        losses = _write(
+            plan,
+            target,
+            made_from,
+            threads=n_threads,
+            force=force,
+            check=checked,
+            journal=journal,
+        )
         if calibrated:
             remove_work(calibrated)
         seconds = time.monotonic() - start
@@ -359,6 +359,7 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
+    source: "Source",
     *,
     threads: int,
     force: bool,
@@ -367,6 +368,7 @@ def _write(
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
+    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -401,7 +403,7 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=check.begin if check else None,
+        begun=partial(check.begin, source=source, output=target) if check else None,
         check=check.end if check else None,
         journal=journal,
     )
