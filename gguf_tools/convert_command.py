@@ -4,7 +4,7 @@ Everything heavy is imported inside: `--help` answers at once.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gguf_tools.journal import Journal
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.values import MetadataValue
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -88,6 +88,24 @@ def convert(
             "--no-check",
             help="Leave out the self-check of the finished file: its tokenizer against the "
             "checkpoint's, its chat template, its logits against the source's weights.",
+        ),
+    ] = False,
+    quality: Annotated[
+        bool | None,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Measure what quantising costs: a short text, read by the file and by the "
+            "source's weights. The figures are shown, and kept in the file. By default of models "
+            "with less than 1 B parameters, as a part of the self-check.",
+            show_default=False,
+        ),
+    ] = None,
+    raise_cliff: Annotated[
+        bool,
+        typer.Option(
+            "--raise-cliff",
+            help="Where that shows a precision cliff, give the tensors that cost most more bits, "
+            "and convert again (twice at most).",
         ),
     ] = False,
     check_details: Annotated[
@@ -218,9 +236,18 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
+    from functools import partial
 
     from gguf_tools.calibration import read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
+    from gguf_tools.cliffs import (
+        ATTEMPTS,
+        raised_types,
+        raising_lines,
+        request_sheet,
+        with_room,
+        with_types,
+    )
     from gguf_tools.conversion import plan_conversion, protect_input
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
@@ -237,9 +264,9 @@ def convert(
     from gguf_tools.quants.blocks import import_compilers
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
-    from gguf_tools.report import closing_rows, loss_notes, plan_lines
+    from gguf_tools.report import closing_rows, loss_notes, plan_lines, quality_rows
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
-    from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.self_check import CliffFoundError, SelfCheck, Source
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
@@ -258,6 +285,9 @@ def convert(
     if settings and (imatrix is not None or lora_only):
         other = "--lora-only" if lora_only else "--imatrix"
         raise typer.BadParameter(f"--calibrate and {other} exclude each other")
+    if raise_cliff and (settings or lora_only or quality is False):
+        other = "--calibrate" if settings else "--lora-only" if lora_only else "--no-quality"
+        raise typer.BadParameter(f"--raise-cliff and {other} exclude each other")
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
@@ -269,15 +299,19 @@ def convert(
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
     n_threads = threads or default_threads()
+    new_check = partial(SelfCheck, threads=n_threads, strict=strict, checks=not no_check)
     checked = None
     if not dry_run:
         import_compilers()
-        if not no_check and not lora_only:
-            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
+        if not lora_only and (not no_check or quality or raise_cliff):
+            checked = context.with_resource(new_check())
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
-    journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
+    new_journal = partial(
+        Journal, (*inputs, *files, *merged), options=options, resume=not no_resume
+    )
+    journal = new_journal()
     if lora_only:
         plan = plan_adapter(open_adapter(model_dir), chosen, base)
     elif file:
@@ -292,7 +326,12 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
+    asked = True if raise_cliff else quality
+    sheet = None if lora_only else request_sheet(plan, asked, checks=not no_check)
+    if sheet:
+        plan = with_room(plan)
     seconds = calibrated = None
+    raised: list[str] = []
     losses = Losses()
     if dry_run:
         for line in plan_lines(plan):
@@ -318,25 +357,41 @@ def convert(
             )
             plan = calibrated.plan
             journal.add_option(calibrated.digest)
-        losses = _write(
-            plan,
-            target,
-            made_from,
-            threads=n_threads,
-            force=force,
-            check=checked,
-            journal=journal,
-        )
+        for attempt in range(ATTEMPTS):
+            begun = None
+            if checked:
+                raises = raise_cliff and attempt < ATTEMPTS - 1
+                begun = partial(
+                    checked.begin, source=made_from, output=target, sheet=sheet, raises=raises
+                )
+            try:
+                losses = _write(
+                    plan,
+                    target,
+                    threads=n_threads,
+                    force=force,
+                    begun=begun,
+                    check=checked.end if checked else None,
+                    journal=journal,
+                )
+                break
+            except CliffFoundError as cliff:
+                types = raised_types(cliff.sheet, plan, steps=2 * attempt)
+                raised += raising_lines(cliff.sheet, plan, types)
+                plan = with_types(plan, types)
+                checked = context.with_resource(new_check())
+                journal = new_journal()
         if calibrated:
             remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
-    if checked is not None:
+    if checked is not None and not no_check:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
     said = calibrated.line if calibrated else ""
-    _print_pairs(closing_rows(plan, target, seconds, self_check, calibration=said))
+    rows = closing_rows(plan, target, seconds, self_check, calibration=said)
+    _print_pairs((*rows, *quality_rows(checked, sheet, raised)))
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
@@ -359,16 +414,15 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
-    source: "Source",
     *,
     threads: int,
     force: bool,
-    check: "SelfCheck | None",
+    begun: "Callable[[Path], None] | None",
+    check: "Callable[[Path], Mapping[str, MetadataValue]] | None",
     journal: "Journal",
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
-    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -403,8 +457,8 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=partial(check.begin, source=source, output=target) if check else None,
-        check=check.end if check else None,
+        begun=begun,
+        check=check,
         journal=journal,
     )
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gguf_tools.errors import printable
+from gguf_tools.quality_sheet import describe_sheet, from_metadata, sheet_lines
 from gguf_tools.reader import GGUFFile, TensorInfo
 
 SHOWN_ITEMS = 6  # of a long array, on the terminal
@@ -41,6 +42,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         **parts,
         "bits_per_weight": bits_per_weight(file),
         "types": count_types(file),
+        "quality": describe_sheet(from_metadata(file.metadata)),
         "tensors": [describe_tensor(file, tensor) for tensor in file.tensors.values()],
         "metadata": {key: to_json(value) for key, value in file.metadata.items()},
     }
@@ -135,6 +137,7 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
         yield "bits per weight", f"{bits:.4f}"
     yield from _summarise_types(file)
     yield from _summarise_calibration(metadata)
+    yield from _summarise_quality(metadata)
     yield from _summarise_sizes(metadata, arch)
     yield from _summarise_tokenizer(metadata)
     yield "chat template", _summarise_template(metadata)
@@ -221,6 +224,13 @@ def _summarise_calibration(metadata: dict[str, Any]) -> Iterator[tuple[str, str]
     if method is not None:
         text, tokens = (show_value(metadata.get(CALIBRATION + key)) for key in ("text", "tokens"))
         yield "calibrated", f"{show_value(method)} on {text}, {tokens} tokens"
+
+
+def _summarise_quality(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What quantising cost, where the file says so."""
+    sheet = from_metadata(metadata)
+    for number, line in enumerate(sheet_lines(sheet) if sheet is not None else ()):
+        yield "" if number else "quality", line
 
 
 def _summarise_sizes(metadata: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:

@@ -10,23 +10,17 @@ a few tensors did not bear it, as a rule, and those can have more bits.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gguf_tools.errors import printable
-from gguf_tools.plan import NOTHING_TO_WEIGH, PLAIN, Plan, TensorPlan
-from gguf_tools.quants import by_name
-from gguf_tools.quants.quanttype import QuantType
-from gguf_tools.recipes import Choice
-from gguf_tools.tools.edit_values import RESERVE_KEY
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.writer import encode_string, encode_value
 
 PREFIX = "gguf_tools.quality."
 TEXT = "gguf-tools sheet 1"  # the text's name; another text gets another number
-LARGEST = 1_000_000_000  # parameters of models whose sheet is made unasked
 ROOM = 1024  # bytes that are kept free for the sheet in a file's metadata
 SHOWN = 4  # tensors that are named
 MOST_NAME = 64  # bytes
@@ -42,7 +36,6 @@ LIMITS: tuple[tuple[int, float, float], ...] = (
     (0, 3.00, 5.00),
 )
 STANDS_OUT = 0.05  # the share of the cost from which on a tensor is one of those that cost most
-LADDER = ("Q3_K", "Q4_K", "Q4_1", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")  # by bits; to raise to
 
 
 @dataclass(frozen=True)
@@ -107,45 +100,13 @@ KEYS = (
 )
 
 
-def is_measurable(plan: Plan) -> bool:
-    """Whether the file loses anything of its source: some tensor is rounded to a block type."""
-    return any(_is_rounded(tensor) for tensor in plan.tensors)
-
-
-def type_bits(plan: Plan) -> int:
-    """The bits of the type that most of the rounded weights have: 4 of Q4_0, IQ4_XS and Q4_K."""
-    counts: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if _is_rounded(tensor):
-            counts[tensor.quant.name] = counts.get(tensor.quant.name, 0) + tensor.source.n_elements
-    return _bits(by_name(max(counts, key=lambda name: counts[name])))
-
-
-def with_room(plan: Plan) -> Plan:
-    """The plan, with room for a sheet at the end of the metadata."""
-    kept = {key: value for key, value in plan.metadata.items() if key != RESERVE_KEY}
-    return replace(plan, metadata={**kept, RESERVE_KEY: _zeros(ROOM)})
-
-
-def encode_sheet(sheet: Sheet) -> tuple[int, bytes]:
-    """The sheet's keys and what is left of the room: their number, and ROOM's own bytes.
-
-    Both as a file's header has them.
-    """
-    room = len(_entry(RESERVE_KEY, _zeros(ROOM)))
-    least = len(_entry(RESERVE_KEY, _zeros(0)))
+def fitting(sheet: Sheet) -> dict[str, MetadataValue]:
+    """The sheet under its keys, with as many tensors as there is room for."""
     for n_costs in range(len(sheet.costs), -1, -1):
         entries = to_metadata(replace(sheet, costs=sheet.costs[:n_costs]))
-        data = b"".join(_entry(key, value) for key, value in entries.items())
-        left = room - len(data) - least
-        if left >= 0:
-            return len(entries) + 1, data + _entry(RESERVE_KEY, _zeros(left))
+        if sum(len(_entry(key, value)) for key, value in entries.items()) <= ROOM:
+            return entries
     raise ValueError("the room for a sheet is too small")
-
-
-def encode_room() -> bytes:
-    """The room as `with_room` makes it, in the bytes of a file's header."""
-    return _entry(RESERVE_KEY, _zeros(ROOM))
 
 
 def to_metadata(sheet: Sheet) -> dict[str, MetadataValue]:
@@ -184,6 +145,22 @@ def from_metadata(metadata: Mapping[str, Any]) -> Sheet | None:
     return Sheet(**values, costs=costs)
 
 
+def describe_sheet(sheet: Sheet | None) -> dict[str, Any] | None:
+    """The sheet in the types of JSON."""
+    if sheet is None:
+        return None
+    kl, ratio = sheet.limits
+    verdict = {"mean_kl_limit": kl, "perplexity_ratio_limit": ratio, "is_cliff": sheet.is_cliff}
+    return {**asdict(sheet), **verdict}
+
+
+def sheet_of_json(found: Any) -> Sheet | None:
+    """The sheet that `asdict` made JSON of; TypeError or KeyError if it is none."""
+    if found is None:
+        return None
+    return Sheet(**{**found, "costs": tuple(Cost(**cost) for cost in found["costs"])})
+
+
 def sheet_lines(sheet: Sheet) -> Iterator[str]:
     """Five lines; names are made fit for a terminal."""
     yield (
@@ -216,60 +193,6 @@ def cliff_warning(sheet: Sheet) -> str:
         return f"{found}; no single tensor stands out: choose a --type with more bits"
     names = ", ".join(printable(cost.name, 70) for cost in sheet.outstanding[:SHOWN])
     return f"{found}; {names} cost most: give them more bits with --raise-cliff or --tensor-type"
-
-
-def raised_types(sheet: Sheet, plan: Plan, *, steps: int = 0) -> dict[str, str]:
-    """The types with which the tensors that cost most should bear it; empty where none does.
-
-    KL divergence goes with the square of errors, which a bit more halves: as many bits more as
-    bring it below half its limit, and `steps` in addition.
-    """
-    limit = sheet.limits[0] / 2
-    more = max(1, math.ceil(math.log(max(sheet.mean_kl, limit) / limit, 4))) + steps
-    found = {}
-    for tensor in plan.tensors:
-        if all(cost.name != tensor.name for cost in sheet.outstanding):
-            continue
-        higher = _higher(tensor, _bits(tensor.quant) + more)
-        if higher:
-            found[tensor.name] = higher
-    return found
-
-
-def with_types(plan: Plan, types: Mapping[str, str]) -> Plan:
-    """The plan with other types for some tensors; those of the others stay what they are."""
-    tensors = tuple(
-        _with_type(tensor, types[tensor.name]) if tensor.name in types else tensor
-        for tensor in plan.tensors
-    )
-    return replace(plan, tensors=tensors)
-
-
-# --- types --------------------------------------------------------------------------------------
-
-
-def _is_rounded(tensor: TensorPlan) -> bool:
-    return tensor.quant.name not in (*PLAIN, tensor.source.dtype)
-
-
-def _bits(quant: QuantType) -> int:
-    """Whole bits of a weight, without its share of the scales."""
-    return int(8 * quant.block_bytes / quant.block_size)
-
-
-def _higher(tensor: TensorPlan, bits: int) -> str:
-    """The first type with so many bits that holds the tensor's rows, else the last; or nothing."""
-    width = tensor.source.row_length
-    fit = [quant for quant in map(by_name, LADDER) if width % quant.block_size == 0]
-    above = [quant for quant in fit if _bits(quant) > _bits(tensor.quant)]
-    enough = [quant for quant in above if _bits(quant) >= bits]
-    return (enough[0] if enough else above[-1]).name if above else ""
-
-
-def _with_type(tensor: TensorPlan, type_: str) -> TensorPlan:
-    importance = None if type_ in NOTHING_TO_WEIGH else tensor.importance
-    choice = Choice(type_, type_)
-    return replace(tensor, quant=by_name(type_), choice=choice, importance=importance)
 
 
 # --- bytes and texts ----------------------------------------------------------------------------

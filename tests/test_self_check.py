@@ -178,7 +178,7 @@ def test_architecture_without_decoder_is_no_problem(
     path = converted(STORIES, tmp_path / "x.gguf")
     monkeypatch.delitem(DECODERS, "llama")
     request = {"file": path, "source": STORIES, "is_checkpoint": True, "adapters": []}
-    found = check({**request, "threads": 1}, wait=lambda: None)
+    found = check({**request, "threads": 1}, wait=lambda: None).findings
     assert found == [
         Finding("tokenizer carried over"),
         Finding("no chat template"),
@@ -189,7 +189,7 @@ def test_architecture_without_decoder_is_no_problem(
 def test_source_that_is_gone(tmp_path: Path) -> None:
     path = converted(STORIES, tmp_path / "x.gguf")
     request = {"file": path, "source": tmp_path / "gone", "is_checkpoint": True, "adapters": []}
-    *_, found = check({**request, "threads": 1}, wait=lambda: None)
+    *_, found = check({**request, "threads": 1}, wait=lambda: None).findings
     assert found.text == "logits not compared" and "no such folder" in found.problems[0]
 
 

@@ -46,7 +46,7 @@ WINDOW = 256  # tokens
 SKIPPED = 32  # at a window's start, after which nobody could say much of what comes
 SHORTEST = 64
 SMALL = 200_000_000  # weights; models with more read one window
-NUMPY_SMALL = 300_000_000  # models with more are not measured where NumPy has to do it
+NUMPY_WINDOW = 128  # tokens, where kernels are not compiled
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared
 TRIED, TRIED_ON_CLIFF = 3, 8  # tensors that are measured alone
 TRIED_LARGE = 2  # of a model that is not small
@@ -68,12 +68,11 @@ class SourceRun:
         self.model = self.run_as(source)
         try:
             if not self.model.is_compiled:
-                if self.n_weights > NUMPY_SMALL:
+                if self.n_weights > SMALL:
                     raise GGUFError(
-                        "kernels are not compiled yet, and without them it would take long: "
-                        "--quality compiles them"
+                        "the kernels for it are not compiled yet: --quality compiles them, once"
                     )
-                self.windows = self.windows[:1]
+                self.windows = self.windows[:1, :NUMPY_WINDOW]
             bos = tokenizer.bos_id if tokenizer.add_bos else None
             self.read = [with_bos(window, bos).tolist() for window in self.windows]
             if max(map(max, self.read)) >= self.model.config.n_vocab:
@@ -95,6 +94,12 @@ class SourceRun:
             layers=layers,
             compiles=self._compiles,
         )
+
+    def use_threads(self, threads: int) -> None:
+        """Run with so many from now on."""
+        self.model.close()
+        self._threads = threads
+        self.model = self.run_as(self.source)
 
     def _run_first(self) -> Floats:
         x = self.model.embed(self.read[0])
@@ -139,11 +144,14 @@ def run_layers(model: LayerwiseModel, x: Floats) -> Floats:
     return x
 
 
-def measure(run: SourceRun, file: Source, *, bits: int, more: bool = False) -> Sheet:
+def measure(
+    run: SourceRun, file: Source, *, bits: int, threads: int, names_tensors: bool = True
+) -> Sheet:
     """The sheet of `file`, whose type has so many bits.
 
-    More tensors are measured alone where it turns out a cliff, or with `more`.
+    More tensors are measured alone where it turns out a cliff.
     """
+    run.use_threads(threads)
     parts: list[Differences] = []
     with run.run_as(file) as model:
         for ids, window, expected in zip(run.read, run.windows, run.ends, strict=True):
@@ -164,8 +172,10 @@ def measure(run: SourceRun, file: Source, *, bits: int, more: bool = False) -> S
         perplexity_ratio=_short(apart.perplexity_ratio.value),
         perplexity_ratio_error=_short(apart.perplexity_ratio.error),
     )
+    if not names_tensors:
+        return sheet
     n_tried = TRIED if run.n_weights <= SMALL else TRIED_LARGE
-    if sheet.is_cliff or more:
+    if sheet.is_cliff:
         n_tried = TRIED_ON_CLIFF
     return replace(sheet, costs=costs(run, file, n_tried))
 
