@@ -14,13 +14,13 @@ from gguf_tools.plan import NOTHING_TO_WEIGH, PLAIN, Plan, TensorPlan
 from gguf_tools.quality_sheet import ROOM, Sheet
 from gguf_tools.quants import by_name
 from gguf_tools.quants.quanttype import QuantType
-from gguf_tools.recipes import Choice
+from gguf_tools.recipes import Choice, block_number
 from gguf_tools.self_check import SheetRequest
 from gguf_tools.values import RESERVE_KEY, Array
 
 ATTEMPTS = 3  # a file beyond a cliff is made again twice
 LARGEST = 1_000_000_000  # parameters of models whose sheet is made unasked
-LADDER = ("Q3_K", "Q4_K", "Q4_1", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "F16")  # by bits; to raise to
+LADDER = ("Q3_K", "Q4_K", "Q5_K", "Q5_0", "Q6_K", "Q8_0", "F16")  # by bits; to raise to
 
 
 def request_sheet(plan: Plan, asked: bool | None, *, checks: bool) -> SheetRequest | None:
@@ -38,11 +38,12 @@ def is_measurable(plan: Plan) -> bool:
 
 
 def type_bits(plan: Plan) -> int:
-    """The bits of the type that most of the rounded weights have: 4 of Q4_0, IQ4_XS and Q4_K."""
+    """The bits of the type that most of the layers' rounded weights have: 4 of Q4_0 and Q4_K."""
     counts: dict[str, int] = {}
-    for tensor in plan.tensors:
-        if _is_rounded(tensor):
-            counts[tensor.quant.name] = counts.get(tensor.quant.name, 0) + tensor.source.n_elements
+    rounded = [tensor for tensor in plan.tensors if _is_rounded(tensor)]
+    in_layers = [tensor for tensor in rounded if block_number(tensor.name) >= 0]
+    for tensor in in_layers or rounded:
+        counts[tensor.quant.name] = counts.get(tensor.quant.name, 0) + tensor.source.n_elements
     return _bits(by_name(max(counts, key=lambda name: counts[name])))
 
 

@@ -21,7 +21,7 @@ from gguf_tools.writer import encode_string, encode_value
 
 PREFIX = "gguf_tools.quality."
 TEXT = "gguf-tools sheet 1"  # the text's name; another text gets another number
-ROOM = 1024  # bytes that are kept free for the sheet in a file's metadata
+ROOM = 1280  # bytes that are kept free for the sheet in a file's metadata
 SHOWN = 4  # tensors that are named
 MOST_NAME = 64  # bytes
 
@@ -31,8 +31,8 @@ LIMITS: tuple[tuple[int, float, float], ...] = (
     (8, 0.05, 1.03),
     (6, 0.10, 1.06),
     (5, 0.25, 1.15),
-    (4, 0.70, 1.50),
-    (3, 1.20, 2.00),
+    (4, 0.80, 1.80),
+    (3, 1.20, 2.50),
     (0, 3.00, 5.00),
 )
 STANDS_OUT = 0.05  # the share of the cost from which on a tensor is one of those that cost most
