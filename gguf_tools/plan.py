@@ -87,6 +87,7 @@ class Plan:
     metadata: Mapping[str, MetadataValue]
     notes: tuple[str, ...]
     matrix: ImportanceMatrix | None = None
+    facts: RecipeFacts | None = None  # what the rules of file types ask; None of an adapter
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -162,7 +163,7 @@ def build_plan(
         **(matrix.metadata() if matrix is not None else {}),
     }
     notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
-    return Plan(file_type, tensors, metadata, notes, matrix)
+    return Plan(file_type, tensors, metadata, notes, matrix, recipe_facts)
 
 
 def plan_tensors(
