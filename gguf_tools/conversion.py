@@ -91,7 +91,8 @@ def plan_conversion(
         overrides=overrides,
         matrix=matrix,
     )
-    return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+    notes = (*merged, *plan.notes, *vocab.warnings)
+    return replace(plan, notes=notes, encodings=vocab.encodings)
 
 
 def match_checkpoint(
@@ -164,6 +165,11 @@ def protect_input(path: Path, output: Path) -> None:
                 if name != output:
                     shown += f", as which {printable(output.name)} begins,"
                 raise OutputError(f"{shown} is {what}; choose another name")
+
+
+def refuse_output(plan: Plan, path: Path, *, force: bool) -> None:
+    """Raise now what writing the plan to `path` would raise before it begins."""
+    GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force)
 
 
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:

@@ -30,6 +30,7 @@ from gguf_tools.recipes import (
 )
 from gguf_tools.safetensors_file import LazyTensor
 from gguf_tools.values import Array, MetadataValue, Value
+from gguf_tools.vocab.trial import Encodings
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
@@ -87,6 +88,7 @@ class Plan:
     metadata: Mapping[str, MetadataValue]
     notes: tuple[str, ...]
     matrix: ImportanceMatrix | None = None
+    encodings: Encodings | None = None  # of the test texts, by the checkpoint's tokenizer
     facts: RecipeFacts | None = None  # what the rules of file types ask; None of an adapter
 
     @property
@@ -163,7 +165,7 @@ def build_plan(
         **(matrix.metadata() if matrix is not None else {}),
     }
     notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
-    return Plan(file_type, tensors, metadata, notes, matrix, recipe_facts)
+    return Plan(file_type, tensors, metadata, notes, matrix, facts=recipe_facts)
 
 
 def plan_tensors(

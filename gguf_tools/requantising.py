@@ -79,7 +79,7 @@ def plan_requantisation(
     }
     replaced = {*DROPPED, *own}
     carried = {key: file.encoded(key) for key in file.metadata if key not in replaced}
-    return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix, facts)
+    return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix, facts=facts)
 
 
 def source_name(path: Path) -> Path:

@@ -35,6 +35,7 @@ from gguf_tools.values import DEFAULT_ALIGNMENT, MetadataValue, Value
 from gguf_tools.writer import file_size
 
 KEY = "gguf_tools.target."
+BEFORE = "Q4_K_M"  # the file type of a plan before types are chosen
 TRIED = tuple(type_ for type_ in WRITTEN if type_ not in ("F32", "BF16"))
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{end}": base**power
@@ -55,12 +56,18 @@ class Target:
     n_bytes: int | None = None
     bits_per_weight: float | None = None
     text: Path | None = None  # to measure on; None: the one that ships
+    given: str = ""  # the option's value
+
+    @property
+    def name(self) -> str:
+        """For the end of a file's name."""
+        return self.given.replace(" ", "") + ("bpw" if self.n_bytes is None else "")
 
     @property
     def option(self) -> str:
         if self.n_bytes is not None:
-            return f"--target-size {self.n_bytes:,}"
-        return f"--target-bpw {self.bits_per_weight:g}"
+            return f"--target-size {printable(self.given)}"
+        return f"--target-bpw {self.given}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,10 @@ def read_target(size: str | None, bits: float | None, text: str | None) -> Targe
             "found none of that name"
         )
     if size is not None:
-        return Target(parse_size(size), None, path)
+        return Target(parse_size(size), None, path, size)
     if bits is not None and not 0 < bits <= 32:
         raise GGUFError(f"--target-bpw {bits:g}: expected bits for each weight, such as 4.5")
-    return Target(None, bits, path)
+    return Target(None, bits, path, f"{bits:g}")
 
 
 def parse_size(text: str) -> int:
@@ -127,12 +134,11 @@ def settle(
         )
         return Settled(plan_for(recipe.file_type, overrides), (), line)
     made = plan_for(mixture.file_type, replace(overrides, patterns=mixture.patterns))
-    found = {
-        "kl": Value("f32", kl[0]),
-        "kl_tokens": Value("u32", n_tokens),
-        **({} if recipe is None else {"file_type_kl": Value("f32", kl[1])}),
-    }
-    plan = replace(made, metadata={**made.metadata, **mixture.metadata, **_prefixed(found)})
+    found = {"kl": Value("f32", kl[0]), "kl_tokens": Value("u32", n_tokens)}
+    if recipe is not None:
+        found["file_type_kl"] = Value("f32", kl[1])
+    metadata = {**made.metadata, **mixture.metadata, **_prefixed(found)}
+    plan = replace(made, metadata=metadata)
     line = f"mean KL {kl[0]:.5f} on {n_tokens:,} tokens"
     if recipe is not None:
         line += (
@@ -302,11 +308,6 @@ class _Task:
             words += [option, value] if value else []
         text = measured.text.encode(errors="replace")[:MAX_TEXT_NAME].decode(errors="ignore")
         # Numbers that are not known yet take the room that they will.
-        later = {
-            "kl": Value("f32", 0.0),
-            "kl_tokens": Value("u32", 0),
-            "file_type_kl": Value("f32", 0.0),
-        }
         return _prefixed(
             {
                 **asked,
@@ -315,7 +316,9 @@ class _Task:
                 "text_sha256": Value("str", measured.digest),
                 "tokens": Value("u32", measured.tokens),
                 "file_type": Value("str", closest.file_type.name),
-                **later,
+                "kl": Value("f32", 0.0),
+                "kl_tokens": Value("u32", 0),
+                **({"file_type_kl": Value("f32", 0.0)} if self._fits(closest.types) else {}),
             }
         )
 

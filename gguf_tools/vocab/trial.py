@@ -28,6 +28,15 @@ FAILURES = (OSError, ValueError, subprocess.SubprocessError)  # of a process tha
 
 
 @dataclass(frozen=True)
+class Encodings:
+    """What the checkpoint's own tokenizer makes of the test texts."""
+
+    source: str  # the file that was run
+    ids: Sequence[Sequence[int]]  # of each text
+    failure: str = ""  # why there are none
+
+
+@dataclass(frozen=True)
 class Trial:
     """How a tokenizer.json behaves. Keys are splits, with "+nfc" where text is normalized first."""
 
@@ -36,6 +45,7 @@ class Trial:
     same_ids: Mapping[str, int]  # texts that encode to the same ids
     same_words: Mapping[str, int]  # texts that are cut at the same places
     merges_matter: int  # texts that ignoring the merges of whole words encodes differently
+    ids: Sequence[Sequence[int]]  # what the texts are encoded as
 
 
 class Question:
@@ -54,7 +64,8 @@ class Question:
                 stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                # Threads of these libraries would wait for each other by spinning.
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:  # no process can be had: that is the answer
             self._failure = error
@@ -70,17 +81,18 @@ class Question:
     ) -> None:
         self.close()
 
-    def answer(self, *, seconds: float) -> Any:
-        """The JSON that it writes, waited for so long.
+    def answer(self, *, seconds: float, text: str = "") -> Any:
+        """The JSON that it writes, waited for so long; `text` is for its standard input.
 
         Raises one of FAILURES, subprocess.TimeoutExpired among them.
         """
         if self._process is None:
             raise self._failure or ValueError("the question is closed")
-        text, _ = self._process.communicate(timeout=seconds)  # closes standard input
+        given = text.encode() if self._process.stdin is not None else None
+        written, _ = self._process.communicate(given, timeout=seconds)  # closes standard input
         if self._process.returncode != 0:
             raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
-        return json.loads(text)
+        return json.loads(written)
 
     def close(self) -> None:
         if self._process is not None:
@@ -141,7 +153,7 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
         )
         same_ids[key] = _count_equal(_encode_all(tokenizer), expected)
         same_words[key] = _count_equal(_cut_all(tokenizer), words)
-    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter)
+    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter, expected)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from numba import cuda, types
 from numpy import float32
 
 from gguf_tools.jit import jit
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16
 from runtime.kernels.cuda.warps import block_max, block_sum, eighth_sum
 
@@ -79,8 +80,8 @@ def signed(word):
     return float32(((word & 255) ^ 128) - 128)
 
 
-def _make_attend(eight, two):
-    @cuda.jit
+def _make_attend(name, eight, two):
+    @kernel(f"{name}_attend")
     def attend(
         q,
         q_stride,
@@ -175,10 +176,13 @@ def _make_attend(eight, two):
     return attend
 
 
-ATTEND = {"f16": _make_attend(eight_f16, two_f16), "q8_0": _make_attend(eight_q8_0, two_q8_0)}
+ATTEND = {
+    "f16": _make_attend("f16", eight_f16, two_f16),
+    "q8_0": _make_attend("q8_0", eight_q8_0, two_q8_0),
+}
 
 
-@cuda.jit
+@kernel("combine")
 def combine(mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim):
     """The ranges of one head of one token as one, for each block."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y

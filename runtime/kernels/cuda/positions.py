@@ -8,13 +8,14 @@ import numpy as np
 from numba import cuda
 from numpy import float32
 
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import half, nearest, to_half
 from runtime.kernels.cuda.warps import warp_max
 
 MOST, LARGEST_HALF = np.float32(127), np.float32(65504)
 
 
-@cuda.jit
+@kernel("rope")
 def rope(x, stride, head_dim, n_dims, interleaved, cosines, sines, state):
     """Turn the first n_dims of every head; a block for each head of each token."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y
@@ -31,7 +32,7 @@ def rope(x, stride, head_dim, n_dims, interleaved, cosines, sines, state):
         x[second] = a * sine + b * cosine
 
 
-@cuda.jit
+@kernel("store_f16")
 def store_f16(x, stride, numbers, scales, dim, padded, n_ctx, state):
     """Keys or values of one head of one token, for each block."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y
@@ -41,7 +42,7 @@ def store_f16(x, stride, numbers, scales, dim, padded, n_ctx, state):
         numbers[target + i] = to_half(x[source + i])
 
 
-@cuda.jit
+@kernel("store_q8_0")
 def store_q8_0(x, stride, numbers, scales, dim, padded, n_ctx, state):
     """The same, a warp for each 32."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y
