@@ -242,7 +242,8 @@ def convert(
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
     from gguf_tools.self_check import SelfCheck, Source
     from gguf_tools.target_bar import settle_with_bar
-    from gguf_tools.target_size import BEFORE, read_target
+    from gguf_tools.target_options import read_target
+    from gguf_tools.target_size import BEFORE
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")

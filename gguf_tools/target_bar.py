@@ -10,7 +10,8 @@ from rich.progress import Progress as Bar
 from gguf_tools.overrides import Overrides
 from gguf_tools.plan import Plan
 from gguf_tools.self_check import Source
-from gguf_tools.target_size import PlanFor, Settled, Target, settle
+from gguf_tools.target_options import Target
+from gguf_tools.target_size import PlanFor, Settled, settle
 from gguf_tools.type_trials import TypeTrials
 
 

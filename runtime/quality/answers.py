@@ -37,8 +37,12 @@ class Answers:
             with np.errstate(invalid="ignore", over="ignore"):
                 d = logits[rows] - self.logits[rows]
                 d -= np.einsum("ij,ij->i", p, d)[:, None]
-                growth = np.expm1(np.minimum(d, LARGEST, out=d), out=d)
-            found.append(np.log1p(np.einsum("ij,ij->i", p, growth).astype(np.float64)))
+                largest = d.max(axis=1).astype(np.float64)
+                # Beyond float32's range as if all were less by the same; 0 for the rest.
+                excess = np.maximum(largest - LARGEST, 0.0)
+                d -= excess.astype(np.float32)[:, None]
+                mean = np.einsum("ij,ij->i", p, np.expm1(d, out=d)).astype(np.float64)
+            found.append(np.log1p(mean) + excess)
         kl: Doubles = np.maximum(np.concatenate(found), 0.0)
         _check(kl)
         return kl

@@ -35,13 +35,13 @@ class TrialTypes:
         self.metadata: Mapping[str, Any] = source.metadata
         self.types: Mapping[str, str] = {}
         self._source = source
-        self._tried = frozenset(tried)
+        self.tried = frozenset(tried)
         self._matrix = matrix
         self._blocks: dict[tuple[str, str, int, int], Bytes] = {}
         self._kept: dict[tuple[str, int, int], Floats] = {}
         self._room = KEPT_BYTES
         self.tensors: Mapping[str, TensorInfo] = {
-            name: _as_float(tensor) if name in self._tried else tensor
+            name: _as_float(tensor) if name in self.tried else tensor
             for name, tensor in source.tensors.items()
         }
 
@@ -53,7 +53,7 @@ class TrialTypes:
         return self.rows(name, 0, self.tensors[name].n_rows)
 
     def rows(self, name: str, first: int, last: int) -> Bytes:
-        if name not in self._tried:
+        if name not in self.tried:
             return self._source.rows(name, first, last)
         type_ = self.types.get(name)
         if type_ is None:
