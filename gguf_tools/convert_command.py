@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gguf_tools.losses import Losses
     from gguf_tools.overrides import Overrides
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck
+    from gguf_tools.self_check import SelfCheck, Source
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -188,6 +188,35 @@ def convert(
             help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
         ),
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT|default",
+            help="Round the weights so that the least is lost on a text: a file, or `default`, "
+            "the text that comes with this program. The size stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--calibrate-windows",
+            metavar="N",
+            min=1,
+            help="So many windows of 512 tokens of the text are read, by default 58.",
+            show_default=False,
+        ),
+    ] = None,
     target_size: Annotated[
         str | None,
         typer.Option(
@@ -220,8 +249,9 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
-    from contextlib import nullcontext
 
+    from gguf_tools.calibration import ROOM, read_settings, remove_work
+    from gguf_tools.calibration_bar import calibrate_with_bar
     from gguf_tools.conversion import plan_conversion, protect_input, refuse_output
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
@@ -244,6 +274,7 @@ def convert(
     from gguf_tools.target_bar import settle_with_bar
     from gguf_tools.target_options import read_target
     from gguf_tools.target_size import BEFORE
+    from gguf_tools.type_trials import TypeTrials
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
@@ -264,6 +295,10 @@ def convert(
         pure=pure,
         keep=keep or (),
     )
+    settings = read_settings(calibrate, method, calibrate_windows)
+    if settings and (imatrix is not None or lora_only):
+        other = "--lora-only" if lora_only else "--imatrix"
+        raise typer.BadParameter(f"--calibrate and {other} exclude each other")
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
@@ -274,8 +309,12 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    n_threads = threads or default_threads()
+    checked = None
     if not dry_run:
         import_compilers()
+        if not no_check and not lora_only:
+            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -300,21 +339,24 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = checked = None
+    seconds = calibrated = settled = None
     losses = Losses()
-    n_threads = threads or default_threads()
     made_from = Source(
         model_dir,
         is_checkpoint=file is None,
         adapters=tuple(lora or ()),
         encodings=plan.encodings,
     )
-    settled = None
     if wanted:
         if not dry_run:
             refuse_output(plan, target, force=force)
         settled = settle_with_bar(
-            wanted, plan, overrides, plan_for, made_from, imatrix=imatrix, threads=n_threads
+            wanted,
+            plan,
+            overrides,
+            plan_for,
+            TypeTrials(made_from, text=wanted.text, imatrix=imatrix, threads=n_threads),
+            room=ROOM if settings else 0,
         )
         plan = settled.plan
     if strict:
@@ -324,26 +366,40 @@ def convert(
             print(line)
         print()
     else:
-        if not no_check and not lora_only:
-            checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        with checked or nullcontext():
-            losses = _write(
+        if settings:
+            calibrated = calibrate_with_bar(
                 plan,
+                made_from,
                 target,
+                settings,
+                inputs=(*inputs, *merged),
                 threads=n_threads,
                 force=force,
-                check=checked,
-                journal=journal,
+                resume=not no_resume,
             )
+            plan = calibrated.plan
+            journal.add_option(calibrated.digest)
+        losses = _write(
+            plan,
+            target,
+            made_from,
+            threads=n_threads,
+            force=force,
+            check=checked,
+            journal=journal,
+        )
+        if calibrated:
+            remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
     if checked is not None:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
+    said = calibrated.line if calibrated else ""
     for line in settled.lines if settled else ():
         print(line)
-    rows = list(closing_rows(plan, target, seconds, self_check))
+    rows = list(closing_rows(plan, target, seconds, self_check, calibration=said))
     _print_pairs([*rows, ("target", settled.line)] if settled else rows)
     for detail in checked.details if checked and check_details else ():
         print(detail)
@@ -367,6 +423,7 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
+    source: "Source",
     *,
     threads: int,
     force: bool,
@@ -375,6 +432,7 @@ def _write(
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
+    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -409,7 +467,7 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=check.begin if check else None,
+        begun=partial(check.begin, source=source, output=target) if check else None,
         check=check.end if check else None,
         journal=journal,
     )

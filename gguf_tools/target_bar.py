@@ -1,7 +1,6 @@
 """What measuring for a target draws on standard error: a bar on a terminal, otherwise lines."""
 
 from contextlib import closing
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -9,7 +8,6 @@ from rich.progress import Progress as Bar
 
 from gguf_tools.overrides import Overrides
 from gguf_tools.plan import Plan
-from gguf_tools.self_check import Source
 from gguf_tools.target_options import Target
 from gguf_tools.target_size import PlanFor, Settled, settle
 from gguf_tools.type_trials import TypeTrials
@@ -20,10 +18,9 @@ def settle_with_bar(
     base: Plan,
     overrides: Overrides,
     plan_for: PlanFor,
-    source: Source,
+    trials: TypeTrials,
     *,
-    imatrix: Path | None,
-    threads: int,
+    room: int,
 ) -> Settled:
     """What `settle` gives in the end, with the time that is left on the way."""
     console = Console(stderr=True, highlight=False)
@@ -33,8 +30,7 @@ def settle_with_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    trials = TypeTrials(source, text=target.text, imatrix=imatrix, threads=threads)
-    steps = settle(target, base, overrides, plan_for, trials)
+    steps = settle(target, base, overrides, plan_for, trials, room=room)
     doing = ""
     with (
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,

@@ -51,7 +51,8 @@ class Mixture:
 class Choices:
     """A target for one model: which tensors can have which types, and what that comes to."""
 
-    def __init__(self, target: Target, base: Plan, overrides: Overrides) -> None:
+    def __init__(self, target: Target, base: Plan, overrides: Overrides, room: int = 0) -> None:
+        """`base` is the plan of any file type; `room` are bytes that the file needs besides."""
         self._target, self._base, self._overrides = target, base, overrides
         self._free = {t.name: t for t in base.tensors if _is_free(t, base, overrides)}
         self.types: dict[str, list[str]] = {
@@ -59,7 +60,8 @@ class Choices:
             for name, tensor in self._free.items()
         }
         taken = sum(_padded(tensor.nbytes) for tensor in self._free.values())
-        self._others = base.total_size - taken  # what no choice changes
+        self._room = room
+        self._others = base.total_size + room - taken  # what no choice changes
 
     def check(self) -> None:
         """Refuse what no choice can reach, and what needs none."""
@@ -114,7 +116,11 @@ class Choices:
             mixture = Mixture(
                 closest.file_type, types, self._total(types, metadata), patterns, metadata
             )
-            excess = mixture.n_bytes - (self._target.n_bytes or mixture.n_bytes)
+            excess = (
+                mixture.n_bytes
+                + self._room
+                - (self._target.n_bytes or mixture.n_bytes + self._room)
+            )
             if excess <= 0:
                 return mixture
             budget -= excess

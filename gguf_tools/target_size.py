@@ -36,14 +36,21 @@ class Settled:
 
 
 def settle(
-    target: Target, base: Plan, overrides: Overrides, plan_for: PlanFor, trials: TypeTrials
+    target: Target,
+    base: Plan,
+    overrides: Overrides,
+    plan_for: PlanFor,
+    trials: TypeTrials,
+    *,
+    room: int = 0,
 ) -> Generator[Doing, None, Settled]:
     """Measure, choose, compare; returns the plan.
 
-    `base` is the plan of any file type with these overrides, `plan_for` makes that of others.
+    `base` is the plan of any file type with these overrides, `plan_for` makes that of others;
+    `room` are bytes that the file will need besides.
     GGUFError where the target is too small, too large, or the model cannot be measured.
     """
-    task = Choices(target, base, overrides)
+    task = Choices(target, base, overrides, room)
     task.check()
     with trials:
         measured = yield from trials.measure(task.types, task.tried())
