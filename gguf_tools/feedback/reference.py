@@ -216,9 +216,9 @@ def _refit(levels: Levels, w: Floats, square: Square, grid: Grid, best: Choice) 
     whole = _round(levels, w, square, best[0], best[1])[0]
     for _ in range(N_REFITS):
         b = _divide(whole, square)
-        sums = np.zeros((5, w.shape[1]), np.float32)
+        sums: Floats = np.zeros((5, w.shape[1]), np.float32)
         for aj, bj, c in zip(a, b, square.ones, strict=True):
-            cj = np.full_like(aj, c)
+            cj: Floats = np.full_like(aj, c)
             sums = sums + np.stack([aj * bj, bj * bj, aj * cj, bj * cj, cj * cj])
         ab, bb, ac, bc, cc = sums
         s, m = ab / bb, np.zeros_like(ab)
