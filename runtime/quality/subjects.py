@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +57,13 @@ def open_checkpoint(folder: Path, *, n_ctx: int, threads: int | None) -> Iterato
     n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
     with LayerwiseModel(source, n_tokens=n_ctx, threads=threads or default_threads()) as model:
         yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model, source)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """What files are called: by their names, with folders where these do not tell them apart."""
+    names: list[str] = []
+    for depth in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
