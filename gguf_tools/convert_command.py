@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gguf_tools.journal import Journal
     from gguf_tools.losses import Losses
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck
+    from gguf_tools.self_check import SelfCheck, Source
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -186,11 +186,41 @@ def convert(
             help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
         ),
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT|default",
+            help="Round the weights so that the least is lost on a text: a file, or `default`, "
+            "the text that comes with this program. The size stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--calibrate-windows",
+            metavar="N",
+            min=1,
+            help="So many windows of 512 tokens of the text are read, by default 58.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
-    from contextlib import nullcontext
 
+    from gguf_tools.calibration import read_settings, remove_work
+    from gguf_tools.calibration_bar import calibrate_with_bar
     from gguf_tools.conversion import plan_conversion, protect_input
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
@@ -224,6 +254,10 @@ def convert(
         pure=pure,
         keep=keep or (),
     )
+    settings = read_settings(calibrate, method, calibrate_windows)
+    if settings and (imatrix is not None or lora_only):
+        other = "--lora-only" if lora_only else "--imatrix"
+        raise typer.BadParameter(f"--calibrate and {other} exclude each other")
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
@@ -234,8 +268,12 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    n_threads = threads or default_threads()
+    checked = None
     if not dry_run:
         import_compilers()
+        if not no_check and not lora_only:
+            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -254,9 +292,8 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = checked = None
+    seconds = calibrated = None
     losses = Losses()
-    n_threads = threads or default_threads()
     if dry_run:
         for line in plan_lines(plan):
             print(line)
@@ -268,24 +305,38 @@ def convert(
             adapters=tuple(lora or ()),
             encodings=plan.encodings,
         )
-        if not no_check and not lora_only:
-            checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        with checked or nullcontext():
-            losses = _write(
+        if settings:
+            calibrated = calibrate_with_bar(
                 plan,
+                made_from,
                 target,
+                settings,
+                inputs=(*inputs, *merged),
                 threads=n_threads,
                 force=force,
-                check=checked,
-                journal=journal,
+                resume=not no_resume,
             )
+            plan = calibrated.plan
+            journal.add_option(calibrated.digest)
+        losses = _write(
+            plan,
+            target,
+            made_from,
+            threads=n_threads,
+            force=force,
+            check=checked,
+            journal=journal,
+        )
+        if calibrated:
+            remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
     if checked is not None:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
-    _print_pairs(closing_rows(plan, target, seconds, self_check))
+    said = calibrated.line if calibrated else ""
+    _print_pairs(closing_rows(plan, target, seconds, self_check, calibration=said))
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
@@ -308,6 +359,7 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
+    source: "Source",
     *,
     threads: int,
     force: bool,
@@ -316,6 +368,7 @@ def _write(
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
+    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -350,7 +403,7 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=check.begin if check else None,
+        begun=partial(check.begin, source=source, output=target) if check else None,
         check=check.end if check else None,
         journal=journal,
     )

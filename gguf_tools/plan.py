@@ -5,7 +5,7 @@ type, and the sizes are added up. No weight is read.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,7 +28,7 @@ from gguf_tools.recipes import (
     needs_importance,
     sorted_names,
 )
-from gguf_tools.safetensors_file import LazyTensor
+from gguf_tools.safetensors_file import Bytes, LazyTensor
 from gguf_tools.values import Array, MetadataValue, Value
 from gguf_tools.vocab.trial import Encodings
 from gguf_tools.writer import TensorSpec, file_size
@@ -48,6 +48,7 @@ class TensorPlan:
     quant: QuantType
     choice: Choice
     importance: Importance | None = None
+    ready: Callable[[int, int], Bytes] | None = None  # blocks of rows that are rounded already
 
     @property
     def shape(self) -> tuple[int, ...]:

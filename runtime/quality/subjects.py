@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,45 @@ def open_checkpoint(folder: Path, *, n_ctx: int, threads: int | None) -> Iterato
     n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
     with LayerwiseModel(source, n_tokens=n_ctx, threads=threads or default_threads()) as model:
         yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model, source)
+
+
+@dataclass(frozen=True, eq=False)
+class Layered:
+    """A model that is run layer by layer, and what it is made of."""
+
+    name: str
+    paths: tuple[Path, ...]  # its files, or the checkpoint's folder
+    source: Source
+    tokenizer: Tokenizer
+    model: LayerwiseModel
+
+
+@contextmanager
+def open_layered(
+    path: Path,
+    *,
+    n_ctx: int,
+    threads: int | None,
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Iterator[Layered]:
+    """A GGUF file, or a checkpoint as a conversion would have it before anything is quantised."""
+    with ExitStack() as stack:
+        source: Source
+        if path.is_dir():
+            plan = plan_conversion(path, find_file_type("F32"))
+            source = PlannedWeights(path, plan.tensors, plan.metadata)
+            paths: tuple[Path, ...] = (path,)
+        else:
+            source = file = stack.enter_context(GGUFFile(path))
+            paths = tuple(file.paths)
+        tokenizer = Tokenizer(source.metadata)
+        model = LayerwiseModel(
+            source,
+            n_tokens=n_ctx,
+            threads=threads or default_threads(),
+            on_compile=on_compile,
+        )
+        yield Layered(path.name, paths, source, tokenizer, stack.enter_context(model))
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
