@@ -34,6 +34,7 @@ METHODS = ("imatrix",)
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
+ROOM = 1024  # bytes that what a file tells of its calibration may take
 NOT_MULTIPLIED = ("token_embd.weight", "output.weight", "position_embd.weight")
 
 
