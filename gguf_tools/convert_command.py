@@ -13,10 +13,12 @@ import typer
 from gguf_tools.command import undisturbed_ending
 
 if TYPE_CHECKING:
+    from gguf_tools.file_types import FileType
     from gguf_tools.journal import Journal
     from gguf_tools.losses import Losses
+    from gguf_tools.overrides import Overrides
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck
+    from gguf_tools.self_check import SelfCheck, Source
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -186,12 +188,71 @@ def convert(
             help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
         ),
     ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT|default",
+            help="Round the weights so that the least is lost on a text: a file, or `default`, "
+            "the text that comes with this program. The size stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--calibrate-windows",
+            metavar="N",
+            min=1,
+            help="So many windows of 512 tokens of the text are read, by default 58.",
+            show_default=False,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="Instead of --type: the best types for a file of at most this size (4.2GiB, "
+            "700MB), by what each costs this model, which is measured.",
+            show_default=False,
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            metavar="BITS",
+            help="The same for so many bits per weight, such as 4.5.",
+            show_default=False,
+        ),
+    ] = None,
+    target_text: Annotated[
+        str | None,
+        typer.Option(
+            "--target-text",
+            metavar="TEXT|default",
+            help="What they are measured on: a file, or `default`, the text that comes with this "
+            "program.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
-    from contextlib import nullcontext
 
-    from gguf_tools.conversion import plan_conversion, protect_input
+    from gguf_tools.calibration import ROOM, read_settings, remove_work
+    from gguf_tools.calibration_bar import calibrate_with_bar
+    from gguf_tools.conversion import plan_conversion, protect_input, refuse_output
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.imatrix import read_importance_matrix
@@ -210,12 +271,22 @@ def convert(
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
     from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.target_bar import settle_with_bar
+    from gguf_tools.target_options import read_target
+    from gguf_tools.target_size import BEFORE
+    from gguf_tools.type_trials import TypeTrials
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
     source = context.get_parameter_source("file_type")
     if lora_only and source is not None and source.name == "DEFAULT":
         file_type = "F32"
+    wanted = read_target(target_size, target_bpw, target_text)
+    if wanted:
+        if lora_only or pure or (source is not None and source.name != "DEFAULT"):
+            other = "--lora-only" if lora_only else "--pure" if pure else "--type"
+            raise typer.BadParameter(f"{other} and a target exclude each other")
+        file_type = BEFORE
     chosen = find_file_type(file_type)
     overrides = parse_overrides(
         tensor_types=tensor_type or (),
@@ -224,6 +295,10 @@ def convert(
         pure=pure,
         keep=keep or (),
     )
+    settings = read_settings(calibrate, method, calibrate_windows)
+    if settings and (imatrix is not None or lora_only):
+        other = "--lora-only" if lora_only else "--imatrix"
+        raise typer.BadParameter(f"--calibrate and {other} exclude each other")
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
@@ -234,58 +309,98 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    n_threads = threads or default_threads()
+    checked = None
     if not dry_run:
         import_compilers()
+        if not no_check and not lora_only:
+            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
     journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
-    if lora_only:
-        plan = plan_adapter(open_adapter(model_dir), chosen, base)
-    elif file:
-        plan = plan_requantisation(
-            file, chosen, allow_requantize=allow_requantize, overrides=overrides, matrix=matrix
-        )
-    else:
-        plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
-    if strict:
-        refuse_fallbacks(plan)
-    named = output_name(source_name(model_dir) if file else model_dir, chosen.name, adapters=merged)
+
+    def plan_for(file_type: "FileType", overrides: "Overrides") -> "Plan":
+        if lora_only:
+            return plan_adapter(open_adapter(model_dir), file_type, base)
+        if file:
+            return plan_requantisation(
+                file,
+                file_type,
+                allow_requantize=allow_requantize,
+                overrides=overrides,
+                matrix=matrix,
+            )
+        return plan_conversion(model_dir, file_type, adapters, overrides=overrides, matrix=matrix)
+
+    plan = plan_for(chosen, overrides)
+    end = wanted.name if wanted else chosen.name
+    named = output_name(source_name(model_dir) if file else model_dir, end, adapters=merged)
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = checked = None
+    seconds = calibrated = settled = None
     losses = Losses()
-    n_threads = threads or default_threads()
+    made_from = Source(
+        model_dir,
+        is_checkpoint=file is None,
+        adapters=tuple(lora or ()),
+        encodings=plan.encodings,
+    )
+    if wanted:
+        if not dry_run:
+            refuse_output(plan, target, force=force)
+        settled = settle_with_bar(
+            wanted,
+            plan,
+            overrides,
+            plan_for,
+            TypeTrials(made_from, text=wanted.text, imatrix=imatrix, threads=n_threads),
+            room=ROOM if settings else 0,
+        )
+        plan = settled.plan
+    if strict:
+        refuse_fallbacks(plan)
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        made_from = Source(
-            model_dir,
-            is_checkpoint=file is None,
-            adapters=tuple(lora or ()),
-            encodings=plan.encodings,
-        )
-        if not no_check and not lora_only:
-            checked = SelfCheck(made_from, target, threads=n_threads, strict=strict)
-        with checked or nullcontext():
-            losses = _write(
+        if settings:
+            calibrated = calibrate_with_bar(
                 plan,
+                made_from,
                 target,
+                settings,
+                inputs=(*inputs, *merged),
                 threads=n_threads,
                 force=force,
-                check=checked,
-                journal=journal,
+                resume=not no_resume,
             )
+            plan = calibrated.plan
+            journal.add_option(calibrated.digest)
+        losses = _write(
+            plan,
+            target,
+            made_from,
+            threads=n_threads,
+            force=force,
+            check=checked,
+            journal=journal,
+        )
+        if calibrated:
+            remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
     if checked is not None:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
-    _print_pairs(closing_rows(plan, target, seconds, self_check))
+    said = calibrated.line if calibrated else ""
+    for line in settled.lines if settled else ():
+        print(line)
+    rows = list(closing_rows(plan, target, seconds, self_check, calibration=said))
+    _print_pairs([*rows, ("target", settled.line)] if settled else rows)
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
@@ -308,6 +423,7 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
+    source: "Source",
     *,
     threads: int,
     force: bool,
@@ -316,6 +432,7 @@ def _write(
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
+    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -350,7 +467,7 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=check.begin if check else None,
+        begun=partial(check.begin, source=source, output=target) if check else None,
         check=check.end if check else None,
         journal=journal,
     )

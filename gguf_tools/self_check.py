@@ -7,7 +7,6 @@ done in the runtime, which nothing here imports: it is a process of its own, and
 cannot hurt the conversion.
 """
 
-import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -46,15 +45,17 @@ class Source:
 class SelfCheck:
     """The check as a step of a conversion; with `strict`, what is wrong is an error.
 
-    For a `with` block: what needs no finished file runs beside the conversion, from `begin` on.
+    For a `with` block: the process that checks begins to load there, beside whatever comes first,
+    and to look at the file when `begin` names it.
     """
 
-    def __init__(self, source: Source, output: Path, *, threads: int, strict: bool) -> None:
+    def __init__(self, *, threads: int, strict: bool) -> None:
         self.findings: tuple[Finding, ...] = ()
-        self._source, self._output = source, output
         self._threads, self._strict = threads, strict
+        self._source: Source | None = None
+        self._output = Path()
         self._tokenizer: Question | None = None
-        self._running: Question | None = None
+        self._running = Question(RUNTIME, [], waits=True)
 
     def __enter__(self) -> "SelfCheck":
         return self
@@ -69,18 +70,20 @@ class SelfCheck:
             if question is not None:
                 question.close()
 
-    def begin(self, part: Path) -> None:
-        """Start with `part`, which is to become the output and has its metadata already."""
-        if self._source.is_checkpoint and self._source.encodings is None:
-            self._tokenizer = ask_for_encodings(self._source.path)
-        request = {
-            "file": str(part.resolve()),
-            "source": str(self._source.path.resolve()),
-            "is_checkpoint": self._source.is_checkpoint,
-            "adapters": self._source.adapters,
-            "threads": self._threads,
-        }
-        self._running = Question(RUNTIME, [json.dumps(request)], waits=True)
+    def begin(self, part: Path, *, source: Source, output: Path) -> None:
+        """Start with `part`, which is to become `output` and has its metadata already."""
+        self._source, self._output = source, output
+        if source.is_checkpoint and source.encodings is None:
+            self._tokenizer = ask_for_encodings(source.path)
+        self._running.tell(
+            {
+                "file": str(part.resolve()),
+                "source": str(source.path.resolve()),
+                "is_checkpoint": source.is_checkpoint,
+                "adapters": source.adapters,
+                "threads": self._threads,
+            }
+        )
 
     def end(self, file: Path) -> None:
         """Wait for what comes of it: the file is finished, its metadata is what it was."""
@@ -105,13 +108,13 @@ class SelfCheck:
 
     def _run(self) -> tuple[Finding, ...]:
         """What the process finds, which is told how the checkpoint encodes."""
-        assert self._running is not None
+        assert self._source is not None, "it has begun"
         encodings = self._source.encodings
         if self._tokenizer is not None:
             encodings = read_encodings(self._tokenizer)
-        told = json.dumps(None if encodings is None else asdict(encodings))
+        self._running.tell(None if encodings is None else asdict(encodings))
         try:
-            return _read(self._running.answer(seconds=TIME_LIMIT, text=told))
+            return _read(self._running.answer(seconds=TIME_LIMIT))
         except subprocess.TimeoutExpired:
             failure = f"it took longer than {TIME_LIMIT:.0f} seconds"
         except (*FAILURES, TypeError, KeyError):

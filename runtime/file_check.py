@@ -38,12 +38,15 @@ from runtime.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the file of the request that the one argument is; write the findings as JSON.
+    """Check the file of the request on standard input; write the findings as JSON.
 
-    The file is finished when standard input ends, which tells how the checkpoint encodes the test
+    A second line comes when the file is finished, and tells how the checkpoint encodes the test
     texts (Encodings, or null): what needs only the file's metadata is done before.
     """
-    findings = check(json.loads(arguments[0]), wait=lambda: json.loads(sys.stdin.read() or "null"))
+    request = sys.stdin.readline()
+    if not request:  # the conversion ended before there was a file
+        return 1
+    findings = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
     sys.stdout.write(json.dumps([asdict(finding) for finding in findings]))
     return 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,23 +181,27 @@ def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
         whole = layers is None and chosen is None
         own = model.embed(ids)
         add("embedding", "token_embd.", states[0], own)
-        for index, number in enumerate(numbers):
-            if chosen is not None and number not in chosen:
-                continue
-            before, after = states[index], states[index + 1]
-            made = model.layer(index, before) - before
-            add(f"layer {number}", f"blk.{number}.", after - before, made)
-            if whole:
-                own = model.layer(index, own)
-        found = model.head(states[-1])
-        head = "output." if "output.weight" in file.tensors else "token_embd."
-        add("head", head, expected.logits, found)
+        # Layers are given the source's states: NumPy can run several at a time.
+        with ThreadPoolExecutor(1 if model.is_compiled else threads) as executor:
+            head = executor.submit(model.head, states[-1])
+            made = [
+                (number, index, executor.submit(model.layer, index, states[index]))
+                for index, number in enumerate(numbers)
+                if chosen is None or number in chosen
+            ]
+            for number, index, layer in made:
+                before, after = states[index], states[index + 1]
+                add(f"layer {number}", f"blk.{number}.", after - before, layer.result() - before)
+            name = "output." if "output.weight" in file.tensors else "token_embd."
+            add("head", name, expected.logits, head.result())
         if whole:
+            for index in range(len(numbers)):
+                own = model.layer(index, own)
             found = model.head(own)
     run = {part.name for part in parts}
-    for layer in range(count_layers(file)):
-        if f"layer {layer}" not in run:
-            parts.append(sample_layer(expected.source, file, layer))
+    for number in range(count_layers(file)):
+        if f"layer {number}" not in run:
+            parts.append(sample_layer(expected.source, file, number))
     if not whole:
         return Comparison(len(ids), tuple(parts))
     same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())

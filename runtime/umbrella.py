@@ -13,6 +13,7 @@ import gguf_tools.convert_command
 import gguf_tools.file_commands
 import runtime.cli
 import runtime.eval_command
+import runtime.imatrix_command
 import runtime.measure_commands
 import runtime.tokenize_command
 from gguf_tools.command import run_command
@@ -36,6 +37,7 @@ app.command()(runtime.measure_commands.tune)
 app.command()(runtime.measure_commands.doctor)
 app.command()(runtime.tokenize_command.tokenize)
 app.command("eval")(runtime.eval_command.evaluate)
+app.command()(runtime.imatrix_command.imatrix)
 
 
 def main() -> NoReturn:

@@ -51,6 +51,7 @@ def test_directions(path: Path) -> None:
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/eval_command.py",
+        "runtime/imatrix_command.py",
         "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
         "runtime/umbrella.py",
@@ -118,6 +119,7 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
         "runtime/cli.py",
         "runtime/chat.py",
         "runtime/eval_command.py",
+        "runtime/imatrix_command.py",
         "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
     ):

@@ -367,8 +367,8 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     path = converted(STORIES, tmp_path / "x.gguf")
     source = Source(STORIES, is_checkpoint=True)
     monkeypatch.setattr(self_check, "RUNTIME", "runtime.nothing_of_the_kind")
-    with SelfCheck(source, path, threads=1, strict=True) as checked:
-        checked.begin(path)
+    with SelfCheck(threads=1, strict=True) as checked:
+        checked.begin(path, source=source, output=path)
         with pytest.raises(OutputError, match=r"as --strict asks: the model could not be run"):
             checked.end(path)
     assert checked.line == "model not run"

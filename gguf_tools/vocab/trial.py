@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,15 +82,21 @@ class Question:
     ) -> None:
         self.close()
 
-    def answer(self, *, seconds: float, text: str = "") -> Any:
-        """The JSON that it writes, waited for so long; `text` is for its standard input.
+    def tell(self, line: object) -> None:
+        """Write a line of JSON to its standard input; if it is gone, `answer` will say so."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(line).encode() + b"\n")
+                self._process.stdin.flush()
+
+    def answer(self, *, seconds: float) -> Any:
+        """The JSON that it writes, waited for so long.
 
         Raises one of FAILURES, subprocess.TimeoutExpired among them.
         """
         if self._process is None:
             raise self._failure or ValueError("the question is closed")
-        given = text.encode() if self._process.stdin is not None else None
-        written, _ = self._process.communicate(given, timeout=seconds)  # closes standard input
+        written, _ = self._process.communicate(timeout=seconds)  # closes standard input
         if self._process.returncode != 0:
             raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
         return json.loads(written)
