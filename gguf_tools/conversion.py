@@ -91,7 +91,8 @@ def plan_conversion(
         overrides=overrides,
         matrix=matrix,
     )
-    return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+    notes = (*merged, *plan.notes, *vocab.warnings)
+    return replace(plan, notes=notes, encodings=vocab.encodings)
 
 
 def match_checkpoint(
@@ -166,6 +167,11 @@ def protect_input(path: Path, output: Path) -> None:
                 raise OutputError(f"{shown} is {what}; choose another name")
 
 
+def refuse_output(plan: Plan, path: Path, *, force: bool) -> None:
+    """Raise now what writing the plan to `path` would raise before it begins."""
+    GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force)
+
+
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:
     """What there is before `position`: a tensor index, and how many bytes of that tensor."""
     index, n_bytes = position
@@ -222,6 +228,8 @@ def rows_per_band(tensor: TensorPlan) -> int:
 def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
     """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
     source, quant = tensor.source, tensor.quant
+    if tensor.ready is not None:
+        return Band(tensor.ready(first, last))
     if source.raw is not None and source.dtype == quant.name and quant.name not in READABLE:
         return Band(source.raw(first, last))
     rows = source.load(first, last)

@@ -15,12 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_tools.jit import compile_kernels
+from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
 from runtime.backends.streaming import StreamedBackend, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
-from runtime.program import Attend, Floats, Instruction, Program, StoreKV
+from runtime.program import (
+    AddBias,
+    Attend,
+    Floats,
+    Instruction,
+    MatMul,
+    Matrix,
+    Program,
+    StoreKV,
+)
 from runtime.sources import Source
+from runtime.streamed_rows import StreamedRows
 
 # Weights of a damaged file may be NaN or huge. So then is what comes of them.
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -37,19 +48,22 @@ class LayerwiseModel:
         n_tokens: int,
         threads: int,
         layers: Sequence[int] | None = None,
+        head_rows: npt.NDArray[np.intp] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         compiles: bool = True,
     ) -> None:
         """`source` must stay open; windows have at most `n_tokens` tokens.
 
-        With `layers` the others are left out, as if the model had only these. Kernels that are not
+        With `layers` the others are left out, as if the model had only these; with `head_rows`
+        there are no logits but those of these tokens. Kernels that are not
         in the cache yet are compiled now; `on_compile(done, total)` is called meanwhile. Without
         `compiles` NumPy takes their place, slowly (`is_compiled` tells).
         """
         check_architecture(source)
         self.config = read_config(source)
         program = build_program(source, self.config, n_ctx=n_tokens, stream=True)
-        self.program = program if layers is None else with_layers(program, layers)
+        program = program if layers is None else with_layers(program, layers)
+        self.program = program if head_rows is None else with_head_rows(program, head_rows)
         kernels = StreamedBackend.kernels(self.program)
         self.is_compiled = compiles or all(kernel.is_ready for kernel in kernels)
         self._backend: StreamedBackend | LayerwiseReference
@@ -69,14 +83,17 @@ class LayerwiseModel:
         return self.program.embed(tokens, 0)
 
     @_damaged_weights
-    def layer(self, index: int, hidden: Floats) -> Floats:
-        """The hidden states after a layer."""
-        return self._backend.layer(index, hidden)
+    def layer(self, index: int, hidden: Floats, observe: Observe | None = None) -> Floats:
+        """The hidden states after a layer; `observe` is told of its products, each beforehand."""
+        return self._backend.layer(index, hidden, observe)
 
     @_damaged_weights
-    def head(self, hidden: Floats) -> Floats:
-        """The logits (n_tokens, n_vocab) of hidden states after the last layer."""
-        return self._backend.head(hidden)
+    def head(self, hidden: Floats, observe: Observe | None = None) -> Floats:
+        """The logits (n_tokens, n_vocab) of hidden states after the last layer.
+
+        `observe` is told of the product with the output matrix, of some tokens at a time.
+        """
+        return self._backend.head(hidden, observe)
 
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of each window in turn, (n_tokens, n_vocab)."""
@@ -108,11 +125,11 @@ class LayerwiseReference:
         self._stage = ReferenceBackend(layer_stage(program), n_ctx=n_tokens)
         self._n_layers = len(program.layers)
 
-    def layer(self, index: int, x: Floats) -> Floats:
-        return self._stage.run(index, {"x": x}, 0, 0)["x"]
+    def layer(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(index, {"x": x}, 0, 0, observe)["x"]
 
-    def head(self, x: Floats) -> Floats:
-        return self._stage.run(self._n_layers, {"x": x}, 0, len(x))["logits"]
+    def head(self, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(self._n_layers, {"x": x}, 0, len(x), observe)["logits"]
 
     def close(self) -> None:
         self._stage.close()
@@ -129,3 +146,25 @@ def with_layers(program: Program, chosen: Sequence[int]) -> Program:
         for place, layer in enumerate(chosen)
     )
     return replace(program, layers=layers, caches=tuple(program.caches[layer] for layer in chosen))
+
+
+def with_head_rows(program: Program, rows: npt.NDArray[np.intp]) -> Program:
+    """The program with the logits of some tokens in the place of all."""
+
+    def cut(step: Instruction) -> Instruction:
+        if isinstance(step, MatMul) and step.target == "logits":
+            return replace(step, matrix=_chosen(step.matrix, rows))
+        if isinstance(step, AddBias) and step.target == "logits":
+            return replace(step, bias=step.bias[rows])
+        return step
+
+    buffers = {**program.buffers, "logits": len(rows)}
+    return replace(program, buffers=buffers, head=tuple(cut(step) for step in program.head))
+
+
+def _chosen(matrix: Matrix, rows: npt.NDArray[np.intp]) -> Matrix:
+    def read(first: int, last: int) -> npt.NDArray[np.uint8]:
+        return np.asarray(matrix.data[rows[first:last]])
+
+    data = StreamedRows(read, 0, len(rows), matrix.data.shape[1])
+    return replace(matrix, n_rows=len(rows), data=data)

@@ -31,6 +31,7 @@ class Matrix:
     n_columns: int
     # (n_rows, row_bytes): a view into the mapped file, or what reads it when it is needed
     data: npt.NDArray[np.uint8] | StreamedRows
+    index: int | None = None  # in a stacked tensor: which of its matrices, as an expert's number
 
     def rows(self, chosen: slice | npt.NDArray[np.intp]) -> Floats:
         """Some rows as float32 (len(chosen), n_columns)."""
@@ -84,6 +85,19 @@ class MatMul:
     source: str
     target: str
     matrix: Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Show:
+    """Computes nothing: what matrices of a file are multiplied with elsewhere.
+
+    Where a program multiplies with another form of them, this is what an observer is told
+    (runtime/backends/observing.py). Matrix i takes its n_columns from column i * stride of source.
+    """
+
+    source: str
+    matrices: tuple[Matrix, ...]
+    stride: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +259,7 @@ Instruction = (
     RMSNorm
     | LayerNorm
     | MatMul
+    | Show
     | AddBias
     | Rope
     | StoreKV

@@ -46,6 +46,9 @@ class Weights:
         info = self.file.tensors.get(name)
         if info is not None and len(info.shape) == 2:
             return self.matrix(name, 1, n_columns)
+        if self.stream and info is not None and tuple(info.shape) == (n_columns,):
+            self.used.add(name)
+            return Matrix(name, info.quant, 1, n_columns, streamed(self.file, name))
         values = self.vector(name, n_columns)
         return Matrix(name, by_name("F32"), 1, n_columns, values.view(np.uint8)[None, :])
 
@@ -75,8 +78,8 @@ class Weights:
         data = self._blocks(name)
         firsts = range(0, n_experts * n_rows, n_rows)
         return tuple(
-            Matrix(name, info.quant, n_rows, n_columns, data[first : first + n_rows])
-            for first in firsts
+            Matrix(name, info.quant, n_rows, n_columns, data[first : first + n_rows], index)
+            for index, first in enumerate(firsts)
         )
 
     def flattened(self, name: str, n: int, n_rows: int, n_columns: int) -> Matrix:

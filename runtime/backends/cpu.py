@@ -17,17 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from gguf_tools.jit import Background, Kernel
-from runtime.backends.crew import ReadyTable
-from runtime.backends.engine import HEAD_ROWS, Engine
+from runtime.backends.engine import HEAD_ROWS, Engine, Parts
 from runtime.backends.frame import Batch
-from runtime.backends.lowering import HostProduct, Lowering, is_apart
+from runtime.backends.lowering import Lowering, is_apart
 from runtime.backends.needs import few_kernels, needed_kernels
 from runtime.kernels import experts
 from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.program import ExpertMatMul, Floats, Span, Stage, matrices
-
-Parts = list[ReadyTable | HostProduct]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gguf_tools.quants import QuantType
 from runtime.program import Matrix
 
@@ -19,6 +21,20 @@ AS_F16 = (
 """Formats of few bits times a float16."""
 
 
+FLOATS = ("F32", "F16", "BF16")
+"""Formats whose products take activations as they are; the others' take int8."""
+
+AMPERE, TURING = (8, 0), (7, 5)  # compute capabilities with tensor cores for int8
+
+PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
+ALIGNMENT = 256  # what allocators round each array up to
+
+
+def allocated(n_bytes: int) -> int:
+    """Bytes that an array of so many takes."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
 def kept_as(quant: QuantType) -> str:
     """The format that a GPU keeps these weights in: itself, or the floats that hold them."""
     if quant.name in NATIVE:
@@ -26,6 +42,13 @@ def kept_as(quant: QuantType) -> str:
     if quant.name in AS_F16:
         return "F16"
     return "BF16" if quant.name == "NVFP4" else "F32"
+
+
+def way_of_tiles(capability: tuple[int, int], kept: str) -> str:
+    """How prompts are multiplied with weights kept so: `plain`, or on tensor cores and whose."""
+    if kept in FLOATS or capability < TURING:
+        return "plain"
+    return "ampere" if capability >= AMPERE else "turing"
 
 
 def row_bytes(matrix: Matrix) -> int:
@@ -39,3 +62,8 @@ def row_bytes(matrix: Matrix) -> int:
 def weight_bytes(matrix: Matrix) -> int:
     """Bytes of a matrix on the GPU."""
     return matrix.n_rows * row_bytes(matrix)
+
+
+def held_bytes(matrices: Sequence[Matrix]) -> int:
+    """Bytes of the array that matrices of one format and shape lie in, one after the other."""
+    return len(matrices) * weight_bytes(matrices[0]) + PADDING

@@ -17,7 +17,7 @@ from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised
 from runtime.backends.flow import unknown, width_written, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
 from runtime.kernels.cuda.products import PRODUCTS, WARPS, quantise
-from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, sort_slots
+from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
 from runtime.program import (
     Activate,
     Add,
@@ -37,6 +37,7 @@ from runtime.program import (
     RopeTable,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     StoreKV,
@@ -62,11 +63,12 @@ class Launch:
 class Launches:
     """Makes launches over one room; arrays of constants go to the GPU when first needed."""
 
-    def __init__(self, room: Room, memory: Memory) -> None:
+    def __init__(self, room: Room, memory: Memory, tiles: Mapping[str, Tiles] = TILES) -> None:
+        """`tiles` are the kernels for many tokens, by format."""
         self.room = room
+        self.tiles = tiles
         self._memory = memory
         self._angles: dict[int, tuple[RopeTable, Array, Array]] = {}
-        self._none = memory.zeros(1, np.float32)
 
     def make(
         self,
@@ -86,7 +88,7 @@ class Launches:
 
     def vector(self, values: Floats | None) -> Array:
         """A vector on the GPU; for none, one that is not read."""
-        return self._none if values is None else self._memory.hold(values)
+        return self.room.nothing if values is None else self._memory.hold(values)
 
     def weights(self, *matrices: Matrix) -> Array:
         return self._memory.weights(matrices)
@@ -170,6 +172,8 @@ class _Emitter:
                 self._expert_sum(step)
             case SigmoidScale():
                 self._on_target(elementwise.sigmoid_scale, step, step.gate)
+            case Show():
+                pass
             case _:
                 unknown(step)
 
@@ -242,15 +246,13 @@ class _Emitter:
         self._add(positions.rope, grid, block, (*arguments, self._room.state))
 
     def _store(self, step: StoreKV) -> None:
-        cache = self._room.caches[step.layer]
-        shape, room = cache.shape, self._room
-        for name, array, dim, padded in (
-            (step.keys, cache.keys, shape.key_dim, cache.key_padded),
-            (step.values, cache.values, shape.value_dim, cache.value_padded),
-        ):
-            arguments = (*self._places(name), array, dim, padded, room.n_ctx, room.state)
-            grid = (shape.n_kv_heads, self._n, 1)
-            self._add(positions.store, grid, (_threads(dim), 1), arguments)
+        room = self._room
+        cache = room.caches[step.layer]
+        for name, kept in ((step.keys, cache.keys), (step.values, cache.values)):
+            size = (kept.dim, kept.padded, room.n_ctx)
+            arguments = (*self._places(name), kept.numbers, kept.scales, *size, room.state)
+            grid = (cache.shape.n_kv_heads, self._n, 1)
+            self._add(positions.STORE[room.kv_type], grid, (_threads(kept.padded), 1), arguments)
 
     def _attend(self, step: Attend) -> None:
         room = self._room
@@ -259,27 +261,29 @@ class _Emitter:
         n_splits = room.n_splits if self._n == 1 else 1
         arguments = (
             *self._places(step.queries),
-            cache.keys,
-            cache.values,
+            cache.keys.numbers,
+            cache.keys.scales,
+            cache.values.numbers,
+            cache.values.scales,
             room.mixes,
             room.extremes,
             room.state,
             shape.n_heads // shape.n_kv_heads,
-            shape.key_dim,
-            cache.key_padded,
-            shape.value_dim,
-            cache.value_padded,
+            cache.keys.dim,
+            cache.keys.padded,
+            cache.values.dim,
+            cache.values.padded,
             room.n_ctx,
             np.float32(step.scale),
             step.window,
             np.float32(step.softcap),
         )
         self._add(
-            attention.attend,
+            attention.ATTEND[room.kv_type],
             (shape.n_heads, self._n, n_splits),
             (attention.THREADS, 1),
             arguments,
-            attention.shared_bytes(cache.key_padded, cache.value_padded),
+            attention.shared_bytes(cache.keys.padded, cache.values.padded),
         )
         sinks = (self._from.vector(step.sinks), step.sinks is not None)
         arguments = (
@@ -313,7 +317,7 @@ class _Emitter:
             self._add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
         else:
             grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), 1)
-            self._add(TILES[name].matmul, grid, (THREADS, 1), (*arguments, self._n))
+            self._add(self._from.tiles[name].matmul, grid, (THREADS, 1), (*arguments, self._n))
 
     def _expert_product(self, step: ExpertMatMul) -> None:
         matrix, n_experts = step.experts[0], len(step.experts)
@@ -344,7 +348,7 @@ class _Emitter:
         # No expert gets a token twice.
         grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), n_experts)
         lists = (room.order, room.starts, step.n_used)
-        self._add(TILES[name].expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
+        self._add(self._from.tiles[name].expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
 
     def _route(self, step: Route) -> None:
         n_experts = self._width(step.scores)

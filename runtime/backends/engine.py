@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from runtime.backends.crew import Crew, ReadyTable
-from runtime.backends.lowering import HostProduct
+from runtime.backends.lowering import HostProduct, HostShow
 from runtime.backends.memory import Arena, Memory, Place, make_caches
 from runtime.backends.needs import scratch_bytes
-from runtime.backends.reference import Product, expert_matmul, matmul
+from runtime.backends.observing import Observe, Product, observed, show
+from runtime.backends.reference import expert_matmul, matmul
 from runtime.backends.table import Table
 from runtime.kernels import attention
 from runtime.kernels.interpreter import (
@@ -30,6 +31,8 @@ from runtime.kernels.matmul import COLUMNS
 from runtime.program import ExpertMatMul, Floats, Stage
 
 HEAD_ROWS = 48  # rows of logits computed at a time: a row of 150k float32 is 600 kB
+
+Parts = list[ReadyTable | HostProduct | HostShow]
 
 
 class Engine:
@@ -65,7 +68,7 @@ class Engine:
         self._state[SCRATCH] = arena.zeros(int(self._state[SCRATCH_BYTES]) * n_threads)
         self._crew = Crew(n_threads)
 
-    def ready(self, parts: Iterable[Table | HostProduct]) -> list[ReadyTable | HostProduct]:
+    def ready(self, parts: Iterable[Table | HostProduct | HostShow]) -> Parts:
         """The tables with the counters that they are claimed by."""
         arena = self.memory.arena
         return [
@@ -77,14 +80,19 @@ class Engine:
 
     def execute(
         self,
-        parts: Sequence[ReadyTable | HostProduct],
+        parts: Sequence[ReadyTable | HostProduct | HostShow],
         n_tokens: int,
         start: int,
         *,
         product: Product = matmul,
+        observe: Observe | None = None,
     ) -> None:
         """Run tables, and the products between them with `product`."""
+        product = observed(product, observe)
         for part in parts:
+            if isinstance(part, HostShow):
+                show(part.step, _view(part.source, n_tokens, part.width), observe)
+                continue
             if isinstance(part, HostProduct):
                 _multiply(part, n_tokens, product)
                 continue

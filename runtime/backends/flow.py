@@ -26,6 +26,7 @@ from runtime.program import (
     Rope,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     Stage,
@@ -45,7 +46,7 @@ def unknown(step: NoReturn) -> NoReturn:
 
 def read_by(step: Instruction) -> tuple[str, ...]:
     match step:
-        case RMSNorm() | LayerNorm() | MatMul():
+        case RMSNorm() | LayerNorm() | MatMul() | Show():
             return (step.source,)
         case AddBias() | Rope() | Activate() | Scale() | SoftCap():
             return (step.target,)
@@ -70,9 +71,9 @@ def read_by(step: Instruction) -> tuple[str, ...]:
 
 
 def written_by(step: Instruction) -> str | None:
-    """The buffer that an instruction writes; None for those that write to the KV cache."""
+    """The buffer that an instruction writes; None for those that write to the KV cache, or not."""
     match step:
-        case StoreKV():
+        case StoreKV() | Show():
             return None
         case Route():
             return step.routes

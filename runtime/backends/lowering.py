@@ -51,6 +51,7 @@ from runtime.program import (
     Rope,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     Stage,
@@ -70,6 +71,15 @@ class HostProduct:
     routes: Place | None
 
 
+@dataclass(frozen=True, eq=False)
+class HostShow:
+    """What an observer is told between two tables."""
+
+    step: Show
+    width: int
+    source: Place
+
+
 class Lowering:
     """Lowers runs of instructions, for batches of one size, over the same memory."""
 
@@ -86,28 +96,30 @@ class Lowering:
 
     def lower(
         self, steps: Iterable[Instruction], given: Mapping[str, int]
-    ) -> list[Table | HostProduct]:
+    ) -> list[Table | HostProduct | HostShow]:
         """Tables, and products for the host between them; `given` are the widths of inputs."""
         self._forms.clear()
         for name, width in given.items():
             self.frame.set_width(name, width)
         table = Table()
-        parts: list[Table | HostProduct] = [table]
+        parts: list[Table | HostProduct | HostShow] = [table]
         for step in steps:
             if is_apart(step):
-                assert isinstance(step, (MatMul, ExpertMatMul))
                 self._forms.clear()
                 table = Table()
-                parts += [self._host_product(step), table]
+                parts += [self._apart(step), table]
             else:
                 self._emit(table, step)
             self._note(step)
-        return [part for part in parts if isinstance(part, HostProduct) or part.rows]
+        return [part for part in parts if not isinstance(part, Table) or part.rows]
 
-    def _host_product(self, step: MatMul | ExpertMatMul) -> HostProduct:
+    def _apart(self, step: Instruction) -> HostProduct | HostShow:
+        assert isinstance(step, (MatMul, ExpertMatMul, Show))
         places = self.frame.places
-        routes = places[step.routes] if isinstance(step, ExpertMatMul) else None
         width = self.frame.width(step.source)
+        if isinstance(step, Show):
+            return HostShow(step, width, places[step.source])
+        routes = places[step.routes] if isinstance(step, ExpertMatMul) else None
         return HostProduct(step, width, places[step.source], places[step.target], routes)
 
     def _note(self, step: Instruction) -> None:
@@ -164,6 +176,8 @@ class Lowering:
                 self._mixture.sum(table, step)
             case SigmoidScale():
                 self._sigmoid_scale(table, step)
+            case Show():
+                raise ValueError("what an observer is told is no part of a table")
             case _:
                 unknown(step)
 
@@ -361,7 +375,9 @@ class Lowering:
 
 
 def is_apart(step: Instruction) -> bool:
-    """Whether a product is done between tables: its matrix is streamed, or lacks kernels."""
+    """Whether it is done between tables: a product with what is streamed or lacks kernels; Show."""
+    if isinstance(step, Show):
+        return True
     if not isinstance(step, (MatMul, ExpertMatMul)):
         return False
     return isinstance(_matrix(step).data, StreamedRows) or lacks_kernels(step)

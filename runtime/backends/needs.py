@@ -25,6 +25,7 @@ from runtime.program import (
     Rope,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     Stage,
@@ -98,6 +99,8 @@ def _kernels(step: Instruction) -> tuple[Kernel, ...]:
             return (experts.expert_sum,)
         case SigmoidScale():
             return (elementwise.sigmoid_scale,)
+        case Show():
+            return ()
         case _:
             unknown(step)
 

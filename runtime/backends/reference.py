@@ -7,11 +7,12 @@ float32. Other backends are judged against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.backends.observing import Observe, Product, observed, show
 from runtime.program import (
     Activate,
     Add,
@@ -30,13 +31,12 @@ from runtime.program import (
     Rope,
     Route,
     Scale,
+    Show,
     SigmoidScale,
     SoftCap,
     Stage,
     StoreKV,
 )
-
-Product = Callable[[Floats, Matrix], Floats]  # (n, n_columns) times a matrix: (n, n_rows)
 
 ROWS_AT_ONCE = 4096  # rows of a matrix dequantised together
 
@@ -58,24 +58,37 @@ class ReferenceBackend:
         ]
 
     def run(
-        self, index: int, values: Mapping[str, Floats], start: int, n_outputs: int
+        self,
+        index: int,
+        values: Mapping[str, Floats],
+        start: int,
+        n_outputs: int,
+        observe: Observe | None = None,
     ) -> dict[str, Floats]:
         span = self.stage.spans[index]
         buffers = dict(values)
+        product = observed(matmul, observe)
         for step in span.body:
-            self._execute(step, buffers, start)
+            self._execute(step, buffers, start, product, observe)
         if span.head and n_outputs == 0:
             return {name: np.empty((0, width), np.float32) for name, width in span.outputs.items()}
         if span.head:
             buffers = {"x": buffers["x"][len(buffers["x"]) - n_outputs :]}
             for step in span.head:
-                self._execute(step, buffers, start)
+                self._execute(step, buffers, start, product, observe)
         return {name: buffers[name] for name in span.outputs}
 
     def close(self) -> None:
         self._keys, self._values = [], []
 
-    def _execute(self, step: Instruction, buffers: dict[str, Floats], start: int) -> None:
+    def _execute(
+        self,
+        step: Instruction,
+        buffers: dict[str, Floats],
+        start: int,
+        product: Product,
+        observe: Observe | None,
+    ) -> None:
         match step:
             case RMSNorm():
                 buffers[step.target] = rms_norm(buffers[step.source], step.weight, step.epsilon)
@@ -84,7 +97,9 @@ class ReferenceBackend:
                     buffers[step.source], step.weight, step.bias, step.epsilon
                 )
             case MatMul():
-                buffers[step.target] = matmul(buffers[step.source], step.matrix)
+                buffers[step.target] = product(buffers[step.source], step.matrix)
+            case Show():
+                show(step, buffers[step.source], observe)
             case AddBias():
                 buffers[step.target] = buffers[step.target] + step.bias
             case Rope():
@@ -118,7 +133,7 @@ class ReferenceBackend:
                 buffers[step.routes] = route(buffers[step.scores], step)
             case ExpertMatMul():
                 buffers[step.target] = expert_matmul(
-                    buffers[step.source], buffers[step.routes], step, matmul
+                    buffers[step.source], buffers[step.routes], step, product
                 )
             case ExpertBias():
                 experts = buffers[step.routes][:, : step.n_used].astype(np.intp)
@@ -263,12 +278,20 @@ def attend(
     n_heads: int,
     start: int,
 ) -> Floats:
+    weights = attention_weights(queries, keys, step, n_heads=n_heads, start=start)
+    v = np.repeat(values[: start + len(queries)], n_heads // values.shape[1], axis=1)
+    mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(len(queries), -1)
+    return mixed
+
+
+def attention_weights(
+    queries: Floats, keys: Floats, step: Attend, *, n_heads: int, start: int
+) -> Floats:
+    """How much of each position's value every query takes: (n_heads, n_tokens, end)."""
     n_tokens, end = len(queries), start + len(queries)
     q = queries.reshape(n_tokens, n_heads, -1)
-    group = n_heads // keys.shape[1]
-    k = np.repeat(keys[:end], group, axis=1)  # (end, n_heads, key_dim)
-    v = np.repeat(values[:end], group, axis=1)
-    scores = np.einsum("thd,phd->htp", q, k) * np.float32(step.scale)
+    k = np.repeat(keys[:end], n_heads // keys.shape[1], axis=1)  # (end, n_heads, key_dim)
+    scores = np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) * np.float32(step.scale)
     if step.softcap:
         scores = softcap(scores, step.softcap)
     here, there = np.arange(start, end)[:, None], np.arange(end)[None, :]
@@ -279,6 +302,5 @@ def attend(
     if step.sinks is not None:
         sinks = np.broadcast_to(step.sinks[:, None, None], (n_heads, n_tokens, 1))
         scores = np.concatenate([scores, sinks], axis=2)
-    weights = softmax(scores)[:, :, :end]
-    mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(n_tokens, -1)
-    return mixed
+    weights: Floats = softmax(scores)[:, :, :end]
+    return weights

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import ReadyTable
-from runtime.backends.engine import HEAD_ROWS, Engine
+from runtime.backends.engine import HEAD_ROWS, Engine, Parts
 from runtime.backends.frame import Batch
-from runtime.backends.lowering import HostProduct, Lowering
+from runtime.backends.lowering import Lowering
 from runtime.backends.memory import Place
 from runtime.backends.needs import needed_kernels
+from runtime.backends.observing import Observe
 from runtime.backends.reference import matmul
 from runtime.kernels.interpreter import HEADER, ROWS
 from runtime.kernels.table import FORMATS
@@ -56,29 +57,30 @@ class StreamedBackend:
         """The kernels that `program` needs, the slowest to compile first."""
         return needed_kernels(layer_stage(program), kv_type)
 
-    def layer(self, index: int, x: Floats) -> Floats:
+    def layer(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
         """The hidden states (n_tokens, dim) after a layer, of a window that begins at position 0.
 
         `index` counts the program's layers.
         """
-        return self._run(self._layers[index], x, "x", x.shape[1])
+        return self._run(self._layers[index], x, "x", x.shape[1], observe)
 
-    def head(self, x: Floats) -> Floats:
+    def head(self, x: Floats, observe: Observe | None = None) -> Floats:
         """The logits (n_tokens, n_vocab) that follow the hidden states of the last layer."""
         parts = [x[first : first + HEAD_ROWS] for first in range(0, len(x), HEAD_ROWS)]
-        rows = [self._run(self._head, part, "logits", self._n_vocab) for part in parts]
+        rows = [self._run(self._head, part, "logits", self._n_vocab, observe) for part in parts]
         return np.concatenate(rows)
 
     def close(self) -> None:
         self._engine.close()
 
     def _run(
-        self, parts: list[ReadyTable | HostProduct], x: Floats, result: str, width: int
+        self, parts: Parts, x: Floats, result: str, width: int, observe: Observe | None
     ) -> Floats:
         n_tokens, dim = x.shape
         buffers = self._engine.buffers
         buffers["x"][:n_tokens, :dim] = x
-        self._engine.execute(parts, n_tokens, 0, product=self._products.multiply)
+        multiply = self._products.multiply
+        self._engine.execute(parts, n_tokens, 0, product=multiply, observe=observe)
         return buffers[result][:n_tokens, :width].copy()
 
 

@@ -7,7 +7,8 @@
 Keys and values are expanded and cached as other models' are. llama.cpp keeps the latent and
 multiplies queries with the keys' matrix instead (src/models/deepseek2.cpp): the same sums in
 another order. So a file has that matrix transposed; it is turned round here, as float32, with rows
-of zeros where the rotary part is added.
+of zeros where the rotary part is added. An observer is told of both as they are in the file: what
+comes to the keys' matrix there are the queries, without their rotary parts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gguf_tools.quants import by_name
 from runtime.config import MAX_LAYERS, MAX_SIZE, ModelConfig
 from runtime.decoders.blocks import Blocks, Experts
 from runtime.decoders.experts import MAX_EXPERTS, has_experts, read_experts
-from runtime.program import Add, Floats, MatMul, Matrix, Program, Rope, RopeTable
+from runtime.program import Add, Floats, MatMul, Matrix, Program, Rope, RopeTable, Show
 from runtime.rope import rope_table
 from runtime.weights import Weights
 
@@ -163,6 +164,8 @@ def _keys_and_values(blocks: Blocks, latent: Latent, table: RopeTable, spread: M
     blocks.split_linear("attn_kv_a_mqa", "normed", ("kv_latent", "k_rotary"), sizes)
     blocks.emit(Rope("k_rotary", 1, latent.rotary, table))
     blocks.norm("attn_kv_a_norm", "kv_latent", "kv_latent")
+    if blocks.weights.stream:
+        blocks.emit(*_shown(blocks, latent))
     keys, values = _expanding(blocks, latent)
     width = latent.n_heads * latent.key
     k, v = blocks.buffer("k", width), blocks.buffer("v", latent.n_heads * latent.value)
@@ -195,6 +198,18 @@ def _expanding(blocks: Blocks, latent: Latent) -> tuple[Matrix, Matrix]:
         return _empty(name, heads * latent.key, latent.kv_rank), values
     each_head = turned.rows(slice(None)).reshape(heads, latent.kv_rank, latent.nope)
     return _keys(name, each_head.swapaxes(1, 2), latent), values
+
+
+def _shown(blocks: Blocks, latent: Latent) -> list[Show]:
+    """What is made into other matrices, as it is in the file; nothing of what is missing."""
+    weights, heads = blocks.weights, latent.n_heads
+    old, name = f"{blocks.prefix}attn_kv_b.weight", f"{blocks.prefix}attn_k_b.weight"
+    if weights.has(old):
+        whole = weights.matrix(old, heads * (latent.nope + latent.value), latent.kv_rank)
+        return [Show("kv_latent", (whole,))]
+    if weights.has(name):
+        return [Show("q", weights.experts(name, heads, latent.kv_rank, latent.nope), latent.key)]
+    return []
 
 
 def _keys(name: str, nope: Floats, latent: Latent) -> Matrix:
