@@ -19,6 +19,7 @@ from gguf_tools.self_check import SheetRequest
 from gguf_tools.values import RESERVE_KEY, Array
 
 ATTEMPTS = 3  # a file beyond a cliff is made again twice
+ROOM_IN_FILE = ROOM + 96  # bytes at most, with its key and the padding behind it
 LARGEST = 1_000_000_000  # parameters of models whose sheet is made unasked
 LADDER = ("Q3_K", "Q4_K", "Q5_K", "Q5_0", "Q6_K", "Q8_0", "F16")  # by bits; to raise to
 

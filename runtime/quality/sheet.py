@@ -1,7 +1,7 @@
 """The quality sheet: a finished file against the weights it was made from, on a short text.
 
 The source's layers are run while the file is still being written. Then both models' answers to the
-text are compared. Of the tensors a few are likely to cost most (product_errors.py); these are
+text are compared. Of the tensors a few are likely to cost most (likely_costs.py); these are
 measured, each as the only one that the file has changed. See gguf_tools/quality_sheet.py for what
 becomes of the figures.
 """
@@ -22,6 +22,13 @@ from gguf_tools.recipes import block_number
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
 from runtime.quality.evaluation import LOGITS_BYTES, Ids, with_bos
+from runtime.quality.likely_costs import (
+    Probes,
+    estimate,
+    layer_shares,
+    lookup_error,
+    probed_positions,
+)
 from runtime.quality.measures import (
     Differences,
     differ,
@@ -31,13 +38,6 @@ from runtime.quality.measures import (
     perplexity,
 )
 from runtime.quality.overlay import Overlay
-from runtime.quality.product_errors import (
-    Probes,
-    estimate,
-    layer_shares,
-    lookup_error,
-    probed_positions,
-)
 from runtime.quality.sheet_text import TEXT
 from runtime.sources import Source
 from runtime.tokenizer import Tokenizer
