@@ -37,6 +37,7 @@ SPECIAL_TOKENS = {  # the key's middle part, and how people call the token
 def describe(file: GGUFFile) -> dict[str, Any]:
     """Everything about `file` in the types of JSON: the object that `gguf info --json` prints."""
     parts = {} if len(file.paths) == 1 else {"parts": describe_parts(file)}
+    sheet = from_metadata(file.metadata)
     return {
         "architecture": architecture(file),
         "parameters": count_parameters(file),
@@ -44,7 +45,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         **parts,
         "bits_per_weight": bits_per_weight(file),
         "types": count_types(file),
-        "quality": describe_sheet(from_metadata(file.metadata)),
+        **({} if sheet is None else {"quality": describe_sheet(sheet)}),
         "tensors": [describe_tensor(file, tensor) for tensor in file.tensors.values()],
         "metadata": {key: to_json(value) for key, value in file.metadata.items()},
     }

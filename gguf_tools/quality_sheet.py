@@ -145,10 +145,8 @@ def from_metadata(metadata: Mapping[str, Any]) -> Sheet | None:
     return Sheet(**values, costs=costs)
 
 
-def describe_sheet(sheet: Sheet | None) -> dict[str, Any] | None:
+def describe_sheet(sheet: Sheet) -> dict[str, Any]:
     """The sheet in the types of JSON."""
-    if sheet is None:
-        return None
     kl, ratio = sheet.limits
     verdict = {"mean_kl_limit": kl, "perplexity_ratio_limit": ratio, "is_cliff": sheet.is_cliff}
     return {**asdict(sheet), **verdict}

@@ -45,6 +45,7 @@ from runtime.tokenizer import Tokenizer
 WINDOW = 256  # tokens
 SKIPPED = 32  # at a window's start, after which nobody could say much of what comes
 SHORTEST = 64
+WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
 SMALL = 200_000_000  # weights; models with more read one window
 NUMPY_WINDOW = 128  # tokens, where kernels are not compiled
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared
@@ -130,9 +131,17 @@ def cut(tokenizer: Tokenizer, source: Source, *, n_windows: int) -> Ids:
     name = source.metadata.get("general.architecture")
     n_ctx = source.metadata.get(f"{name}.context_length")
     ids = np.asarray(tokenizer.encode(TEXT, add_special=False), np.int64)
-    width = min(WINDOW, len(ids), n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else WINDOW)
+    widest = max(
+        (max(t.shape[-2:]) for name, t in source.tensors.items() if block_number(name) >= 0),
+        default=1,
+    )
+    limit = n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else WINDOW
+    width = min(WINDOW, len(ids), limit, WIDEST // widest)
     if width < SHORTEST:
-        raise GGUFError(f"a window of {width} tokens is too short for it")
+        raise GGUFError(
+            f"it takes windows of {SHORTEST} tokens, and {width} are what the text, the model's "
+            "positions and the memory for its layers' widths allow"
+        )
     n_windows = min(n_windows, len(ids) // width)
     return ids[: n_windows * width].reshape(n_windows, width)
 
