@@ -30,7 +30,7 @@ from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
 
 RUNTIME = "runtime.calibrating"  # a module with a main that answers with lines of JSON
-METHODS = ("imatrix",)
+METHODS = ("gptq", "imatrix")
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
@@ -137,9 +137,10 @@ def calibrate(
         for blocks in part.tensors
     }
     tensors = tuple(_with_blocks(tensor, ready, work) for tensor in plan.tensors)
-    metadata = {**plan.metadata, **_metadata(settings, answer, len(ready))}
+    n_rounded = len(ready.keys() & types.keys())  # the others are scaled only
+    metadata = {**plan.metadata, **_metadata(settings, answer, n_rounded)}
     finished = replace(plan, tensors=tensors, metadata=metadata)
-    line = _line(settings, answer, len(ready), len(types), time.monotonic() - start)
+    line = _line(settings, answer, n_rounded, len(types), time.monotonic() - start)
     yield Calibrated(finished, work, answer["digest"], line)
 
 
@@ -226,11 +227,11 @@ def _metadata(
 
 
 def _line(
-    settings: Settings, answer: dict[str, Any], n_ready: int, n_asked: int, seconds: float
+    settings: Settings, answer: dict[str, Any], n_rounded: int, n_asked: int, seconds: float
 ) -> str:
     line = (
         f"{settings.method} on {printable(answer['text'])}: {answer['windows']:,} windows, "
-        f"{answer['tokens']:,} tokens, {seconds:.1f} s; {n_ready:,} of {n_asked:,} matrices"
+        f"{answer['tokens']:,} tokens, {seconds:.1f} s; {n_rounded:,} of {n_asked:,} matrices"
     )
     for name, what in (("unseen", "saw no token"), ("few", "saw few tokens")):
         if answer[name]:

@@ -203,7 +203,8 @@ def convert(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            help="How --calibrate rounds: gptq (the default: what rounding a weight does is made "
+            "up for by those rounded later) or imatrix (columns weighed, as with --imatrix).",
             show_default=False,
         ),
     ] = None,

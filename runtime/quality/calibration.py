@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gguf_tools.calibration_file import CalibrationFile
+from gguf_tools.feedback.moments import Moments
 from gguf_tools.quants.quanttype import Bytes
 from runtime.layerwise import LayerwiseModel
 from runtime.quality.attention_moments import AttentionMoments, find_attention
@@ -153,8 +154,8 @@ class Calibration:
             known = Known(sums.importance)
             by_heads = attention.of(name) if attention is not None else None
             if by_heads is not None:
-                known = Known(sums.importance, tuple(shrunk(h, SHRINK) for h in by_heads))
+                known = Known(sums.importance, tuple(Moments(shrunk(h, SHRINK)) for h in by_heads))
             elif sums.weighted is not None:
-                moments = sums.moments() if moments is None else moments
+                moments = Moments(sums.moments()) if moments is None else moments
                 known = Known(sums.importance, (moments,))
             self._rounding.round((name, index), known, layer.blocks)

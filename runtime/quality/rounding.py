@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gguf_tools.errors import CheckpointError, UnsupportedQuantError, printable
+from gguf_tools.feedback.moments import Moments
+from gguf_tools.feedback.quantising import quantize_with_moments
 from gguf_tools.quants import by_name
+from gguf_tools.quants.multiples import keep_multiples
 from gguf_tools.quants.quanttype import Bytes, QuantType
 from runtime.program import Floats
 from runtime.quality.moments import Key
@@ -23,7 +26,7 @@ class Known:
     """What is known of a matrix's inputs."""
 
     importance: Floats | None  # (n_columns,); None: no token came
-    moments: tuple[Floats, ...] = ()  # (n_columns, n_columns), each for as many of the rows
+    moments: tuple[Moments, ...] = ()  # each for as many of the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +60,22 @@ class Rounding:
         weights: Floats = tensor.quant.dequantize(rows).reshape(height, tensor.row_length)
         _check_finite(name, weights, "is no number: the weights are damaged")
         made = self._rounded(quant, weights, known)
+        if quant.multiples is not None:  # which a model may have been trained for
+            made = keep_multiples(quant, weights, made)
         blocks[name][first : first + height] = made
         if np.abs(weights).max(initial=0.0) > LARGE:
             _check_finite(name, quant.dequantize(made), f"is more than {quant.name} can hold")
 
     def _rounded(self, quant: QuantType, weights: Floats, known: Known) -> Bytes:
-        return self._weighed(quant, weights, known.importance)
+        if not known.moments or quant.levels is None:
+            return self._weighed(quant, weights, known.importance)
+        parts = [
+            quantize_with_moments(quant, rows, moments, threads=self.threads)
+            for rows, moments in zip(
+                np.split(weights, len(known.moments)), known.moments, strict=True
+            )
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _weighed(self, quant: QuantType, weights: Floats, importance: Floats | None) -> Bytes:
         """The type's own search, with the importance of each column."""
