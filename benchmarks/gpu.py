@@ -145,7 +145,7 @@ def measure_format(name: str, n_rows: int, k: int, n_tokens: int) -> Iterator[Sp
     step = MatMul("x", "y", matrix)
     stage = Stage({"x": k, "y": n_rows}, (Span((step,), (), {"x": k}, {"y": n_rows}),), ())
     memory = DeviceMemory()
-    room = make_room(stage, memory, n_ctx=1, n_batch=n_tokens)
+    room = make_room(stage, memory, n_ctx=1, n_batch=n_tokens, kv_type="f16")
     launches = Launches(room, memory)
     n_bytes, n_operations = weight_bytes(matrix), 2 * n_rows * k
     for n in (1, n_tokens):

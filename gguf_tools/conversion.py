@@ -91,7 +91,8 @@ def plan_conversion(
         overrides=overrides,
         matrix=matrix,
     )
-    return replace(plan, notes=(*merged, *plan.notes, *vocab.warnings))
+    notes = (*merged, *plan.notes, *vocab.warnings)
+    return replace(plan, notes=notes, encodings=vocab.encodings)
 
 
 def match_checkpoint(
@@ -222,6 +223,8 @@ def rows_per_band(tensor: TensorPlan) -> int:
 def quantise_band(tensor: TensorPlan, first: int, last: int) -> Band:
     """The blocks of rows `first` to `last` (exclusive), which are whole groups."""
     source, quant = tensor.source, tensor.quant
+    if tensor.ready is not None:
+        return Band(tensor.ready(first, last))
     if source.raw is not None and source.dtype == quant.name and quant.name not in READABLE:
         return Band(source.raw(first, last))
     rows = source.load(first, last)

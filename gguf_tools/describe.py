@@ -17,6 +17,7 @@ SHOWN_CHARACTERS = 100  # of a long string, on the terminal
 TOKENIZER = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 SAMPLING = "general.sampling."
+CALIBRATION = "gguf_tools.calibration."
 SPECIAL_TOKENS = {  # the key's middle part, and how people call the token
     "bos": "bos",
     "eos": "eos",
@@ -133,6 +134,7 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
     if bits is not None:
         yield "bits per weight", f"{bits:.4f}"
     yield from _summarise_types(file)
+    yield from _summarise_calibration(metadata)
     yield from _summarise_sizes(metadata, arch)
     yield from _summarise_tokenizer(metadata)
     yield "chat template", _summarise_template(metadata)
@@ -211,6 +213,14 @@ def _summarise_types(file: GGUFFile) -> Iterator[tuple[str, str]]:
         plural = "tensor" if count == 1 else "tensors"
         yield label, f"{name}: {count:,} {plural}, {weights} weights, {size}"
         label = ""
+
+
+def _summarise_calibration(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """How `convert --calibrate` rounded the weights."""
+    method = metadata.get(CALIBRATION + "method")
+    if method is not None:
+        text, tokens = (show_value(metadata.get(CALIBRATION + key)) for key in ("text", "tokens"))
+        yield "calibrated", f"{show_value(method)} on {text}, {tokens} tokens"
 
 
 def _summarise_sizes(metadata: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:

@@ -119,25 +119,26 @@ class HeaderParser:
         self.infos_span = (0, 0)  # bytes of what is said of the tensors
         self.tensors: dict[str, TensorInfo] = {}
         self.split: Split | None = None
+        self._n_tensors = 0
 
-    def parse(self) -> None:
-        n_tensors = self.parse_metadata()
+    def parse_metadata(self) -> None:
+        """Read as far as the metadata goes."""
+        self._n_tensors, n_keys = self._parse_counts()
+        for index in range(n_keys):
+            self._parse_entry(index)
+
+    def parse_tensors(self, data: mmap.mmap) -> None:
+        """Read what follows the metadata from `data`, the same file, which may have grown since."""
+        self.data, self.size = data, len(data)
         self.split = self._find_split()
         self.alignment = self._find_alignment()
         start = self.pos
-        offsets = [self._parse_tensor(index) for index in range(n_tensors)]
+        offsets = [self._parse_tensor(index) for index in range(self._n_tensors)]
         self.infos_span = (start, self.pos)
         self.data_offset = self.pos + -self.pos % self.alignment
         for name, offset in offsets:
             self._place(name, offset)
         self._refuse_overlaps()
-
-    def parse_metadata(self) -> int:
-        """Read as far as the metadata goes; the number of tensors that follow."""
-        n_tensors, n_keys = self._parse_counts()
-        for index in range(n_keys):
-            self._parse_entry(index)
-        return n_tensors
 
     # --- the header
 

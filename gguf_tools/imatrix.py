@@ -27,6 +27,7 @@ from gguf_tools.reader import GGUFFile
 from gguf_tools.values import MAGIC, MetadataValue, Value
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+IDENTITY_KEY = "gguf_tools.imatrix.identity"  # a digest; ours alone writes it
 MAX_ENTRIES = 1 << 17
 MAX_NAME = 1 << 10
 MAX_TEXT = 1 << 16  # bytes of the name of a text
@@ -68,8 +69,15 @@ class ImportanceMatrix:
 
     path: Path  # as it was given
     entries: Mapping[str, Entry]
-    dataset: str  # what it was made from, "" if unknown
+    datasets: tuple[str, ...]  # what it was made from
     n_chunks: int  # 0 if unknown
+    chunk_size: int  # tokens; 0 in the old form, whose counts are of chunks and not of tokens
+    identity: str = ""  # of what it is being made from, by ours: see imatrix_writing.py
+
+    @property
+    def dataset(self) -> str:
+        """The first text that it was made from, "" if unknown."""
+        return self.datasets[0] if self.datasets else ""
 
     def find(self, name: str, shape: tuple[int, ...]) -> Importance | None:
         """For a tensor of this shape (NumPy order), or None; an error if it is of another shape.
@@ -133,10 +141,12 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
                 "imatrix.chunk_count and imatrix.chunk_size, found a GGUF file without them; give "
                 "the file that llama-imatrix wrote"
             )
-        if file.metadata_types["imatrix.chunk_count"] != "u32":
-            raise FormatError(f"{shown}: metadata imatrix.chunk_count: expected a u32")
+        for key in ("imatrix.chunk_count", "imatrix.chunk_size"):
+            if file.metadata_types[key] != "u32":
+                raise FormatError(f"{shown}: metadata {key}: expected a u32")
         texts = list(dataset_names) if isinstance(dataset_names, list | tuple) else []
-        dataset = texts[0] if texts and isinstance(texts[0], str) else ""
+        datasets = tuple(text for text in texts if isinstance(text, str))
+        identity = known.get(IDENTITY_KEY)
         names = dict.fromkeys(  # other tensors are no business of ours
             name.removesuffix(end)
             for end in (SUMS, COUNTS)
@@ -157,7 +167,10 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
                 )
             sums, counts = (file.raw(half).reshape(-1).view("<f4") for half in halves)
             entries[name] = _checked(Entry(sums, _rounded(counts)), name, shown)
-    return _whole(path, entries, dataset, int(n_chunks))
+        chunk_size = int(known["imatrix.chunk_size"])
+    _refuse_nothing(path, entries)
+    made_from = identity if isinstance(identity, str) else ""
+    return ImportanceMatrix(path, entries, datasets, int(n_chunks), chunk_size, made_from)
 
 
 class _OldFile:
@@ -184,7 +197,8 @@ class _OldFile:
                 dataset = self._bytes(length, "the text's name").decode(errors="replace")
         if self._left:
             raise self._error("expected the end of the file", f"{self._left:,} bytes more")
-        return _whole(self.path, entries, dataset, n_chunks)
+        datasets = (dataset,) if dataset else ()
+        return ImportanceMatrix(self.path, entries, datasets, n_chunks, chunk_size=0)
 
     @property
     def _left(self) -> int:
@@ -247,12 +261,9 @@ def _checked(entry: Entry, name: str, shown: str) -> Entry:
     return entry
 
 
-def _whole(
-    path: Path, entries: Mapping[str, Entry], dataset: str, n_chunks: int
-) -> ImportanceMatrix:
+def _refuse_nothing(path: Path, entries: Mapping[str, Entry]) -> None:
     if not entries:
         raise FormatError(f"{_shown(path)}: expected an importance matrix, found no entries")
-    return ImportanceMatrix(path, entries, dataset, n_chunks)
 
 
 def _cut(text: str) -> str:

@@ -59,6 +59,10 @@ class Journal:
         self._end = 0  # where the last recorded band ends
         self._total = 0
 
+    def add_option(self, text: str) -> None:
+        """What else decides bytes, where that is known only now: before `open`."""
+        self._options += "\0" + text
+
     @property
     def has_bands(self) -> bool:
         """Whether there is anything to go on from."""

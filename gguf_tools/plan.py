@@ -5,7 +5,7 @@ type, and the sizes are added up. No weight is read.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,8 +28,9 @@ from gguf_tools.recipes import (
     needs_importance,
     sorted_names,
 )
-from gguf_tools.safetensors_file import LazyTensor
+from gguf_tools.safetensors_file import Bytes, LazyTensor
 from gguf_tools.values import Array, MetadataValue, Value
+from gguf_tools.vocab.trial import Encodings
 from gguf_tools.writer import TensorSpec, file_size
 
 QUANTIZATION_VERSION = 2
@@ -47,6 +48,7 @@ class TensorPlan:
     quant: QuantType
     choice: Choice
     importance: Importance | None = None
+    ready: Callable[[int, int], Bytes] | None = None  # blocks of rows that are rounded already
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,6 +89,7 @@ class Plan:
     metadata: Mapping[str, MetadataValue]
     notes: tuple[str, ...]
     matrix: ImportanceMatrix | None = None
+    encodings: Encodings | None = None  # of the test texts, by the checkpoint's tokenizer
 
     @property
     def specs(self) -> list[TensorSpec]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -21,18 +20,22 @@ from gguf_tools.header import HeaderParser, TensorInfo
 from gguf_tools.parts import parse_part_name
 from gguf_tools.values import Encoded
 
-__all__ = ["GGUFFile", "TensorInfo"]
+__all__ = ["GGUFFile", "TensorInfo", "UnfinishedFile"]
 
 BAND = 1 << 20  # weights that are looked at together
+MAPPED_TOGETHER = 2 << 20  # bytes, at most: a large page
 UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begins
 
 
 class GGUFFile:
     """An open GGUF file. Arrays from `raw` are views into the mapping and keep it alive."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, begun: "UnfinishedFile | None" = None
+    ) -> None:
+        """`begun`: the same file before its tensors were there. Its metadata is not read again."""
         self.path = Path(path)
-        first = _open_part(self.path)
+        first = _open_part(self.path, begun.header if begun is not None else None)
         parts = [first, *_other_parts(first)]
         header = first.header
         self._maps: tuple[mmap.mmap, ...] = tuple(part.mapping for part in parts)
@@ -105,10 +108,15 @@ class GGUFFile:
         return Encoded(self._maps[0][first:last])
 
     def _release(self, part: int, start: int, n_bytes: int) -> None:
-        """Drop pages from memory; they are read again when they are needed again."""
+        """Drop pages from memory; they are read again when they are needed again.
+
+        With what lies around them: the system maps a stretch of a file where a page is touched.
+        """
         if hasattr(mmap, "MADV_DONTNEED") and self._maps:
-            first = start - start % mmap.PAGESIZE
-            self._maps[part].madvise(mmap.MADV_DONTNEED, first, start + n_bytes - first)
+            first = start - start % MAPPED_TOGETHER
+            last = start + n_bytes + -(start + n_bytes) % MAPPED_TOGETHER
+            count = min(last, len(self._maps[part])) - first
+            self._maps[part].madvise(mmap.MADV_DONTNEED, first, count)
 
     def load(self, name: str) -> np.ndarray:
         """The weights of a tensor, dequantised to float32."""
@@ -116,11 +124,13 @@ class GGUFFile:
         return tensor.quant.dequantize(self.raw(name)).reshape(tensor.shape)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a file whose tensors need not all be there yet."""
-    header = HeaderParser(_map_file(path), printable(path, limit=1000))
-    header.parse_metadata()
-    return header.metadata
+class UnfinishedFile:
+    """A file whose tensors need not all be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.header = HeaderParser(_map_file(path), printable(path, limit=1000))
+        self.header.parse_metadata()
+        self.metadata = self.header.metadata
 
 
 def undo_path(path: Path) -> Path:
@@ -138,12 +148,14 @@ class _Part:
     header: HeaderParser
 
 
-def _open_part(path: Path) -> _Part:
+def _open_part(path: Path, begun: HeaderParser | None = None) -> _Part:
     mapping = _map_file(path)
     shown = printable(path, limit=1000)
     _refuse_interrupted(path, shown)
-    header = HeaderParser(mapping, shown)
-    header.parse()
+    header = begun if begun is not None else HeaderParser(mapping, shown)
+    if begun is None:
+        header.parse_metadata()
+    header.parse_tensors(mapping)
     return _Part(path, shown, mapping, header)
 
 

@@ -33,7 +33,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def closing_rows(
-    plan: Plan, output: Path, seconds: float | None, self_check: str = ""
+    plan: Plan,
+    output: Path,
+    seconds: float | None,
+    self_check: str = "",
+    *,
+    calibration: str = "",
 ) -> Iterator[Row]:
     """The table at the end; without `seconds` nothing was written."""
     # The plan's size would take the whole header encoded once more, vocabulary and all.
@@ -47,6 +52,8 @@ def closing_rows(
     yield from _fallback_rows(plan)
     if plan.matrix is not None:
         yield from _importance_rows(plan, plan.matrix)
+    if calibration:
+        yield "calibration", calibration
     if self_check:
         yield "self-check", self_check
     if seconds is not None:

@@ -2,21 +2,20 @@
 
 The file is read again: its tokenizer encodes a set of texts as the checkpoint's own does
 (gguf_tools/vocab/agreement.py); a dialogue through its chat template begins with one BOS, and ends
-with a token of the stop set; a few tokens give the logits that the source's weights give. What
-runs the model is in the runtime, which nothing here imports: it is a process of its own, and what
-becomes of it cannot hurt the conversion.
+with a token of the stop set; a few tokens give the logits that the source's weights give. That is
+done in the runtime, which nothing here imports: it is a process of its own, and what becomes of it
+cannot hurt the conversion.
 """
 
-import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from gguf_tools.errors import OutputError, printable
-from gguf_tools.vocab.agreement import ask_for_comparison, read_agreement
-from gguf_tools.vocab.trial import FAILURES, Question
+from gguf_tools.vocab.agreement import ask_for_encodings, read_encodings
+from gguf_tools.vocab.trial import FAILURES, Encodings, Question
 
 RUNTIME = "runtime.file_check"  # a module with a main that answers with Findings
 TIME_LIMIT = (
@@ -40,20 +39,23 @@ class Source:
     path: Path  # a checkpoint, or a GGUF file
     is_checkpoint: bool
     adapters: tuple[str, ...] = ()  # merged, as --lora has them
+    encodings: Encodings | None = None  # of the test texts, by its tokenizer, where known already
 
 
 class SelfCheck:
     """The check as a step of a conversion; with `strict`, what is wrong is an error.
 
-    For a `with` block: what needs no finished file runs beside the conversion, from `begin` on.
+    For a `with` block: the process that checks begins to load there, beside whatever comes first,
+    and to look at the file when `begin` names it.
     """
 
-    def __init__(self, source: Source, output: Path, *, threads: int, strict: bool) -> None:
+    def __init__(self, *, threads: int, strict: bool) -> None:
         self.findings: tuple[Finding, ...] = ()
-        self._source, self._output = source, output
         self._threads, self._strict = threads, strict
+        self._source: Source | None = None
+        self._output = Path()
         self._tokenizer: Question | None = None
-        self._running: Question | None = None
+        self._running = Question(RUNTIME, [], waits=True)
 
     def __enter__(self) -> "SelfCheck":
         return self
@@ -68,22 +70,24 @@ class SelfCheck:
             if question is not None:
                 question.close()
 
-    def begin(self, part: Path) -> None:
-        """Start with `part`, which is to become the output and has its metadata already."""
-        if self._source.is_checkpoint:
-            self._tokenizer = ask_for_comparison(self._source.path, part)
-        request = {
-            "file": str(part.resolve()),
-            "source": str(self._source.path.resolve()),
-            "is_checkpoint": self._source.is_checkpoint,
-            "adapters": self._source.adapters,
-            "threads": self._threads,
-        }
-        self._running = Question(RUNTIME, [json.dumps(request)], waits=True)
+    def begin(self, part: Path, *, source: Source, output: Path) -> None:
+        """Start with `part`, which is to become `output` and has its metadata already."""
+        self._source, self._output = source, output
+        if source.is_checkpoint and source.encodings is None:
+            self._tokenizer = ask_for_encodings(source.path)
+        self._running.tell(
+            {
+                "file": str(part.resolve()),
+                "source": str(source.path.resolve()),
+                "is_checkpoint": source.is_checkpoint,
+                "adapters": source.adapters,
+                "threads": self._threads,
+            }
+        )
 
     def end(self, file: Path) -> None:
         """Wait for what comes of it: the file is finished, its metadata is what it was."""
-        self.findings = (self._check_tokenizer(), *self._check_running())
+        self.findings = self._run()
         if self._strict and self.problems:
             raise OutputError(
                 f"{printable(self._output, limit=1000)} was not written, as --strict asks: "
@@ -102,20 +106,13 @@ class SelfCheck:
     def details(self) -> list[str]:
         return [detail for finding in self.findings for detail in finding.details]
 
-    def _check_tokenizer(self) -> Finding:
-        if self._tokenizer is None:
-            return Finding("tokenizer carried over")
-        found = read_agreement(self._tokenizer)
-        if found.failure:
-            return Finding(f"tokenizer {found.describe()}", (f"tokenizer: {found.failure}",))
-        if found.differences:
-            return Finding(f"tokenizer differs: {found.describe()}", tuple(found.lines()))
-        compared = f"tokenizer: compared with {found.source}"
-        return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
-
-    def _check_running(self) -> tuple[Finding, ...]:
-        """The chat template and the logits."""
-        assert self._running is not None
+    def _run(self) -> tuple[Finding, ...]:
+        """What the process finds, which is told how the checkpoint encodes."""
+        assert self._source is not None, "it has begun"
+        encodings = self._source.encodings
+        if self._tokenizer is not None:
+            encodings = read_encodings(self._tokenizer)
+        self._running.tell(None if encodings is None else asdict(encodings))
         try:
             return _read(self._running.answer(seconds=TIME_LIMIT))
         except subprocess.TimeoutExpired:

@@ -4,9 +4,11 @@ Everything heavy is imported inside the command: `--help` answers at once.
 """
 
 import json as json_module
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -18,6 +20,7 @@ from runtime.tokenize_command import decode
 if TYPE_CHECKING:
     from runtime.quality.choices import Accuracy, Question
     from runtime.quality.evaluation import Evaluation
+    from runtime.quality.speeds import Speed
     from runtime.quality.subjects import Subject
     from runtime.quality.table import Result
 
@@ -25,6 +28,44 @@ T = TypeVar("T")
 
 DEFAULT_CONTEXT = 512
 LONGEST = 8192  # tokens of a question
+LONGEST_COMMAND = 4000  # characters of one that a report shows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked on the command line, as far as figures depend on it."""
+
+    files: tuple[Path, ...]
+    text: Path | None
+    reference: Path | None
+    task: Path | None
+    ctx: int
+    windows: int | None
+    threads: int | None
+    speed: bool | None
+    report: Path | None
+
+    def inputs(self) -> list[Path]:
+        others = (self.text, self.reference, self.task)
+        return [*self.files, *(path for path in others if path is not None)]
+
+    def command(self) -> str:
+        """The command line, with files by their names: their folders are nobody else's business."""
+        options = {
+            "--reference": self.reference,
+            "--text": self.text,
+            "--task": self.task,
+            "--ctx": None if self.text is None else self.ctx,
+            "--windows": self.windows,
+            "--threads": self.threads,
+            "--report": self.report,
+        }
+        words = ["gguf", "eval", *map(_short, self.files)]
+        for name, value in options.items():
+            words += [] if value is None else [name, _short(value)]
+        if self.speed is not None:
+            words.append("--speed" if self.speed else "--no-speed")
+        return printable(shlex.join(words), LONGEST_COMMAND)
 
 
 def evaluate(
@@ -78,6 +119,22 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page to look at, with tables and plots, that needs nothing else.",
+            show_default=False,
+        ),
+    ] = None,
+    speed: Annotated[
+        bool | None,
+        typer.Option(
+            "--speed/--no-speed",
+            help="Measure briefly how fast the files read and write here. (default: for --report)",
+            show_default=False,
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table as markdown, for a model card.")
     ] = False,
@@ -103,8 +160,14 @@ def evaluate(
         raise typer.BadParameter("--markdown and --json exclude each other")
     if plot is not None and reference is None:
         raise typer.BadParameter("--plot needs --reference")
+    asked = Asked(tuple(files), text, reference, task, ctx, windows, threads, speed, report)
+    if report is not None:
+        from runtime.quality.page import check_target
+
+        check_target(report, asked.inputs())
 
     from runtime.quality.choices import read_questions
+    from runtime.quality.facts import read_facts
     from runtime.quality.table import Result, draw, to_json
 
     content = None if text is None else decode(text.read_bytes(), printable(text))
@@ -121,12 +184,27 @@ def evaluate(
         accuracies: list[Accuracy | None] = [None] * len(subjects)
         if questions is not None:
             accuracies = [_answer(subject, questions) for subject in subjects]
+        speeds: list[Speed | None] = [None] * len(subjects)
+        if speed or (speed is None and report is not None):
+            speeds = _measure_speeds(subjects)
         results = [
-            Result(subject.name, subject.n_bytes, subject.bits_per_weight, found, accuracy)
-            for subject, found, accuracy in zip(subjects, evaluations, accuracies, strict=True)
+            Result(
+                subject.name,
+                subject.n_bytes,
+                subject.bits_per_weight,
+                evaluation=evaluation,
+                accuracy=accuracy,
+                speed=pace,
+                facts=read_facts(subject.source),
+            )
+            for subject, evaluation, accuracy, pace in zip(
+                subjects, evaluations, accuracies, speeds, strict=True
+            )
         ]
     if plot is not None:
         draw(results, plot)
+    if report is not None:
+        _write_report(asked, results)
     if json:
         base = results.pop(0) if reference is not None else None
         print(json_module.dumps([to_json(result, base) for result in results], indent=2))
@@ -148,6 +226,30 @@ def _show(results: "list[Result]", *, as_markdown: bool) -> None:
         print(line)
     for line in chart(results):
         print(line)
+
+
+def _write_report(asked: Asked, results: "list[Result]") -> None:
+    from runtime.quality.evaluation import scored
+    from runtime.quality.page import Report, material, render, write_page
+    from runtime.quality.speeds import machine
+
+    assert asked.report is not None
+    reference = None if asked.reference is None else results[0]
+    found = results[0].evaluation
+    windows = None if found is None else (found.tokens // scored(asked.ctx), asked.ctx)
+    threads = next((result.speed.threads for result in results if result.speed), None)
+    page = render(
+        Report(
+            candidates=results if reference is None else results[1:],
+            reference=reference,
+            command=asked.command(),
+            text=None if asked.text is None else material(asked.text),
+            task=None if asked.task is None else material(asked.task),
+            windows=windows,
+            machine=None if threads is None else machine(threads),
+        )
+    )
+    write_page(asked.report, page)
 
 
 def _evaluate(
@@ -184,8 +286,26 @@ def _answer(subject: "Subject", questions: "list[Question]") -> "Accuracy | None
     return found
 
 
-def _with_bar(text: str, events: Iterable[T]) -> Iterator[T]:
-    """The events, with a bar on a terminal for those that say how many are done."""
+def _measure_speeds(subjects: "list[Subject]") -> "list[Speed | None]":
+    """None of a checkpoint: nobody runs one layer by layer."""
+    from runtime.model import Model
+    from runtime.quality.speeds import Speed, measure_speeds
+
+    models = [subject.model for subject in subjects if isinstance(subject.model, Model)]
+    events = _with_bar("measuring speeds", measure_speeds(models), in_background=False)
+    found = iter([event for event in events if isinstance(event, Speed)])
+    return [next(found) if isinstance(each.model, Model) else None for each in subjects]
+
+
+def _short(value: Path | int) -> str:
+    return value.name if isinstance(value, Path) and value.parent.exists() else str(value)
+
+
+def _with_bar(text: str, events: Iterable[T], *, in_background: bool = True) -> Iterator[T]:
+    """The events, with a bar on a terminal for those that say how many are done.
+
+    Drawing it in the background would be measured where time is.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -203,13 +323,14 @@ def _with_bar(text: str, events: Iterable[T]) -> Iterator[T]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        auto_refresh=in_background,
         disable=not is_terminal(sys.stderr),
     ) as bar:
         task = bar.add_task(text, total=None)
         for event in events:
             done, total = getattr(event, "done", None), getattr(event, "total", None)
             if total is not None:
-                bar.update(task, completed=done, total=total)
+                bar.update(task, completed=done, total=total, refresh=not in_background)
             yield event
 
 

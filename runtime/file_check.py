@@ -1,7 +1,7 @@
-"""The part of convert's self-check that runs the model: a process of its own.
+"""convert's self-check of a file: a process of its own.
 
-It takes a request as JSON and answers with a list of findings, of the chat template and of the
-logits. See gguf_tools/self_check.py.
+It takes a request as JSON and answers with a list of findings, of the tokenizer, of the chat
+template and of the logits. See gguf_tools/self_check.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from gguf_tools.conversion import match_checkpoint
 from gguf_tools.errors import GGUFError, UnsupportedModelError
 from gguf_tools.lora_merging import read_scaled
 from gguf_tools.plan import model_metadata
-from gguf_tools.reader import GGUFFile, read_metadata
+from gguf_tools.reader import GGUFFile, UnfinishedFile
 from gguf_tools.self_check import Finding
 from gguf_tools.values import Value
+from gguf_tools.vocab.agreement import agree
+from gguf_tools.vocab.trial import Encodings
 from runtime.config import MAX_CONTEXT
 from runtime.logits_check import (
     N_TOKENS,
@@ -36,37 +38,50 @@ from runtime.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the file of the request that the one argument is; write the findings as JSON.
+    """Check the file of the request on standard input; write the findings as JSON.
 
-    The file is finished when standard input ends: what needs only its metadata is done before.
+    A second line comes when the file is finished, and tells how the checkpoint encodes the test
+    texts (Encodings, or null): what needs only the file's metadata is done before.
     """
-    findings = check(json.loads(arguments[0]), wait=sys.stdin.read)
+    request = sys.stdin.readline()
+    if not request:  # the conversion ended before there was a file
+        return 1
+    findings = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
     sys.stdout.write(json.dumps([asdict(finding) for finding in findings]))
     return 0
 
 
-def check(request: dict[str, Any], *, wait: Callable[[], object]) -> list[Finding]:
+def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None]) -> list[Finding]:
     """The findings about the file, in the order of the line."""
-    findings, expected = _before(request)
-    wait()
-    if expected is not None:
-        with GGUFFile(request["file"]) as file:
-            findings.append(check_logits(expected, file, threads=request["threads"]))
-    return findings
-
-
-def _before(request: dict[str, Any]) -> tuple[list[Finding], Expected | None]:
-    """What needs no finished file; the vocabulary, which may be large, is not kept."""
-    metadata = read_metadata(Path(request["file"]))
+    begun = UnfinishedFile(Path(request["file"]))
     try:
-        tokenizer = Tokenizer(metadata)
+        tokenizer = Tokenizer(begun.metadata)
     except GGUFError as error:
-        return [Finding("not run: its tokenizer cannot be used", (str(error),))], None
+        wait()
+        return [Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))]
     with ThreadPoolExecutor(1) as executor:
-        template = executor.submit(check_template, metadata, tokenizer)
+        template = executor.submit(check_template, begun.metadata, tokenizer)
         made = _run_source(request, tokenizer)
-        found = [template.result()]
-    return (found, made) if isinstance(made, Expected) else ([*found, made], None)
+        findings = [template.result()]
+    encodings = wait()
+    findings.insert(0, _check_tokenizer(tokenizer, encodings))
+    if isinstance(made, Finding):
+        return [*findings, made]
+    with GGUFFile(request["file"], begun=begun) as file:
+        return [*findings, check_logits(made, file, threads=request["threads"])]
+
+
+def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> Finding:
+    """Whether the file encodes texts as its checkpoint does."""
+    if encodings is None:
+        return Finding("tokenizer carried over")
+    found = agree(Encodings(**encodings), tokenizer.encoder, tokenizer.tokens)
+    if found.failure:
+        return Finding(f"tokenizer {found.describe()}", (f"tokenizer: {found.failure}",))
+    if found.differences:
+        return Finding(f"tokenizer differs: {found.describe()}", tuple(found.lines()))
+    compared = f"tokenizer: compared with {found.source}"
+    return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
 def _run_source(request: dict[str, Any], tokenizer: Tokenizer) -> Expected | Finding:

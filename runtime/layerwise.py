@@ -20,8 +20,18 @@ from runtime.backends.reference import ReferenceBackend
 from runtime.backends.streaming import StreamedBackend, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
-from runtime.program import Attend, Floats, Instruction, Program, StoreKV
+from runtime.program import (
+    AddBias,
+    Attend,
+    Floats,
+    Instruction,
+    MatMul,
+    Matrix,
+    Program,
+    StoreKV,
+)
 from runtime.sources import Source
+from runtime.streamed_rows import StreamedRows
 
 # Weights of a damaged file may be NaN or huge. So then is what comes of them.
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -38,19 +48,22 @@ class LayerwiseModel:
         n_tokens: int,
         threads: int,
         layers: Sequence[int] | None = None,
+        head_rows: npt.NDArray[np.intp] | None = None,
         on_compile: Callable[[int, int], None] | None = None,
         compiles: bool = True,
     ) -> None:
         """`source` must stay open; windows have at most `n_tokens` tokens.
 
-        With `layers` the others are left out, as if the model had only these. Kernels that are not
+        With `layers` the others are left out, as if the model had only these; with `head_rows`
+        there are no logits but those of these tokens. Kernels that are not
         in the cache yet are compiled now; `on_compile(done, total)` is called meanwhile. Without
         `compiles` NumPy takes their place, slowly (`is_compiled` tells).
         """
         check_architecture(source)
         self.config = read_config(source)
         program = build_program(source, self.config, n_ctx=n_tokens, stream=True)
-        self.program = program if layers is None else with_layers(program, layers)
+        program = program if layers is None else with_layers(program, layers)
+        self.program = program if head_rows is None else with_head_rows(program, head_rows)
         kernels = StreamedBackend.kernels(self.program)
         self.is_compiled = compiles or all(kernel.is_ready for kernel in kernels)
         self._backend: StreamedBackend | LayerwiseReference
@@ -133,3 +146,25 @@ def with_layers(program: Program, chosen: Sequence[int]) -> Program:
         for place, layer in enumerate(chosen)
     )
     return replace(program, layers=layers, caches=tuple(program.caches[layer] for layer in chosen))
+
+
+def with_head_rows(program: Program, rows: npt.NDArray[np.intp]) -> Program:
+    """The program with the logits of some tokens in the place of all."""
+
+    def cut(step: Instruction) -> Instruction:
+        if isinstance(step, MatMul) and step.target == "logits":
+            return replace(step, matrix=_chosen(step.matrix, rows))
+        if isinstance(step, AddBias) and step.target == "logits":
+            return replace(step, bias=step.bias[rows])
+        return step
+
+    buffers = {**program.buffers, "logits": len(rows)}
+    return replace(program, buffers=buffers, head=tuple(cut(step) for step in program.head))
+
+
+def _chosen(matrix: Matrix, rows: npt.NDArray[np.intp]) -> Matrix:
+    def read(first: int, last: int) -> npt.NDArray[np.uint8]:
+        return np.asarray(matrix.data[rows[first:last]])
+
+    data = StreamedRows(read, 0, len(rows), matrix.data.shape[1])
+    return replace(matrix, n_rows=len(rows), data=data)

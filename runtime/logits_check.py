@@ -4,7 +4,8 @@ Rounding weights costs a model something; a tensor that is swapped, permuted wro
 wrong place makes another model of it. Each layer of the file is given what the source's layers have
 made so far, so that its own error shows and not that of those before it: how much that may be
 depends on the types alone (LIMITS), whatever the model makes of it. A small model is run as a
-whole, too: how far its logits are from the source's is told, and judged by nobody. Nothing is
+whole, too: how far its logits are from the source's is told, and judged by nobody. Of a large one
+only the ends are run; in the layers between a few rows of each tensor are compared. Nothing is
 compiled for this: NumPy takes the place of kernels that are not there, for the first and the last
 layers of the file.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +34,8 @@ N_TOKENS = 16
 WHOLE_WEIGHTS = 300_000_000  # of models with more only some layers are run
 NUMPY_WEIGHTS = 30_000_000  # the same where kernels are not compiled
 ENDS = 2  # at either end
+SAMPLED = 4  # rows of each tensor in the other layers, at two places
+RUN, EVERY = 64, 512  # of the rows of such a model's head: a run of so many, in every so many
 
 
 # Types by the bits they have for a weight (or more), and the error that is taken for rounding: of
@@ -50,12 +54,19 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class PartError:
-    """A part of the file against that of the source, given the same input."""
+    """A part of the file against that of the source, given the same input.
 
-    name: str  # "layer 3"
+    Of a layer that is not run it is a tensor, whose rows are compared.
+    """
+
+    name: str  # "layer 3", or "blk.3.attn_q.weight"
     error: float  # relative
     lightest: str  # type of its matrices
     limit: float
+
+    @property
+    def what(self) -> str:
+        return "a sample of its rows" if self.name.startswith("blk.") else "what it makes"
 
     @property
     def is_wrong(self) -> bool:
@@ -70,6 +81,15 @@ class Expected:
     layers: Sequence[int] | None  # that were run; None: all
     states: tuple[Floats, ...]  # hidden states before each layer, and after the last
     logits: Floats
+    source: Source
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the logits of two whole models."""
+
+    n_same: int  # tokens after which both have the same first choice
+    kl: float  # mean Kullback-Leibler divergence from the source's distributions, nats
 
 
 @dataclass(frozen=True)
@@ -77,10 +97,8 @@ class Comparison:
     """A file against its source."""
 
     n_tokens: int
-    n_same: int  # tokens after which both have the same first choice
-    kl: float  # mean Kullback-Leibler divergence from the source's distributions, nats
     parts: tuple[PartError, ...]  # embedding, layers, head
-    whole: bool  # all layers were run, and the logits are those of the whole model
+    logits: Agreement | None = None  # where all was run
 
 
 def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
@@ -89,14 +107,19 @@ def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
         found = compare(expected, file, threads=threads)
     except GGUFError as error:
         return Finding("not run", (f"the file cannot be run: {error}",))
-    text = f"logits agree on {found.n_same} of {found.n_tokens} first choices, KL {found.kl:.2g}"
-    if not found.whole:
-        worst = max(part.error for part in found.parts)
-        text = f"head and {len(found.parts) - 2} layers agree to {worst:.1%}"
+    n_tokens, logits = found.n_tokens, found.logits
+    if logits is not None:
+        text = f"logits agree on {logits.n_same} of {n_tokens} first choices, KL {logits.kl:.2g}"
+    else:
+        run = [part for part in found.parts if not part.name.startswith("blk.")]
+        worst = max(part.error for part in run)
+        text = f"head and {len(run) - 2} layers agree to {worst:.1%}"
+        if len(found.parts) > len(run):
+            text += f", rows of {len(found.parts) - len(run)} more"
     wrong = [part for part in found.parts if part.is_wrong]
     more = f"; and {len(wrong) - 1} more parts (--check-details)" if len(wrong) > 1 else ""
     problems = [
-        f"the {part.name} of the file is not that of the source's weights: what it makes is "
+        f"the {part.name} of the file is not that of the source's weights: {part.what} is "
         f"{part.error:.0%} off, where {part.lightest} explains {part.limit:.0%}{more}"
         for part in wrong[:1]
     ]
@@ -104,7 +127,8 @@ def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
         f"{part.name}: {part.error:.2%} off, {part.lightest} explains {part.limit:.0%}"
         for part in found.parts
     ]
-    details.append(f"logits: {found.n_tokens} tokens, mean KL divergence {found.kl:.4g} nats")
+    if logits is not None:
+        details.append(f"logits: {n_tokens} tokens, mean KL divergence {logits.kl:.4g} nats")
     return Finding(text, tuple(problems), tuple(details))
 
 
@@ -115,18 +139,24 @@ def run_source(
     threads: int,
     layers: Sequence[int] | None = None,
 ) -> Expected:
-    """Run the source's own weights; with `layers` only these, and the head.
+    """Run the source's own weights; with `layers` only these, and some rows of the head.
 
     UnsupportedModelError where its architecture has no decoder here.
     """
     n_tokens = len(ids)
     with LayerwiseModel(
-        source, n_tokens=n_tokens, threads=threads, layers=layers, compiles=False
+        source,
+        n_tokens=n_tokens,
+        threads=threads,
+        layers=layers,
+        head_rows=_head_rows(source, layers),
+        compiles=False,
     ) as model:
         states = [model.embed(ids)]
         for index in range(len(model.program.layers)):
             states.append(model.layer(index, states[-1]))
-        return Expected(tuple(ids), layers, tuple(states), model.head(states[-1]))
+        logits = model.head(states[-1])
+        return Expected(tuple(ids), layers, tuple(states), logits, source)
 
 
 def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
@@ -140,39 +170,83 @@ def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
         parts.append(PartError(name, _off(made, found), lightest, limit))
 
     with LayerwiseModel(
-        file, n_tokens=len(ids), threads=threads, layers=layers, compiles=False
+        file,
+        n_tokens=len(ids),
+        threads=threads,
+        layers=layers,
+        head_rows=_head_rows(file, layers),
+        compiles=False,
     ) as model:
         chosen = None if model.is_compiled else choose_layers(file, most=NUMPY_WEIGHTS)
         whole = layers is None and chosen is None
         own = model.embed(ids)
         add("embedding", "token_embd.", states[0], own)
-        for index, number in enumerate(numbers):
-            if chosen is not None and number not in chosen:
-                continue
-            before, after = states[index], states[index + 1]
-            made = model.layer(index, before) - before
-            add(f"layer {number}", f"blk.{number}.", after - before, made)
-            if whole:
-                own = model.layer(index, own)
-        found = model.head(states[-1])
-        head = "output." if "output.weight" in file.tensors else "token_embd."
-        add("head", head, expected.logits, found)
+        # Layers are given the source's states: NumPy can run several at a time.
+        with ThreadPoolExecutor(1 if model.is_compiled else threads) as executor:
+            head = executor.submit(model.head, states[-1])
+            made = [
+                (number, index, executor.submit(model.layer, index, states[index]))
+                for index, number in enumerate(numbers)
+                if chosen is None or number in chosen
+            ]
+            for number, index, layer in made:
+                before, after = states[index], states[index + 1]
+                add(f"layer {number}", f"blk.{number}.", after - before, layer.result() - before)
+            name = "output." if "output.weight" in file.tensors else "token_embd."
+            add("head", name, expected.logits, head.result())
         if whole:
+            for index in range(len(numbers)):
+                own = model.layer(index, own)
             found = model.head(own)
+    run = {part.name for part in parts}
+    for number in range(count_layers(file)):
+        if f"layer {number}" not in run:
+            parts.append(sample_layer(expected.source, file, number))
+    if not whole:
+        return Comparison(len(ids), tuple(parts))
     same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())
-    kl = _divergence(expected.logits, found)
-    return Comparison(len(ids), same, kl, tuple(parts), whole)
+    return Comparison(len(ids), tuple(parts), Agreement(same, _divergence(expected.logits, found)))
 
 
 def choose_layers(source: Source, *, most: int | None = None) -> list[int] | None:
     """All (None), or of a model with more weights than `most` the first and the last."""
     most = WHOLE_WEIGHTS if most is None else most
     n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
-    numbers = [name.split(".")[1] for name in source.tensors if name.startswith("blk.")]
-    n_layers = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+    n_layers = count_layers(source)
     if n_weights <= most or n_layers <= 2 * ENDS:
         return None
     return [*range(ENDS), *range(n_layers - ENDS, n_layers)]
+
+
+def count_layers(source: Source) -> int:
+    numbers = [name.split(".")[1] for name in source.tensors if name.startswith("blk.")]
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+
+def sample_layer(source: Source, file: Source, layer: int) -> PartError:
+    """The worst tensor of a layer that is not run: a few of its rows against the source's."""
+    found = []
+    for name in (name for name in file.tensors if name.startswith(f"blk.{layer}.")):
+        expected, made = (_sample(where, name) for where in (source, file))
+        lightest, limit = lightest_type(file, name)
+        found.append(PartError(name, _off(expected, made), lightest, limit))
+    return max(found, key=lambda part: part.error / part.limit)
+
+
+def _sample(source: Source, name: str) -> Floats:
+    """A few rows from the start of a tensor, and from its middle, as one."""
+    tensor = source.tensors[name]
+    starts = {0, tensor.n_rows // 2}
+    blocks = [source.rows(name, row, min(row + SAMPLED, tensor.n_rows)) for row in sorted(starts)]
+    return tensor.quant.dequantize(np.concatenate(blocks)).reshape(1, -1)
+
+
+def _head_rows(source: Source, layers: Sequence[int] | None) -> npt.NDArray[np.intp] | None:
+    """All (None), or where only some layers are run a sample of them."""
+    if layers is None:
+        return None
+    rows = np.arange(source.tensors["token_embd.weight"].shape[0])
+    return rows[rows % EVERY < RUN]
 
 
 def lightest_type(file: Source, beginning: str) -> tuple[str, float]:

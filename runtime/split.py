@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.backends.cuda_formats import weight_bytes
+from runtime.backends.cuda_formats import allocated, held_bytes
+from runtime.backends.cuda_room import kv_bytes, logits_bytes, scratch_bytes
 from runtime.devices import Device
 from runtime.program import (
     Attend,
@@ -21,19 +22,15 @@ from runtime.program import (
     ExpertMatMul,
     ExpertSum,
     Instruction,
-    KVShape,
     Matrix,
     Program,
     Stage,
     StoreKV,
 )
 
-ALIGNMENT = 256  # what allocators round each array up to
 RESERVE_SHARE, RESERVE_LEAST = 0.05, 256 << 20  # left free: of all memory, and at least
-FIXED = 32 << 20  # bytes of kernels and small arrays on each device
+FIXED = 32 << 20  # bytes of kernels on each device
 HOST = 0  # the place of the CPU; device i has place i + 1
-LOGIT_ROWS = 48  # tokens whose logits are held at a time
-KV_BYTES = {"f16": (1, 2.0), "q8_0": (32, 34 / 32)}  # numbers in a block, bytes of each
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def measure_sizes(program: Program, *, n_ctx: int, n_batch: int, kv_type: str) -
     return Sizes(
         layers=tuple(layers),
         head=sum(map(step_bytes, program.head)),
-        scratch=scratch_bytes(program, n_batch=n_batch, n_ctx=n_ctx),
+        scratch=FIXED + scratch_bytes(program, n_batch=n_batch, n_ctx=n_ctx),
         logits=logits_bytes(program, n_batch=n_batch),
     )
 
@@ -191,48 +188,23 @@ def stage_bytes(stage: Stage, *, n_ctx: int, n_batch: int, kv_type: str) -> int:
     return (
         sum(map(step_bytes, stage.steps))
         + sum(kv_bytes(shape, n_ctx, kv_type) for shape in stage.caches)
+        + FIXED
         + scratch_bytes(stage, n_ctx=n_ctx, n_batch=n_batch)
         + logits_bytes(stage, n_batch=n_batch)
     )
 
 
 def step_bytes(step: Instruction) -> int:
-    """Bytes of an instruction's weights on a GPU, each array rounded up as allocators do."""
+    """Bytes of an instruction's weights on a GPU."""
     total = 0
     for value in vars(step).values():
         if isinstance(value, Matrix):
-            total += _rounded(weight_bytes(value))
+            total += allocated(held_bytes([value]))
         elif isinstance(value, np.ndarray):
-            total += _rounded(value.nbytes)
+            total += allocated(value.nbytes)
         elif isinstance(step, ExpertMatMul) and value is step.experts:
-            total += _rounded(sum(map(weight_bytes, step.experts)))
+            total += allocated(held_bytes(step.experts))
     return total
-
-
-def kv_bytes(shape: KVShape, n_ctx: int, kv_type: str) -> int:
-    """Bytes of a layer's KV cache."""
-    block, size = KV_BYTES[kv_type]
-    padded = sum(-(-dim // block) * block for dim in (shape.key_dim, shape.value_dim))
-    return _rounded(int(n_ctx * shape.n_kv_heads * padded * size))
-
-
-def scratch_bytes(part: Program | Stage, *, n_ctx: int, n_batch: int) -> int:
-    """Bytes beside weights and KV cache: buffers, 8-bit activations, attention's, positions."""
-    buffers = {name: width for name, width in part.buffers.items() if name != "logits"}
-    activations = n_batch * max(buffers.values(), default=0) * 3 // 2
-    mixed = max((shape.n_heads * (shape.value_dim + 2) for shape in part.caches), default=0)
-    turned = max((shape.key_dim for shape in part.caches), default=0)
-    floats = n_batch * (sum(buffers.values()) + mixed) + n_ctx * turned
-    return _rounded(FIXED + activations + 4 * floats)
-
-
-def logits_bytes(part: Program | Stage, *, n_batch: int) -> int:
-    """Bytes of the logits; none where the head is elsewhere."""
-    return _rounded(min(n_batch, LOGIT_ROWS) * part.buffers.get("logits", 0) * 4)
-
-
-def _rounded(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

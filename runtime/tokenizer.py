@@ -21,7 +21,8 @@ class Tokenizer:
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._vocabulary = read_vocabulary(metadata)
         ids = self._vocabulary.ids
-        self.n_tokens = len(self._vocabulary.tokens)
+        self.tokens = self._vocabulary.tokens  # as the file spells them
+        self.n_tokens = len(self.tokens)
         self.bos_id = ids.get("bos")
         self.eos_id = ids.get("eos")
         self.add_bos = self._vocabulary.add_bos
@@ -29,7 +30,7 @@ class Tokenizer:
         self.eog_ids = self._vocabulary.eog_ids
         self.chat_template = self._vocabulary.chat_template
         self.notes = self._vocabulary.notes  # to tell the user once
-        self._encoder = TextEncoder(self._vocabulary)
+        self.encoder = TextEncoder(self._vocabulary)
 
     # Text to ids.
 
@@ -42,7 +43,7 @@ class Tokenizer:
         a text that begins with it (most chat templates do) keeps its own. `parse_special`
         recognises control tokens in the text.
         """
-        ids = self._encoder.encode(text, parse_special=parse_special)
+        ids = self.encoder.encode(text, parse_special=parse_special)
         if add_special:
             if self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
                 ids.insert(0, self.bos_id)
@@ -52,7 +53,7 @@ class Tokenizer:
 
     def guarded(self, text: str) -> str:
         """`text` so that `encode` with parse_special=True finds no control token in it."""
-        return self._encoder.guarded(text)
+        return self.encoder.guarded(text)
 
     # Ids to text.
 

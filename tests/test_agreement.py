@@ -12,7 +12,7 @@ from gguf_tools.errors import OutputError
 from gguf_tools.quants import by_name
 from gguf_tools.values import Value
 from gguf_tools.vocab import Vocab
-from gguf_tools.vocab.agreement import ask_for_comparison, compare, read_agreement
+from gguf_tools.vocab.agreement import ask_for_encodings, compare, read_encodings
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.trial import Question
 from gguf_tools.writer import GGUFWriter, TensorSpec
@@ -106,9 +106,16 @@ def test_the_metadata_are_enough(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match="got 0"),
         GGUFWriter(tmp_path / "x.gguf", metadata=metadata, tensors=[weight]) as writer,
-        ask_for_comparison(tmp_path / "folder", writer.part) as question,
     ):
-        assert read_agreement(question).complete
+        assert compare(tmp_path / "folder", writer.part).complete
+
+
+def test_what_the_trial_encoded_is_kept(tmp_path: Path) -> None:
+    """A tokenizer.json that was run to find its pre-tokenizer is not run again."""
+    vocab = vocab_of(byte_level(), tmp_path / "folder")
+    with ask_for_encodings(tmp_path / "folder") as question:
+        assert vocab.encodings == read_encodings(question)
+    assert vocab_of(byte_fallback(), tmp_path / "other").encodings is None
 
 
 def test_a_comparison_that_nobody_waits_for_ends(tmp_path: Path) -> None:

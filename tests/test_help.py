@@ -32,7 +32,7 @@ finally:
     "arguments",
     [("run", "--help"), ("run", "-h"), ("gguf", "--help"), ("gguf", "run", "--help"),
      ("convert", "--help"), ("gguf", "convert", "--help"), ("gguf", "info", "--help"),
-     ("gguf", "tokenize", "--help")],
+     ("gguf", "tokenize", "--help"), ("gguf", "imatrix", "--help")],
 )  # fmt: skip
 def test_help_loads_nothing_heavy(arguments):
     done = call(*arguments)

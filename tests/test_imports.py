@@ -47,9 +47,11 @@ def test_directions(path: Path) -> None:
     if here not in (
         "gguf_tools/cli.py",
         "gguf_tools/command.py",
+        "gguf_tools/convert_command.py",
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/eval_command.py",
+        "runtime/imatrix_command.py",
         "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
         "runtime/umbrella.py",
@@ -112,10 +114,12 @@ def test_print_stays_with_the_terminal(path: Path) -> None:
     if name(path) in (
         "gguf_tools/cli.py",
         "gguf_tools/command.py",
+        "gguf_tools/convert_command.py",
         "gguf_tools/file_commands.py",
         "runtime/cli.py",
         "runtime/chat.py",
         "runtime/eval_command.py",
+        "runtime/imatrix_command.py",
         "runtime/measure_commands.py",
         "runtime/tokenize_command.py",
     ):

@@ -115,17 +115,9 @@ def test_queries_come_to_the_keys_of_latent_attention() -> None:
     # attn_v_b's heads all have the latent, and are told of together.
     latent = seen["blk.0.attn_v_b.weight", None]
     assert latent.shape == (12, weights.shape[1])
-    queries = (
-        source.load("blk.0.attn_q_b.weight")
-        if source.tensors.get("blk.0.attn_q_b.weight")
-        else source.load("blk.0.attn_q.weight")
-    )
-    name = (
-        "blk.0.attn_q_b.weight"
-        if "blk.0.attn_q_b.weight" in source.tensors
-        else ("blk.0.attn_q.weight")
-    )
-    heads = (seen[name, None] @ queries.T).reshape(12, len(weights), -1)
+    names = ("blk.0.attn_q_b.weight", "blk.0.attn_q.weight")
+    name = next(each for each in names if each in source.tensors)
+    heads = (seen[name, None] @ source.load(name).T).reshape(12, len(weights), -1)
     for head in range(len(weights)):
         expected = heads[:, head, : weights.shape[2]]
         got = seen["blk.0.attn_k_b.weight", head]

@@ -180,6 +180,7 @@ def test_architecture_without_decoder_is_no_problem(
     request = {"file": path, "source": STORIES, "is_checkpoint": True, "adapters": []}
     found = check({**request, "threads": 1}, wait=lambda: None)
     assert found == [
+        Finding("tokenizer carried over"),
         Finding("no chat template"),
         Finding("not run: its architecture cannot be run yet"),
     ]
@@ -202,8 +203,21 @@ def test_large_models_are_run_in_part(tmp_path: Path, monkeypatch: pytest.Monkey
             assert len(model.program.layers) == 4
     found = logits_finding(STORIES, path)
     assert found.problems == () and found.text.startswith("head and 4 layers agree to")
+    assert found.text.endswith(", rows of 1 more")
     tampered(path, swap("blk.0.attn_q.weight", "blk.3.attn_q.weight"))
     assert logits_finding(STORIES, path).problems
+
+
+@pytest.mark.parametrize(
+    "change", [without_permutation("blk.2.attn_q", 8), rolled("blk.2.ffn_norm.weight")]
+)
+def test_a_wrong_tensor_of_a_layer_that_is_not_run(
+    change: Tamper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tampered(converted(STORIES, tmp_path / "x.gguf", "Q8_0"), change)
+    monkeypatch.setattr("runtime.logits_check.WHOLE_WEIGHTS", 1000)
+    (problem,) = logits_finding(STORIES, path).problems
+    assert problem.startswith("the blk.2.") and "a sample of its rows is" in problem
 
 
 @pytest.mark.parametrize("file_type", ["F16", "Q4_0"])
@@ -353,8 +367,8 @@ def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     path = converted(STORIES, tmp_path / "x.gguf")
     source = Source(STORIES, is_checkpoint=True)
     monkeypatch.setattr(self_check, "RUNTIME", "runtime.nothing_of_the_kind")
-    with SelfCheck(source, path, threads=1, strict=True) as checked:
-        checked.begin(path)
+    with SelfCheck(threads=1, strict=True) as checked:
+        checked.begin(path, source=source, output=path)
         with pytest.raises(OutputError, match=r"as --strict asks: the model could not be run"):
             checked.end(path)
-    assert checked.line.endswith(", model not run")
+    assert checked.line == "model not run"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gguf_tools.encoders.vocabulary import Vocabulary, is_utf8
 from gguf_tools.errors import FormatError, printable
 from gguf_tools.token_types import BYTE, NORMAL, SPACE, USER_DEFINED
@@ -15,13 +17,12 @@ class MergeEncoder:
         from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
         pre = vocabulary.pre
-        usable = (NORMAL, USER_DEFINED, BYTE)
-        tokens: dict[str, int] = {}
-        for i, (text, kind) in enumerate(
-            zip(vocabulary.tokens, vocabulary.types.tolist(), strict=True)
-        ):
-            if kind in usable and text not in tokens and is_utf8(text):
-                tokens[text] = i
+        usable = np.flatnonzero(np.isin(vocabulary.types, (NORMAL, USER_DEFINED, BYTE)))
+        texts = vocabulary.tokens
+        # Of several tokens with one text the first counts: it is put in last.
+        tokens = {texts[i]: i for i in reversed(usable.tolist())}
+        if not is_utf8("".join(tokens)):
+            tokens = {text: i for text, i in tokens.items() if is_utf8(text)}
         options = {"ignore_merges": pre.ignore_merges, "byte_fallback": pre.raw_bytes}
         self._tokenizer: Any = Tokenizer(_bpe(tokens, vocabulary.merges, options))
         cuts: list[Any] = [
@@ -43,18 +44,17 @@ class MergeEncoder:
 def _bpe(tokens: dict[str, int], merges: Sequence[str], options: dict[str, bool]) -> Any:
     from tokenizers.models import BPE
 
-    pairs = []
-    for rank, merge in enumerate(merges):
-        # The first space is part of the first token when the merge begins with it.
-        at = merge.find(" ", 1)
-        if at < 0:
-            raise FormatError(
-                f"tokenizer.ggml.merges: entry {rank:,} is not two tokens but "
-                f"'{printable(merge, 40)}'"
-            )
-        pairs.append((merge[:at], merge[at + 1 :]))
-    longest = max((_n_bytes(text) for text in tokens), default=0)
-    if any(_n_bytes(merge) - 1 > longest for merge in merges):  # the library would panic
+    # The first space is part of the first token when the merge begins with it.
+    at = [merge.find(" ", 1) for merge in merges]
+    if min(at, default=0) < 0:
+        rank = next(rank for rank, place in enumerate(at) if place < 0)
+        raise FormatError(
+            f"tokenizer.ggml.merges: entry {rank:,} is not two tokens but "
+            f"'{printable(merges[rank], 40)}'"
+        )
+    pairs = [(merge[:i], merge[i + 1 :]) for merge, i in zip(merges, at, strict=True)]
+    longest = max(map(_n_bytes, tokens), default=0)
+    if max(map(_n_bytes, merges), default=0) - 1 > longest:  # the library would panic
         pairs = _possible(pairs, tokens)
     try:
         return BPE(tokens, pairs, **options)

@@ -4,6 +4,7 @@ Files come from anywhere. A number that would be used as an index is checked her
 leaves out takes llama.cpp's default.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,8 @@ FILL_ENDS = {
 }
 # Special tokens of Phi-3 that leave the white space behind them.
 PHI3_KEEPS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 # With both of a pair in the vocabulary, <|end|> ends a message of several in one answer.
 END_IS_NO_END = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"), ("<|call|>", "<|flush|>"))
 
@@ -170,7 +173,7 @@ def byte_value(text: str) -> int | None:
 
 def is_utf8(text: str) -> bool:
     """Whether `text` can be written as UTF-8; bytes of a file that could not, can't again."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+    return text.isascii() or _SURROGATES.search(text) is None
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any], model: str, notes: list[str]) -> PreTokenizer:

@@ -34,6 +34,7 @@ from gguf_tools.vocab.special import KEYS, find_special, special_texts
 from gguf_tools.vocab.table import AddedToken, check_unique, read_added_tokens
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
 from gguf_tools.vocab.tokenizer_json import TokenizerJson, parse_tokenizer
+from gguf_tools.vocab.trial import Encodings
 
 __all__ = ["Vocab", "read_vocab"]
 
@@ -53,6 +54,7 @@ class Vocab:
     metadata: dict[str, MetadataValue]  # every tokenizer.* key, in order
     sampling: dict[str, MetadataValue]  # general.sampling.*
     warnings: tuple[str, ...]
+    encodings: Encodings | None = None  # of the test texts, where they came up
 
 
 def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Vocab:
@@ -61,7 +63,7 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
     special_map = read_json(folder, MAP_NAME)
     generation = read_json(folder, GENERATION_NAME)
     data = read_json(folder, JSON_NAME)
-    source, pieces, pre = _main_file(folder, data, tokenizer_config, n_vocab)
+    source, pieces, pre, encodings = _main_file(folder, data, tokenizer_config, n_vocab)
     warnings = pieces.warnings
 
     add_tokens(pieces, _added_tokens(folder, source, tokenizer_config, pieces), n_vocab)
@@ -104,17 +106,17 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
     metadata.update(_switches(pieces, ends, special.ids, tokenizer_config))
     metadata.update(templates)
     warnings += [*special.warnings, *template_warnings, *sampling_warnings]
-    return Vocab(metadata, dict(sampling), tuple(warnings))
+    return Vocab(metadata, dict(sampling), tuple(warnings), encodings)
 
 
 def _main_file(
     folder: Path, data: dict[str, Any] | None, config: Mapping[str, Any] | None, n_vocab: int
-) -> tuple[TokenizerJson | None, Pieces, str]:
-    """The file that holds the vocabulary, its tokens, and the value of `pre`."""
+) -> tuple[TokenizerJson | None, Pieces, str, Encodings | None]:
+    """The file that holds the vocabulary, its tokens, the value of `pre`, and what it encodes."""
     model = read_bytes(folder, MODEL_NAME)
     if model is not None and not (data is not None and _is_tiktoken(model)):
         pieces = sentencepiece_pieces(parse_model(model, MODEL_NAME), n_vocab, MODEL_NAME)
-        return _parse_beside(data, pieces), pieces, "default"
+        return _parse_beside(data, pieces), pieces, "default", None
     path: Path | None = folder / JSON_NAME
     if data is None:
         path, data = None, read_slow_files(folder, config)
@@ -126,14 +128,15 @@ def _main_file(
         )
     source = parse_tokenizer(data)
     if source.byte_level:
-        with begin_trial(source, path) as trial:  # it runs beside the work that comes first here
+        with begin_trial(source, path) as running:  # beside the work that comes first here
             pieces = byte_level_pieces(source, n_vocab)
-            pre, warnings = find_pre(source, trial)
+            trial = running.result() if running is not None else None
+            pre, warnings = find_pre(source, trial, tried=running is not None)
         pieces.warnings += warnings
         if path is not None and uses_nfc(source) != PRETOKENIZERS[pre].nfc:
             pieces.nfc = uses_nfc(source)
-        return source, pieces, pre
-    return source, byte_fallback_pieces(source, n_vocab), "default"
+        return source, pieces, pre, Encodings(JSON_NAME, trial.ids) if trial is not None else None
+    return source, byte_fallback_pieces(source, n_vocab), "default", None
 
 
 def _parse_beside(data: dict[str, Any] | None, pieces: Pieces) -> TokenizerJson | None:

@@ -1,7 +1,8 @@
 """Whether the tokenizer of a finished GGUF file encodes as that of its checkpoint does.
 
-The file is read again as a runtime would read it, and a fixed set of texts is encoded by both. As
-in `trial`, the checkpoint's own expressions run in a process of their own, with limits.
+The file is read again as a runtime would read it, and a fixed set of texts is encoded by both. The
+checkpoint's own expressions run in a process of their own, with limits: in `trial` where the file
+was tried out anyway, else here.
 """
 
 import json
@@ -15,12 +16,18 @@ from typing import Any
 
 from gguf_tools.encoders import TextEncoder, read_vocabulary
 from gguf_tools.errors import GGUFError, printable
-from gguf_tools.reader import read_metadata
+from gguf_tools.reader import UnfinishedFile
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.slow_files import MERGES_NAME, VOCAB_NAME, read_slow_files
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
-from gguf_tools.vocab.trial import FAILURES, MEMORY_LIMIT, Question, limit_memory
+from gguf_tools.vocab.trial import (
+    FAILURES,
+    MEMORY_LIMIT,
+    Encodings,
+    Question,
+    limit_memory,
+)
 
 MODEL_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer_config.json"
 TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about six
@@ -69,49 +76,53 @@ class Agreement:
 
 def compare(folder: Path, file: Path) -> Agreement:
     """Encode the test texts with the checkpoint in `folder` and with the GGUF file."""
-    with ask_for_comparison(folder, file) as question:
-        return read_agreement(question)
+    with ask_for_encodings(folder) as question:
+        try:
+            vocabulary = read_vocabulary(UnfinishedFile(file).metadata)
+            encoder = TextEncoder(vocabulary)
+        except GGUFError as error:
+            return Agreement("", len(TEST_TEXTS), (), str(error))
+        return agree(read_encodings(question), encoder, vocabulary.tokens)
 
 
-def ask_for_comparison(folder: Path, file: Path) -> Question:
-    """The comparison under way; of the file only the metadata need be there."""
-    arguments = [str(folder.resolve()), str(file.resolve())]
-    return Question("gguf_tools.vocab.agreement", arguments)
+def ask_for_encodings(folder: Path) -> Question:
+    """What the checkpoint's own library makes of the test texts, under way."""
+    return Question("gguf_tools.vocab.agreement", [str(folder.resolve())])
 
 
-def read_agreement(question: Question) -> Agreement:
-    """What came of the comparison, which is waited for."""
+def read_encodings(question: Question) -> Encodings:
+    """What came of it, which is waited for."""
     try:
-        answer = question.answer(seconds=TIME_LIMIT)
-        differences = tuple(
-            Difference(text, tuple(expected), tuple(found))
-            for text, expected, found in answer["differences"]
-        )
-        return Agreement(answer["source"], len(TEST_TEXTS), differences, answer["failure"])
+        return Encodings(**question.answer(seconds=TIME_LIMIT))
     except subprocess.TimeoutExpired:
         failure = f"it took longer than {TIME_LIMIT:.0f} seconds"
-    except (*FAILURES, TypeError, KeyError):
-        failure = "a process that was to run both ended early"
-    return Agreement("", len(TEST_TEXTS), (), failure)
+    except (*FAILURES, TypeError):
+        failure = "the process that was to run it ended early"
+    return Encodings("", (), failure)
+
+
+def agree(expected: Encodings, encoder: TextEncoder, names: Sequence[str]) -> Agreement:
+    """Encode the test texts as the file does, whose tokens are called `names`."""
+    if expected.failure:
+        return Agreement("", len(TEST_TEXTS), (), expected.failure)
+    # SentencePiece's library finds no special token in a text.
+    special = expected.source != MODEL_NAME
+    differences = tuple(
+        _part(text, list(ids), found, names=names)
+        for text, ids in zip(TEST_TEXTS, expected.ids, strict=True)
+        for found in [encoder.encode(text, parse_special=special)]
+        if list(ids) != found
+    )
+    return Agreement(expected.source, len(TEST_TEXTS), differences)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare the folder and the file that the arguments are; write what came of it as JSON."""
-    folder, file = map(Path, arguments)
-    answer: dict[str, Any] = {"source": "", "differences": [], "failure": ""}
+    """Encode with the checkpoint in the folder that the argument is; write JSON."""
+    answer: dict[str, Any] = {"source": "", "ids": [], "failure": ""}
     try:
-        limit_memory(MEMORY_LIMIT + file.stat().st_size)
-        vocabulary = read_vocabulary(read_metadata(file))
-        encoder = TextEncoder(vocabulary)
-        source, expected = source_encoder(folder)
-        special = source != MODEL_NAME  # SentencePiece's library finds no special token in a text
-        answer["source"] = source
-        answer["differences"] = [
-            _part(text, *ids, names=vocabulary.tokens)
-            for text in TEST_TEXTS
-            for ids in [(expected(text), encoder.encode(text, parse_special=special))]
-            if ids[0] != ids[1]
-        ]
+        limit_memory(MEMORY_LIMIT)
+        answer["source"], encode = source_encoder(Path(arguments[0]))
+        answer["ids"] = [encode(text) for text in TEST_TEXTS]
     except GGUFError as error:
         answer["failure"] = str(error)
     sys.stdout.write(json.dumps(answer))
@@ -170,17 +181,16 @@ def _sentencepiece(model: bytes) -> Encode:
     return encode
 
 
-def _part(
-    text: str, expected: list[int], found: list[int], *, names: Sequence[str]
-) -> tuple[str, list[str], list[str]]:
+def _part(text: str, expected: list[int], found: list[int], *, names: Sequence[str]) -> Difference:
     """The text, and the tokens of both from where they part."""
     pairs = zip(expected, found, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def show(ids: list[int]) -> list[str]:
-        return [names[i] if i < len(names) else str(i) for i in ids[same : same + SHOWN]]
+    def show(ids: list[int]) -> tuple[str, ...]:
+        shown = ids[same : same + SHOWN]
+        return tuple(names[i] if i < len(names) else str(i) for i in shown)
 
-    return text, show(expected), show(found)
+    return Difference(text, show(expected), show(found))
 
 
 def _listing(tokens: Sequence[str]) -> str:

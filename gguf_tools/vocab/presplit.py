@@ -38,18 +38,17 @@ def begin_trial(source: TokenizerJson, path: Path | None) -> AbstractContextMana
     return RunningTrial(path, keys)
 
 
-def find_pre(source: TokenizerJson, running: Running) -> tuple[str, list[str]]:
-    """The name to write, and warnings."""
+def find_pre(source: TokenizerJson, trial: Trial | None, *, tried: bool) -> tuple[str, list[str]]:
+    """The name to write, and warnings; `tried` tells whether a trial was begun."""
     split = known_split(source.pre_tokenizer)
     fitting = _fitting(source)
-    trial = running.result() if running is not None else None
     if split is None:
         return _nearest(source, trial)
     exact = [p for p in fitting if p.ignore_merges == source.ignore_merges]
     if trial is None:
         chosen = (exact or fitting)[0]
         late = f"{NAME}: trying it out took too long; its pre-tokenizer looks like '{chosen.name}'"
-        return chosen.name, [late] if running is not None else []
+        return chosen.name, [late] if tried else []
     by_hash = PRETOKENIZERS.get(NAMES.get(trial.fingerprint, ""))
     warnings = []
     if by_hash in (exact or fitting):

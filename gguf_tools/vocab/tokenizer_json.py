@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 from typing import Any
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
@@ -97,26 +98,33 @@ def _merges(entries: object, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
         return []
     if not isinstance(entries, list):
         raise CheckpointError(f"{NAME}: the merges are not a list")
-    merges = []
-    for rank, entry in enumerate(entries):
-        pair = entry.split(" ") if isinstance(entry, str) else entry
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not (isinstance(pair[0], str) and isinstance(pair[1], str))
-        ):
-            raise CheckpointError(
-                f"{NAME}: merge {rank:,} is {printable(entry, 60)}, not two tokens"
-            )
-        left, right = pair
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            missing = next(text for text in (left, right, left + right) if text not in vocab)
-            raise CheckpointError(
-                f"{NAME}: merge {rank:,} ('{printable(left, 40)}' and '{printable(right, 40)}') "
-                f"needs the token '{printable(missing, 40)}', which is not in the vocabulary"
-            )
-        merges.append((left, right))
-    return merges
+    pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in entries]
+    if not _are_pairs(pairs):
+        bad = next(rank for rank, pair in enumerate(pairs) if not _are_pairs([pair]))
+        raise CheckpointError(
+            f"{NAME}: merge {bad:,} is {printable(entries[bad], 60)}, not two tokens"
+        )
+    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
+    made = list(map(add, lefts, rights))
+    # A quarter of a million: looked at together, and one by one only to name the one at fault.
+    if not all(vocab.keys() >= set(texts) for texts in (lefts, rights, made)):
+        each = zip(lefts, rights, made, strict=True)
+        rank, missing = next(
+            (rank, text) for rank, texts in enumerate(each) for text in texts if text not in vocab
+        )
+        raise CheckpointError(
+            f"{NAME}: merge {rank:,} ('{printable(lefts[rank], 40)}' and "
+            f"'{printable(rights[rank], 40)}') needs the token '{printable(missing, 40)}', which "
+            "is not in the vocabulary"
+        )
+    return list(zip(lefts, rights, strict=True))
+
+
+def _are_pairs(merges: list[Any]) -> bool:
+    """Whether each is a list of two texts."""
+    if not set(map(type, merges)) <= {list} or not set(map(len, merges)) <= {2}:
+        return False
+    return {type(text) for merge in merges for text in merge} <= {str}
 
 
 def _steps(data: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:

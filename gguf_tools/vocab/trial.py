@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,15 @@ FAILURES = (OSError, ValueError, subprocess.SubprocessError)  # of a process tha
 
 
 @dataclass(frozen=True)
+class Encodings:
+    """What the checkpoint's own tokenizer makes of the test texts."""
+
+    source: str  # the file that was run
+    ids: Sequence[Sequence[int]]  # of each text
+    failure: str = ""  # why there are none
+
+
+@dataclass(frozen=True)
 class Trial:
     """How a tokenizer.json behaves. Keys are splits, with "+nfc" where text is normalized first."""
 
@@ -36,6 +46,7 @@ class Trial:
     same_ids: Mapping[str, int]  # texts that encode to the same ids
     same_words: Mapping[str, int]  # texts that are cut at the same places
     merges_matter: int  # texts that ignoring the merges of whole words encodes differently
+    ids: Sequence[Sequence[int]]  # what the texts are encoded as
 
 
 class Question:
@@ -54,7 +65,8 @@ class Question:
                 stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                # Threads of these libraries would wait for each other by spinning.
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
             )
         except OSError as error:  # no process can be had: that is the answer
             self._failure = error
@@ -70,6 +82,13 @@ class Question:
     ) -> None:
         self.close()
 
+    def tell(self, line: object) -> None:
+        """Write a line of JSON to its standard input; if it is gone, `answer` will say so."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps(line).encode() + b"\n")
+                self._process.stdin.flush()
+
     def answer(self, *, seconds: float) -> Any:
         """The JSON that it writes, waited for so long.
 
@@ -77,10 +96,10 @@ class Question:
         """
         if self._process is None:
             raise self._failure or ValueError("the question is closed")
-        text, _ = self._process.communicate(timeout=seconds)  # closes standard input
+        written, _ = self._process.communicate(timeout=seconds)  # closes standard input
         if self._process.returncode != 0:
             raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
-        return json.loads(text)
+        return json.loads(written)
 
     def close(self) -> None:
         if self._process is not None:
@@ -141,7 +160,7 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
         )
         same_ids[key] = _count_equal(_encode_all(tokenizer), expected)
         same_words[key] = _count_equal(_cut_all(tokenizer), words)
-    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter)
+    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter, expected)
 
 
 def main(arguments: Sequence[str]) -> int:

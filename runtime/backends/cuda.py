@@ -20,7 +20,7 @@ from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from runtime.backends.cuda_formats import kept_as
 from runtime.backends.cuda_graph import Graph, capture
 from runtime.backends.cuda_launches import Launch, Launches
-from runtime.backends.cuda_memory import DeviceMemory
+from runtime.backends.cuda_memory import OUT_OF_MEMORY, REMEDY, DeviceMemory
 from runtime.backends.cuda_room import HEAD_ROWS, Buffer, make_room
 from runtime.program import Floats, Span, Stage, matrices
 
@@ -50,26 +50,26 @@ class CUDABackend:
         device: int = 0,
         memory_limit: int | None = None,
     ) -> None:
-        """Uploads the weights; `memory_limit` in bytes. Whatever kv_type, the KV cache is f16.
+        """Uploads the weights; `memory_limit` in bytes.
 
         DeviceMemoryError when they, the cache and the buffers do not fit.
         """
         self.stage = stage
-        self.notes = tuple(_notes(stage, kv_type))
+        self.notes = tuple(_notes(stage))
         self.no_graph_reason = ""  # once a token was decoded: why no graph is replayed
         self._device = device
         with self._on_device():
             self._memory = DeviceMemory(memory_limit)
             try:
-                self._prepare(n_ctx, n_batch)
+                self._prepare(n_ctx, n_batch, kv_type)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)
                 self.close()
                 raise
 
-    def _prepare(self, n_ctx: int, n_batch: int) -> None:
+    def _prepare(self, n_ctx: int, n_batch: int, kv_type: str) -> None:
         stage = self.stage
-        self._room = make_room(stage, self._memory, n_ctx=n_ctx, n_batch=n_batch)
+        self._room = make_room(stage, self._memory, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
         self._launches = Launches(self._room, self._memory)
         self._spans = [
             _ReadySpan(span, self._launches.make((*span.body, *span.head), 1, holding=span.inputs))
@@ -188,10 +188,9 @@ class CUDABackend:
             with cuda.gpus[self._device]:
                 yield
         except CudaAPIError as error:
-            if "OUT_OF_MEMORY" in str(error):
+            if OUT_OF_MEMORY in str(error):
                 raise DeviceMemoryError(
-                    f"GPU {self._device} has no memory left for these layers: use fewer "
-                    "--gpu-layers or a smaller --ctx"
+                    f"GPU {self._device} has no memory left for these layers: {REMEDY}"
                 ) from error
             raise DeviceLostError(
                 f"GPU {self._device} failed ({error}): --gpu-layers 0 uses the processor alone"
@@ -208,12 +207,10 @@ def _launch(launches: list[Launch]) -> None:
         launch()
 
 
-def _notes(stage: Stage, kv_type: str) -> Iterator[str]:
+def _notes(stage: Stage) -> Iterator[str]:
     """What is other on a GPU than asked for, or than in the file."""
     kinds = {matrix.quant.name: kept_as(matrix.quant) for matrix in matrices(stage)}
     changed = sorted((name, kept) for name, kept in kinds.items() if name != kept)
     if changed:
         listed = ", ".join(f"{name} as {kept}" for name, kept in changed)
         yield f"the GPU keeps some formats as larger ones, which have kernels there: {listed}"
-    if kv_type != "f16" and stage.caches:
-        yield f"the GPU keeps keys and values as f16, not {kv_type}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gguf_tools.quants import QuantType
 from runtime.program import Matrix
 
@@ -17,6 +19,15 @@ AS_F16 = (
     *("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"),
 )
 """Formats of few bits times a float16."""
+
+
+PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
+ALIGNMENT = 256  # what allocators round each array up to
+
+
+def allocated(n_bytes: int) -> int:
+    """Bytes that an array of so many takes."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def kept_as(quant: QuantType) -> str:
@@ -39,3 +50,8 @@ def row_bytes(matrix: Matrix) -> int:
 def weight_bytes(matrix: Matrix) -> int:
     """Bytes of a matrix on the GPU."""
     return matrix.n_rows * row_bytes(matrix)
+
+
+def held_bytes(matrices: Sequence[Matrix]) -> int:
+    """Bytes of the array that matrices of one format and shape lie in, one after the other."""
+    return len(matrices) * weight_bytes(matrices[0]) + PADDING

@@ -67,7 +67,6 @@ class Launches:
         self.room = room
         self._memory = memory
         self._angles: dict[int, tuple[RopeTable, Array, Array]] = {}
-        self._none = memory.zeros(1, np.float32)
 
     def make(
         self,
@@ -87,7 +86,7 @@ class Launches:
 
     def vector(self, values: Floats | None) -> Array:
         """A vector on the GPU; for none, one that is not read."""
-        return self._none if values is None else self._memory.hold(values)
+        return self.room.nothing if values is None else self._memory.hold(values)
 
     def weights(self, *matrices: Matrix) -> Array:
         return self._memory.weights(matrices)
@@ -245,15 +244,13 @@ class _Emitter:
         self._add(positions.rope, grid, block, (*arguments, self._room.state))
 
     def _store(self, step: StoreKV) -> None:
-        cache = self._room.caches[step.layer]
-        shape, room = cache.shape, self._room
-        for name, array, dim, padded in (
-            (step.keys, cache.keys, shape.key_dim, cache.key_padded),
-            (step.values, cache.values, shape.value_dim, cache.value_padded),
-        ):
-            arguments = (*self._places(name), array, dim, padded, room.n_ctx, room.state)
-            grid = (shape.n_kv_heads, self._n, 1)
-            self._add(positions.store, grid, (_threads(dim), 1), arguments)
+        room = self._room
+        cache = room.caches[step.layer]
+        for name, kept in ((step.keys, cache.keys), (step.values, cache.values)):
+            size = (kept.dim, kept.padded, room.n_ctx)
+            arguments = (*self._places(name), kept.numbers, kept.scales, *size, room.state)
+            grid = (cache.shape.n_kv_heads, self._n, 1)
+            self._add(positions.STORE[room.kv_type], grid, (_threads(kept.padded), 1), arguments)
 
     def _attend(self, step: Attend) -> None:
         room = self._room
@@ -262,27 +259,29 @@ class _Emitter:
         n_splits = room.n_splits if self._n == 1 else 1
         arguments = (
             *self._places(step.queries),
-            cache.keys,
-            cache.values,
+            cache.keys.numbers,
+            cache.keys.scales,
+            cache.values.numbers,
+            cache.values.scales,
             room.mixes,
             room.extremes,
             room.state,
             shape.n_heads // shape.n_kv_heads,
-            shape.key_dim,
-            cache.key_padded,
-            shape.value_dim,
-            cache.value_padded,
+            cache.keys.dim,
+            cache.keys.padded,
+            cache.values.dim,
+            cache.values.padded,
             room.n_ctx,
             np.float32(step.scale),
             step.window,
             np.float32(step.softcap),
         )
         self._add(
-            attention.attend,
+            attention.ATTEND[room.kv_type],
             (shape.n_heads, self._n, n_splits),
             (attention.THREADS, 1),
             arguments,
-            attention.shared_bytes(cache.key_padded, cache.value_padded),
+            attention.shared_bytes(cache.keys.padded, cache.values.padded),
         )
         sinks = (self._from.vector(step.sinks), step.sinks is not None)
         arguments = (

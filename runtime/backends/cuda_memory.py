@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import cuda
-from numba.cuda.cudadrv.driver import device_memset
+from numba.cuda.cudadrv.driver import CudaAPIError, device_memset
 
 from gguf_tools.errors import DeviceMemoryError
-from runtime.backends.cuda_formats import kept_as, row_bytes
+from runtime.backends.cuda_formats import allocated, held_bytes, kept_as, row_bytes
 from runtime.program import Matrix
 
-PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
+REMEDY = "use fewer --gpu-layers or a smaller --ctx"
+OUT_OF_MEMORY = "OUT_OF_MEMORY"  # of CUDA's name of the error
 ROWS_AT_ONCE = 1024  # dequantised together on the way to the GPU
 
 Array = Any  # a numba.cuda device array
@@ -24,21 +25,33 @@ class DeviceMemory:
     """Arrays on the current device; freed when they are dropped."""
 
     def __init__(self, limit: int | None = None) -> None:
-        """`limit` bytes at most; DeviceMemoryError for more."""
+        """`limit` bytes at most. DeviceMemoryError for more, with the room that there is."""
         self.size = 0
         self._limit = limit
         self._held: dict[int, tuple[Any, Array]] = {}
 
     def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
         """An array of one dimension."""
-        n_bytes = size * np.dtype(dtype).itemsize
+        n_bytes = allocated(size * np.dtype(dtype).itemsize)
         if self._limit is not None and self.size + n_bytes > self._limit:
             raise DeviceMemoryError(
                 f"the GPU may be given {self._limit:,} bytes and {self.size + n_bytes:,} are "
-                "needed: use fewer --gpu-layers or a smaller --ctx"
+                f"needed: {REMEDY}",
+                room=self._limit,
             )
+        try:
+            array = cuda.device_array(size, dtype)
+        except CudaAPIError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+            free, _ = cuda.current_context().get_memory_info()
+            raise DeviceMemoryError(
+                f"the GPU has {free:,} bytes left beside {self.size:,} that these layers have "
+                f"taken, and {n_bytes:,} more are needed: {REMEDY}",
+                room=self.size + free,
+            ) from error
         self.size += n_bytes
-        return cuda.device_array(size, dtype)
+        return array
 
     def zeros(self, size: int, dtype: npt.DTypeLike) -> Array:
         array = self.empty(size, dtype)
@@ -61,7 +74,7 @@ class DeviceMemory:
         if key not in self._held:
             first = matrices[0]
             each = first.n_rows * row_bytes(first)
-            blocks = self.empty(len(matrices) * each + PADDING, np.uint8)
+            blocks = self.empty(held_bytes(matrices), np.uint8)
             for i, matrix in enumerate(matrices):
                 _upload(matrix, blocks[i * each : (i + 1) * each])
             self._held[key] = (matrices, blocks)

@@ -1,6 +1,7 @@
 """What launches are made of: buffers, KV caches and scratch on a GPU, all taken at once.
 
-Nothing is allocated while tokens are read.
+Nothing is allocated while tokens are read. What is taken is listed here alone: the planner adds up
+(runtime/split.py) the same arrays that a backend then takes. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.cuda_formats import kept_as
+from runtime.backends.cuda_formats import allocated, kept_as
 from runtime.program import (
     Attend,
     ExpertMatMul,
@@ -20,6 +21,9 @@ from runtime.program import (
     KVShape,
     MatMul,
     Matrix,
+    Program,
+    Rope,
+    RopeTable,
     Stage,
 )
 
@@ -41,6 +45,42 @@ class Memory(Protocol):
     def weights(self, matrices: tuple[Matrix, ...]) -> Array: ...
 
 
+@dataclass(frozen=True)
+class Needed:
+    """An array that is needed: so many numbers of a type."""
+
+    size: int
+    dtype: npt.DTypeLike
+
+    @property
+    def n_bytes(self) -> int:
+        return allocated(self.size * np.dtype(self.dtype).itemsize)
+
+    def take(self, memory: Memory) -> Array:
+        return memory.zeros(self.size, self.dtype)
+
+
+@dataclass(frozen=True)
+class KVKind:
+    """How the cache keeps the numbers of a head."""
+
+    padding: int  # a head's dimensions are padded to a multiple
+    dtype: npt.DTypeLike
+    per_scale: int  # numbers that share a float16 scale; 0: they have none
+
+    def padded(self, dim: int) -> int:
+        return -(-dim // self.padding) * self.padding
+
+    def needs(self, shape: KVShape, dim: int, n_ctx: int) -> list[Needed]:
+        """The numbers of keys or values with so many dimensions, and the scales if any."""
+        size = shape.n_kv_heads * n_ctx * self.padded(dim)
+        scales = [Needed(size // self.per_scale, np.uint16)] if self.per_scale else []
+        return [Needed(size, self.dtype), *scales]
+
+
+KV_KINDS = {"f16": KVKind(8, np.uint16, 0), "q8_0": KVKind(32, np.int8, 32)}
+
+
 @dataclass(frozen=True, eq=False)
 class Buffer:
     """A named buffer: token t begins at t * stride."""
@@ -50,20 +90,22 @@ class Buffer:
 
 
 @dataclass(frozen=True, eq=False)
+class Kept:
+    """Keys or values of one layer (runtime/kernels/cuda/positions.py)."""
+
+    numbers: Array  # [kv head][position][padded]
+    scales: Array  # float16 bits, as the numbers; not read where the kind has none
+    dim: int
+    padded: int
+
+
+@dataclass(frozen=True, eq=False)
 class Cache:
-    """Keys and values of one layer, [kv head][position][padded dim], float16 bits."""
+    """The KV cache of one layer."""
 
     shape: KVShape
-    keys: Array
-    values: Array
-
-    @property
-    def key_padded(self) -> int:
-        return padded(self.shape.key_dim)
-
-    @property
-    def value_padded(self) -> int:
-        return padded(self.shape.value_dim)
+    keys: Kept
+    values: Kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +126,9 @@ class Room:
     n_splits: int  # ranges of positions that attention is cut into for one token
     buffers: Mapping[str, Buffer]
     widths: Mapping[str, int]  # of the buffers
+    kv_type: str
     caches: tuple[Cache, ...]
+    nothing: Array  # for arguments that are not read
     state: Array  # int32: the position of a step's first token
     quantised: Quantised
     mixes: Array  # of attention's ranges
@@ -93,65 +137,111 @@ class Room:
     starts: Array
 
 
-def padded(dim: int) -> int:
-    """The dimensions of a head in the cache."""
-    return (dim + 7) // 8 * 8
-
-
-def kv_bytes(shape: KVShape, n_ctx: int) -> int:
-    """Bytes of a layer's cache."""
-    return 2 * shape.n_kv_heads * n_ctx * (padded(shape.key_dim) + padded(shape.value_dim))
-
-
-def make_room(stage: Stage, memory: Memory, *, n_ctx: int, n_batch: int) -> Room:
-    """DeviceError when it does not fit."""
-    n_splits = min(-(-n_ctx // SPLIT_POSITIONS), MOST_SPLITS)
-    steps = stage.steps
-    buffers = {}
-    for name, width in stage.buffers.items():
-        stride = -(-width // ALIGNED) * ALIGNED
-        rows = min(n_batch, HEAD_ROWS) if name == "logits" else n_batch
-        buffers[name] = Buffer(memory.zeros(rows * stride, np.float32), stride)
-    caches = tuple(
-        Cache(
-            shape,
-            memory.zeros(shape.n_kv_heads * n_ctx * padded(shape.key_dim), np.uint16),
-            memory.zeros(shape.n_kv_heads * n_ctx * padded(shape.value_dim), np.uint16),
-        )
-        for shape in stage.caches
-    )
-    widest = max((stage.buffers[name] for name in _quantised(steps)), default=0)
-    heads = [stage.caches[step.layer] for step in steps if isinstance(step, Attend)]
-    # One token in n_splits ranges, or many in one range each.
-    ranges = max(n_splits, n_batch) * max((shape.n_heads for shape in heads), default=0)
-    mixtures = [step for step in steps if isinstance(step, ExpertMatMul)]
-    most_used = max((step.n_used for step in mixtures), default=0)
-    most_experts = max((len(step.experts) for step in mixtures), default=0)
+def make_room(stage: Stage, memory: Memory, *, n_ctx: int, n_batch: int, kv_type: str) -> Room:
+    """DeviceMemoryError when it does not fit."""
+    taken = {name: array.take(memory) for name, array in _scratch(stage, n_ctx, n_batch).items()}
     return Room(
         n_ctx=n_ctx,
         n_batch=n_batch,
-        n_splits=n_splits,
-        buffers=buffers,
+        n_splits=_splits(n_ctx),
+        buffers={
+            name: Buffer(_buffer(name, width, n_batch).take(memory), _stride(width))
+            for name, width in stage.buffers.items()
+        },
         widths=stage.buffers,
-        caches=caches,
-        state=memory.zeros(1, np.int32),
-        quantised=Quantised(
-            memory.zeros(max(n_batch * widest, 16), np.int8),
-            memory.zeros(n_batch * widest // 32 + 1, np.float32),
-            memory.zeros(n_batch * widest // 16 + 1, np.float32),
+        kv_type=kv_type,
+        caches=tuple(
+            Cache(
+                shape,
+                _keep(shape, shape.key_dim, memory, n_ctx, kv_type, taken["nothing"]),
+                _keep(shape, shape.value_dim, memory, n_ctx, kv_type, taken["nothing"]),
+            )
+            for shape in stage.caches
         ),
-        mixes=memory.zeros(
-            max(ranges * max((shape.value_dim for shape in heads), default=0), 1), np.float32
-        ),
-        extremes=memory.zeros(max(2 * ranges, 1), np.float32),
-        order=memory.zeros(max(n_batch * most_used, 1), np.int32),
-        starts=memory.zeros(most_experts + 1, np.int32),
+        quantised=Quantised(taken.pop("values"), taken.pop("scales"), taken.pop("sums")),
+        **taken,
     )
+
+
+def kv_bytes(shape: KVShape, n_ctx: int, kv_type: str) -> int:
+    """Bytes of a layer's cache."""
+    kind = KV_KINDS[kv_type]
+    dims = (shape.key_dim, shape.value_dim)
+    return sum(need.n_bytes for dim in dims for need in kind.needs(shape, dim, n_ctx))
+
+
+def scratch_bytes(part: Program | Stage, *, n_ctx: int, n_batch: int) -> int:
+    """Bytes beside weights, KV caches and logits."""
+    buffers = [
+        _buffer(name, width, n_batch) for name, width in part.buffers.items() if name != "logits"
+    ]
+    turns = {id(step.table): step.table for step in part.steps if isinstance(step, Rope)}
+    angles = sum(2 * table_bytes(table, n_ctx) for table in turns.values())
+    arrays = (*buffers, *_scratch(part, n_ctx, n_batch).values())
+    return angles + sum(need.n_bytes for need in arrays)
+
+
+def logits_bytes(part: Program | Stage, *, n_batch: int) -> int:
+    """Bytes of the logits; none where the head is elsewhere."""
+    width = part.buffers.get("logits")
+    return 0 if width is None else _buffer("logits", width, n_batch).n_bytes
+
+
+def table_bytes(table: RopeTable, n_ctx: int) -> int:
+    """Bytes of the cosines, or sines, of all positions."""
+    pairs = table.n_dims // 2
+    return Needed(n_ctx * pairs, np.float32).n_bytes if pairs else 0
 
 
 def is_quantised(matrix: Matrix) -> bool:
     """Whether products with the matrix take activations of 8 bits."""
     return kept_as(matrix.quant) not in FLOATS
+
+
+def _keep(
+    shape: KVShape, dim: int, memory: Memory, n_ctx: int, kv_type: str, nothing: Array
+) -> Kept:
+    kind = KV_KINDS[kv_type]
+    arrays = [need.take(memory) for need in kind.needs(shape, dim, n_ctx)]
+    numbers, scales = (*arrays, nothing)[:2]
+    return Kept(numbers, scales, dim, kind.padded(dim))
+
+
+def _splits(n_ctx: int) -> int:
+    return min(-(-n_ctx // SPLIT_POSITIONS), MOST_SPLITS)
+
+
+def _stride(width: int) -> int:
+    return -(-width // ALIGNED) * ALIGNED
+
+
+def _buffer(name: str, width: int, n_batch: int) -> Needed:
+    rows = min(n_batch, HEAD_ROWS) if name == "logits" else n_batch
+    return Needed(rows * _stride(width), np.float32)
+
+
+def _scratch(part: Program | Stage, n_ctx: int, n_batch: int) -> dict[str, Needed]:
+    """Arrays beside buffers and caches, by their names in Room and Quantised."""
+    steps = part.steps
+    widest = max((part.buffers[name] for name in _quantised(steps)), default=0)
+    heads = [part.caches[step.layer] for step in steps if isinstance(step, Attend)]
+    # One token in n_splits ranges, or many in one range each.
+    ranges = max(_splits(n_ctx), n_batch) * max((shape.n_heads for shape in heads), default=0)
+    mixed = ranges * max((shape.value_dim for shape in heads), default=0)
+    mixtures = [step for step in steps if isinstance(step, ExpertMatMul)]
+    most_used = max((step.n_used for step in mixtures), default=0)
+    most_experts = max((len(step.experts) for step in mixtures), default=0)
+    return {
+        "nothing": Needed(1, np.float32),
+        "state": Needed(1, np.int32),
+        "values": Needed(max(n_batch * widest, 16), np.int8),
+        "scales": Needed(n_batch * widest // 32 + 1, np.float32),
+        "sums": Needed(n_batch * widest // 16 + 1, np.float32),
+        "mixes": Needed(max(mixed, 1), np.float32),
+        "extremes": Needed(max(2 * ranges, 1), np.float32),
+        "order": Needed(max(n_batch * most_used, 1), np.int32),
+        "starts": Needed(most_experts + 1, np.int32),
+    }
 
 
 def _quantised(steps: Iterable[Instruction]) -> Iterator[str]:

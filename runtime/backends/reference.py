@@ -278,11 +278,19 @@ def attend(
     n_heads: int,
     start: int,
 ) -> Floats:
+    weights = attention_weights(queries, keys, step, n_heads=n_heads, start=start)
+    v = np.repeat(values[: start + len(queries)], n_heads // values.shape[1], axis=1)
+    mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(len(queries), -1)
+    return mixed
+
+
+def attention_weights(
+    queries: Floats, keys: Floats, step: Attend, *, n_heads: int, start: int
+) -> Floats:
+    """How much of each position's value every query takes: (n_heads, n_tokens, end)."""
     n_tokens, end = len(queries), start + len(queries)
     q = queries.reshape(n_tokens, n_heads, -1)
-    group = n_heads // keys.shape[1]
-    k = np.repeat(keys[:end], group, axis=1)  # (end, n_heads, key_dim)
-    v = np.repeat(values[:end], group, axis=1)
+    k = np.repeat(keys[:end], n_heads // keys.shape[1], axis=1)  # (end, n_heads, key_dim)
     scores = np.einsum("thd,phd->htp", q, k) * np.float32(step.scale)
     if step.softcap:
         scores = softcap(scores, step.softcap)
@@ -294,6 +302,5 @@ def attend(
     if step.sinks is not None:
         sinks = np.broadcast_to(step.sinks[:, None, None], (n_heads, n_tokens, 1))
         scores = np.concatenate([scores, sinks], axis=2)
-    weights = softmax(scores)[:, :, :end]
-    mixed: Floats = np.einsum("htp,phd->thd", weights, v).reshape(n_tokens, -1)
-    return mixed
+    weights: Floats = softmax(scores)[:, :, :end]
+    return weights

@@ -121,11 +121,18 @@ def with_bos(window: Ids, bos: int | None) -> Ids:
     return window if bos is None else np.concatenate([[bos], window[1:]])
 
 
-def cut_windows(tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None = None) -> Ids:
+def cut_windows(
+    tokenizer: Tokenizer,
+    text: str,
+    n_ctx: int,
+    limit: int | None = None,
+    *,
+    parse_special: bool = False,
+) -> Ids:
     """The text's windows, (n_windows, n_ctx); GGUFError when it does not fill one."""
     if n_ctx < SHORTEST:
         raise GGUFError(f"a window of {n_ctx} tokens is too short: the least is {SHORTEST}")
-    ids = np.asarray(tokenizer.encode(text), np.int64)
+    ids = np.asarray(tokenizer.encode(text, parse_special=parse_special), np.int64)
     n_windows = len(ids) // n_ctx
     if n_windows == 0:
         raise GGUFError(
@@ -133,6 +140,11 @@ def cut_windows(tokenizer: Tokenizer, text: str, n_ctx: int, limit: int | None =
             "smaller --ctx"
         )
     return ids[: n_windows * n_ctx].reshape(n_windows, n_ctx)[:limit]
+
+
+def scored(n_ctx: int) -> int:
+    """How many tokens of a window are scored: those after the first half but for the last."""
+    return n_ctx - 1 - n_ctx // 2
 
 
 def evaluate(

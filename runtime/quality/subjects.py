@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from gguf_tools.recipes import find_file_type
 from runtime.layerwise import LayerwiseModel
 from runtime.model import Model
 from runtime.quality.evaluation import CheckpointScorer, Ids, ModelScorer, Scorer
-from runtime.sources import PlannedWeights
+from runtime.sources import PlannedWeights, Source
 from runtime.tokenizer import Tokenizer
 
 
@@ -28,6 +28,7 @@ class Subject:
     bits_per_weight: float
     tokenizer: Tokenizer
     model: Model | LayerwiseModel
+    source: Source
 
     def scorer(self, windows: Ids, bos: int | None) -> Scorer:
         """What reads these windows, each once and in this order."""
@@ -43,7 +44,7 @@ def open_file(path: Path, *, n_ctx: int, threads: int | None) -> Iterator[Subjec
         tokenizer = Tokenizer(file.metadata)
         with Model.load(file, n_ctx=n_ctx, threads=threads) as model:
             bits = bits_per_weight(file) or 0.0
-            yield Subject(path.name, file.file_size, bits, tokenizer, model)
+            yield Subject(path.name, file.file_size, bits, tokenizer, model, file)
 
 
 @contextmanager
@@ -55,4 +56,43 @@ def open_checkpoint(folder: Path, *, n_ctx: int, threads: int | None) -> Iterato
     n_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
     with LayerwiseModel(source, n_tokens=n_ctx, threads=threads or default_threads()) as model:
-        yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model)
+        yield Subject(folder.name, n_bytes, 8 * n_bytes / n_weights, tokenizer, model, source)
+
+
+@dataclass(frozen=True, eq=False)
+class Layered:
+    """A model that is run layer by layer, and what it is made of."""
+
+    name: str
+    paths: tuple[Path, ...]  # its files, or the checkpoint's folder
+    source: Source
+    tokenizer: Tokenizer
+    model: LayerwiseModel
+
+
+@contextmanager
+def open_layered(
+    path: Path,
+    *,
+    n_ctx: int,
+    threads: int | None,
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Iterator[Layered]:
+    """A GGUF file, or a checkpoint as a conversion would have it before anything is quantised."""
+    with ExitStack() as stack:
+        source: Source
+        if path.is_dir():
+            plan = plan_conversion(path, find_file_type("F32"))
+            source = PlannedWeights(path, plan.tensors, plan.metadata)
+            paths: tuple[Path, ...] = (path,)
+        else:
+            source = file = stack.enter_context(GGUFFile(path))
+            paths = tuple(file.paths)
+        tokenizer = Tokenizer(source.metadata)
+        model = LayerwiseModel(
+            source,
+            n_tokens=n_ctx,
+            threads=threads or default_threads(),
+            on_compile=on_compile,
+        )
+        yield Layered(path.name, paths, source, tokenizer, stack.enter_context(model))

@@ -17,7 +17,9 @@ from gguf_tools.describe import short_size
 from gguf_tools.errors import GGUFError, printable
 from runtime.quality.choices import Accuracy
 from runtime.quality.evaluation import Evaluation
+from runtime.quality.facts import Facts
 from runtime.quality.measures import Distance, Estimate
+from runtime.quality.speeds import Speed
 
 CLIFF_FACTOR = 8.0  # of KL divergence, for one bit per weight less
 LEAST_CLIFF = 0.02  # mean KL divergence below which nothing is called a cliff
@@ -26,6 +28,7 @@ BAR = 40  # characters of the longest bar
 
 HEADER = ("file", "size", "bits/weight", "perplexity", "mean KL", "99% KL", "99.9% KL", "same top")
 TASK_HEADER = ("accuracy", "per byte")
+SPEED_HEADER = ("prompt tokens/s", "decode tokens/s")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Result:
     bits_per_weight: float
     evaluation: Evaluation | None  # None where only questions were asked
     accuracy: Accuracy | None = None
+    speed: Speed | None = None
+    facts: Facts | None = None
 
     @property
     def distance(self) -> Distance | None:
@@ -70,6 +75,11 @@ def to_json(result: Result, reference: Result | None) -> dict[str, Any]:
             **_pair("accuracy", result.accuracy.accuracy),
             **_pair("accuracy_per_byte", result.accuracy.normalised),
         }
+    if result.speed is not None:
+        made |= {
+            "prompt_tokens_per_second": result.speed.prompt.value,
+            "decode_tokens_per_second": result.speed.decode.value,
+        }
     return made | {"file_size": result.file_size, "bits_per_weight": result.bits_per_weight}
 
 
@@ -82,6 +92,8 @@ def header(results: Sequence[Result]) -> tuple[str, ...]:
         columns += HEADER[4:]
     if any(result.accuracy for result in results):
         columns += TASK_HEADER
+    if any(result.speed for result in results):
+        columns += SPEED_HEADER
     return columns
 
 
@@ -94,14 +106,17 @@ def rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
         texts["size"] = short_size(result.file_size)
         texts["bits/weight"] = f"{result.bits_per_weight:.2f}"
         if result.evaluation is not None:
-            texts["perplexity"] = _with_error(result.evaluation.perplexity, 3)
+            texts["perplexity"] = with_error(result.evaluation.perplexity, 3)
         apart, right = result.distance, result.accuracy
         if apart is not None:
-            texts["mean KL"] = _with_error(apart.kl, 5)
+            texts["mean KL"] = with_error(apart.kl, 5)
             texts["99% KL"], texts["99.9% KL"] = f"{apart.kl_99:.4f}", f"{apart.kl_999:.4f}"
-            texts["same top"] = _share(apart.same_top)
+            texts["same top"] = share(apart.same_top)
         if right is not None:
-            texts["accuracy"], texts["per byte"] = _share(right.accuracy), _share(right.normalised)
+            texts["accuracy"], texts["per byte"] = share(right.accuracy), share(right.normalised)
+        if result.speed is not None:
+            speeds = (result.speed.prompt, result.speed.decode)
+            texts |= zip(SPEED_HEADER, (f"{each.value:.1f}" for each in speeds), strict=True)
         yield tuple(texts[column] for column in columns)
 
 
@@ -114,9 +129,9 @@ def more_about(result: Result) -> str | None:
     return (
         f"{printable(result.name, 60)}: median KL {apart.kl_median:.5f}, largest "
         f"{apart.kl_largest:.3f}; the right token's probability changed by "
-        f"{_with_error(Estimate(100 * change.value, 100 * change.error), 2)} % in the mean, "
-        f"{_with_error(Estimate(100 * rms.value, 100 * rms.error), 2)} % RMS; "
-        f"{_with_error(ratio, 4)} times the reference's perplexity"
+        f"{with_error(Estimate(100 * change.value, 100 * change.error), 2)} % in the mean, "
+        f"{with_error(Estimate(100 * rms.value, 100 * rms.error), 2)} % RMS; "
+        f"{with_error(ratio, 4)} times the reference's perplexity"
     )
 
 
@@ -183,6 +198,16 @@ def draw(results: Sequence[Result], path: Path) -> None:
         raise GGUFError(f"{printable(path)}: {printable(error, 200)}") from None
 
 
+def with_error(estimate: Estimate, digits: int) -> str:
+    """A figure and its error: `0.0815 +- 0.0014`."""
+    return f"{estimate.value:.{digits}f} \N{PLUS-MINUS SIGN} {estimate.error:.{digits}f}"
+
+
+def share(estimate: Estimate, digits: int = 2) -> str:
+    """A share and its error, in per cent."""
+    return f"{estimate.value:.{digits}%} \N{PLUS-MINUS SIGN} {estimate.error:.{digits}%}"
+
+
 def _points(results: Iterable[Result]) -> list[tuple[float, float, str]]:
     """(bits per weight, mean KL, name) of those that were held against a reference."""
     return [
@@ -194,11 +219,3 @@ def _points(results: Iterable[Result]) -> list[tuple[float, float, str]]:
 
 def _pair(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_error": estimate.error}
-
-
-def _with_error(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} \N{PLUS-MINUS SIGN} {estimate.error:.{digits}f}"
-
-
-def _share(estimate: Estimate) -> str:
-    return f"{estimate.value:.2%} \N{PLUS-MINUS SIGN} {estimate.error:.2%}"

@@ -73,9 +73,9 @@ class HostMemory:
         return np.empty(16, np.uint8)
 
 
-def launches(program: Program, n_tokens: int) -> list[Launch]:
+def launches(program: Program, n_tokens: int, kv_type: str = "f16") -> list[Launch]:
     stage, memory = whole(program), HostMemory()
-    room = make_room(stage, memory, n_ctx=600, n_batch=TILE)
+    room = make_room(stage, memory, n_ctx=600, n_batch=TILE, kv_type=kv_type)
     return Launches(room, memory).make(stage.steps, n_tokens)
 
 
@@ -131,7 +131,8 @@ def test_tiles(name: str) -> None:
 def one_token_kernels() -> Iterable[Launch]:
     """The ones that most of a token's time goes to."""
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
-    attention = (each for each in launches(program, ONE) if kernel_name(each) == "attend")
+    both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
+    attention = (each for each in both if kernel_name(each) in ("attend", "store_q8_0"))
     return product_launch("Q4_K", ONE), *attention
 
 

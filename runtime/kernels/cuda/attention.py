@@ -1,4 +1,4 @@
-"""Causal attention with an online softmax over a float16 cache (positions.py).
+"""Causal attention with an online softmax over the cache (positions.py).
 
 `attend`: a block for each query head of each token and each of n_splits ranges of positions. It
 takes CHUNK positions at a time: scores in shared memory, then the values they weigh, and whenever
@@ -12,7 +12,9 @@ import numpy as np
 from numba import cuda, types
 from numpy import float32
 
-from runtime.kernels.cuda.primitives import half, load4, load16
+from gguf_tools.jit import jit
+from runtime.kernels.cuda.kept import kernel
+from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16
 from runtime.kernels.cuda.warps import block_max, block_sum, eighth_sum
 
 THREADS = 128
@@ -26,97 +28,161 @@ def shared_bytes(key_padded: int, value_padded: int) -> int:
     return 4 * (key_padded + N_WARPS * value_padded + CHUNK + 32)
 
 
-@cuda.jit
-def attend(
-    q,
-    q_stride,
-    keys,
-    values,
-    mixes,  # [token][head][split][value_dim]
-    extremes,  # [token][head][split][largest score, sum]
-    state,
-    group,  # query heads for each KV head
-    key_dim,
-    key_padded,
-    value_dim,
-    value_padded,
-    n_ctx,
-    scale,
-    window,
-    cap,
-):
-    shared = cuda.shared.array(0, types.float32)
-    query = shared
-    mix_at = key_padded  # a mix for each warp
-    score_at = mix_at + N_WARPS * value_padded
-    sums = shared[score_at + CHUNK :]
-    head, token, split = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    thread = cuda.threadIdx.x
-    warp, lane = thread // 32, thread % 32
-    source = token * q_stride + head * key_dim
-    for i in range(thread, key_padded, THREADS):
-        query[i] = q[source + i] * scale if i < key_dim else float32(0)
-    for i in range(thread, N_WARPS * value_padded, THREADS):
-        shared[mix_at + i] = float32(0)
-    cuda.syncthreads()
+@jit
+def eight_f16(numbers, scales, at):
+    """Eight numbers of the cache, from one that is a multiple of 8."""
+    a, b, c, d = load16(numbers, 2 * at)
+    return (
+        half(a),
+        half(a >> 16),
+        half(b),
+        half(b >> 16),
+        half(c),
+        half(c >> 16),
+        half(d),
+        half(d >> 16),
+    )
 
-    here = state[0] + token
-    first = max(0, here - window + 1) if window > 0 else 0
-    each = (here + 1 - first + cuda.gridDim.z - 1) // cuda.gridDim.z
-    begin = first + split * each
-    end = min(begin + each, here + 1)
-    largest, total = LOWEST, float32(0)
-    rows = (head // group) * n_ctx
-    for start in range(begin, end, CHUNK):
-        n = min(CHUNK, end - start)
-        # Scores: 8 lanes for each position, 16 positions at a time.
-        for j in range(thread // 8, (n + 15) // 16 * 16, THREADS // 8):
-            score = float32(0)
-            if j < n:
-                row = (rows + start + j) * key_padded
-                for i in range(thread % 8 * 8, key_padded, 64):
-                    a, b, c, d = load16(keys, 2 * (row + i))
-                    score += half(a) * query[i] + half(a >> 16) * query[i + 1]
-                    score += half(b) * query[i + 2] + half(b >> 16) * query[i + 3]
-                    score += half(c) * query[i + 4] + half(c >> 16) * query[i + 5]
-                    score += half(d) * query[i + 6] + half(d >> 16) * query[i + 7]
-            score = eighth_sum(score)
-            if cap > float32(0):
-                score = cap * math.tanh(score / cap)
-            if thread % 8 == 0:
-                shared[score_at + j] = score
+
+@jit
+def two_f16(numbers, scales, at):
+    """Two numbers of the cache, from an even one."""
+    pair = load4(numbers, 2 * at)
+    return half(pair), half(pair >> 16)
+
+
+@jit
+def eight_q8_0(numbers, scales, at):
+    d = half(load2(scales, 2 * (at >> 5)))
+    a, b = load8(numbers, at)
+    return (
+        d * signed(a),
+        d * signed(a >> 8),
+        d * signed(a >> 16),
+        d * signed(a >> 24),
+        d * signed(b),
+        d * signed(b >> 8),
+        d * signed(b >> 16),
+        d * signed(b >> 24),
+    )
+
+
+@jit
+def two_q8_0(numbers, scales, at):
+    d = half(load2(scales, 2 * (at >> 5)))
+    pair = load2(numbers, at)
+    return d * signed(pair), d * signed(pair >> 8)
+
+
+@jit
+def signed(word):
+    """The int8 in the low byte."""
+    return float32(((word & 255) ^ 128) - 128)
+
+
+def _make_attend(name, eight, two):
+    @kernel(f"{name}_attend")
+    def attend(
+        q,
+        q_stride,
+        keys,
+        key_scales,
+        values,
+        value_scales,
+        mixes,  # [token][head][split][value_dim]
+        extremes,  # [token][head][split][largest score, sum]
+        state,
+        group,  # query heads for each KV head
+        key_dim,
+        key_padded,
+        value_dim,
+        value_padded,
+        n_ctx,
+        scale,
+        window,
+        cap,
+    ):
+        shared = cuda.shared.array(0, types.float32)
+        query = shared
+        mix_at = key_padded  # a mix for each warp
+        score_at = mix_at + N_WARPS * value_padded
+        sums = shared[score_at + CHUNK :]
+        head, token, split = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        thread = cuda.threadIdx.x
+        warp, lane = thread // 32, thread % 32
+        source = token * q_stride + head * key_dim
+        for i in range(thread, key_padded, THREADS):
+            query[i] = q[source + i] * scale if i < key_dim else float32(0)
+        for i in range(thread, N_WARPS * value_padded, THREADS):
+            shared[mix_at + i] = float32(0)
         cuda.syncthreads()
-        score = shared[score_at + thread] if thread < n else LOWEST
-        before = largest
-        largest = max(largest, block_max(score, sums))
-        weight = math.exp(score - largest) if thread < n else float32(0)
-        shrink = math.exp(before - largest)
-        shared[score_at + thread] = weight
-        total = total * shrink + block_sum(weight, sums)
-        # Values: every fourth position for each warp, two dimensions for each lane.
-        for i in range(2 * lane, value_padded, 64):
-            at = mix_at + warp * value_padded + i
-            a, b = shared[at] * shrink, shared[at + 1] * shrink
-            for j in range(warp, n, N_WARPS):
-                pair = load4(values, 2 * ((rows + start + j) * value_padded + i))
-                weight = shared[score_at + j]
-                a += weight * half(pair)
-                b += weight * half(pair >> 16)
-            shared[at], shared[at + 1] = a, b
-        cuda.syncthreads()
 
-    out = (token * cuda.gridDim.x + head) * cuda.gridDim.z + split
-    for i in range(thread, value_dim, THREADS):
-        mixed = float32(0)
-        for w in range(N_WARPS):
-            mixed += shared[mix_at + w * value_padded + i]
-        mixes[out * value_dim + i] = mixed
-    if thread == 0:
-        extremes[2 * out] = largest
-        extremes[2 * out + 1] = total
+        here = state[0] + token
+        first = max(0, here - window + 1) if window > 0 else 0
+        each = (here + 1 - first + cuda.gridDim.z - 1) // cuda.gridDim.z
+        begin = first + split * each
+        end = min(begin + each, here + 1)
+        largest, total = LOWEST, float32(0)
+        rows = (head // group) * n_ctx
+        for start in range(begin, end, CHUNK):
+            n = min(CHUNK, end - start)
+            # Scores: 8 lanes for each position, 16 positions at a time.
+            for j in range(thread // 8, (n + 15) // 16 * 16, THREADS // 8):
+                score = float32(0)
+                if j < n:
+                    row = (rows + start + j) * key_padded
+                    for i in range(thread % 8 * 8, key_padded, 64):
+                        a, b, c, d, e, f, g, h = eight(keys, key_scales, row + i)
+                        score += a * query[i] + b * query[i + 1]
+                        score += c * query[i + 2] + d * query[i + 3]
+                        score += e * query[i + 4] + f * query[i + 5]
+                        score += g * query[i + 6] + h * query[i + 7]
+                score = eighth_sum(score)
+                if cap > float32(0):
+                    score = cap * math.tanh(score / cap)
+                if thread % 8 == 0:
+                    shared[score_at + j] = score
+            cuda.syncthreads()
+            score = shared[score_at + thread] if thread < n else LOWEST
+            before = largest
+            largest = max(largest, block_max(score, sums))
+            weight = math.exp(score - largest) if thread < n else float32(0)
+            shrink = math.exp(before - largest)
+            shared[score_at + thread] = weight
+            total = total * shrink + block_sum(weight, sums)
+            # Values: every fourth position for each warp, two dimensions for each lane.
+            for i in range(2 * lane, value_padded, 64):
+                at = mix_at + warp * value_padded + i
+                a, b = shared[at] * shrink, shared[at + 1] * shrink
+                for j in range(warp, n, N_WARPS):
+                    at_value = (rows + start + j) * value_padded + i
+                    first_value, second_value = two(values, value_scales, at_value)
+                    weight = shared[score_at + j]
+                    a += weight * first_value
+                    b += weight * second_value
+                shared[at], shared[at + 1] = a, b
+            cuda.syncthreads()
+
+        out = (token * cuda.gridDim.x + head) * cuda.gridDim.z + split
+        for i in range(thread, value_dim, THREADS):
+            mixed = float32(0)
+            for w in range(N_WARPS):
+                mixed += shared[mix_at + w * value_padded + i]
+            mixes[out * value_dim + i] = mixed
+        if thread == 0:
+            extremes[2 * out] = largest
+            extremes[2 * out + 1] = total
+
+    return attend
 
 
-@cuda.jit
+ATTEND = {
+    "f16": _make_attend("f16", eight_f16, two_f16),
+    "q8_0": _make_attend("q8_0", eight_q8_0, two_q8_0),
+}
+
+
+@kernel("combine")
 def combine(mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim):
     """The ranges of one head of one token as one, for each block."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y

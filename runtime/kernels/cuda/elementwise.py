@@ -6,6 +6,7 @@ import numpy as np
 from numba import cuda
 
 from gguf_tools.jit import jit, jit_for
+from runtime.kernels.cuda.kept import kernel
 
 ROOT_HALF = np.float32(math.sqrt(0.5))
 ROOT_2_OVER_PI = np.float32(math.sqrt(2 / math.pi))
@@ -57,8 +58,8 @@ def swiglu_oai(x, up):
     return x * sigmoid(ALPHA * x) * (up + ONE)
 
 
-def _make_gate(function):
-    @cuda.jit
+def _make_gate(name, function):
+    @kernel(f"{name}_gate")
     def gate(x, x_stride, up, up_stride, y, y_stride, width):
         i, token = cuda.grid(2)
         if i < width:
@@ -67,8 +68,8 @@ def _make_gate(function):
     return gate
 
 
-def _make_activate(function):
-    @cuda.jit
+def _make_activate(name, function):
+    @kernel(f"{name}_activate")
     def activate(x, stride, width):
         i, token = cuda.grid(2)
         if i < width:
@@ -78,20 +79,20 @@ def _make_activate(function):
 
 
 GATES = {
-    **{name: _make_gate(_gated(name, function)) for name, function in ACTIVATIONS.items()},
-    "swiglu_oai": _make_gate(swiglu_oai),
+    **{name: _make_gate(name, _gated(name, function)) for name, function in ACTIVATIONS.items()},
+    "swiglu_oai": _make_gate("swiglu_oai", swiglu_oai),
 }
-ALONE = {name: _make_activate(function) for name, function in ACTIVATIONS.items()}
+ALONE = {name: _make_activate(name, function) for name, function in ACTIVATIONS.items()}
 
 
-@cuda.jit
+@kernel("add_bias")
 def add_bias(x, stride, bias, width):
     i, token = cuda.grid(2)
     if i < width:
         x[token * stride + i] += bias[i]
 
 
-@cuda.jit
+@kernel("add")
 def add(x, x_stride, y, y_stride, width):
     """y += x"""
     i, token = cuda.grid(2)
@@ -99,21 +100,21 @@ def add(x, x_stride, y, y_stride, width):
         y[token * y_stride + i] += x[token * x_stride + i]
 
 
-@cuda.jit
+@kernel("scale")
 def scale(x, stride, factor, width):
     i, token = cuda.grid(2)
     if i < width:
         x[token * stride + i] *= factor
 
 
-@cuda.jit
+@kernel("softcap")
 def softcap(x, stride, cap, width):
     i, token = cuda.grid(2)
     if i < width:
         x[token * stride + i] = cap * math.tanh(x[token * stride + i] / cap)
 
 
-@cuda.jit
+@kernel("sigmoid_scale")
 def sigmoid_scale(gate, gate_stride, x, stride, width):
     """x *= sigmoid(gate), one gate for each token."""
     i, token = cuda.grid(2)
@@ -121,7 +122,7 @@ def sigmoid_scale(gate, gate_stride, x, stride, width):
         x[token * stride + i] *= sigmoid(gate[token * gate_stride])
 
 
-@cuda.jit
+@kernel("expert_bias")
 def expert_bias(x, stride, routes, routes_stride, biases, n_rows, width):
     """x += the biases of each slot's expert; width = slots * n_rows."""
     i, token = cuda.grid(2)
@@ -130,7 +131,7 @@ def expert_bias(x, stride, routes, routes_stride, biases, n_rows, width):
         x[token * stride + i] += biases[expert * n_rows + i % n_rows]
 
 
-@cuda.jit
+@kernel("expert_sum")
 def expert_sum(x, x_stride, routes, routes_stride, n_used, y, y_stride, width):
     """y = sum over slots of the slot's weight times x."""
     i, token = cuda.grid(2)

@@ -5,10 +5,11 @@ import math
 from numba import cuda, types
 from numpy import float32
 
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.warps import block_sum
 
 
-@cuda.jit
+@kernel("rms_norm")
 def rms_norm(x, x_stride, y, y_stride, weight, size, epsilon):
     """y = x / sqrt(mean of squares + epsilon) * weight, of groups of `size`."""
     shared = cuda.shared.array(32, types.float32)
@@ -23,7 +24,7 @@ def rms_norm(x, x_stride, y, y_stride, weight, size, epsilon):
         y[target + i] = x[source + i] * inverse * weight[i]
 
 
-@cuda.jit
+@kernel("layer_norm")
 def layer_norm(x, x_stride, y, y_stride, weight, along, bias, has_bias, size, epsilon):
     """y = (x - mean) / sqrt(variance + epsilon) * weight + bias; row `group * along` of them."""
     shared = cuda.shared.array(32, types.float32)

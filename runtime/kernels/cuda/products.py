@@ -17,6 +17,7 @@ from numpy import float32, int32
 from gguf_tools.jit import jit, jit_for
 from runtime.kernels.cuda.blocks_32 import UNPACKINGS as OF_32
 from runtime.kernels.cuda.blocks_k import UNPACKINGS as OF_256
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16, nearest
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
 from runtime.kernels.cuda.warps import warp_max, warp_sum
@@ -35,7 +36,7 @@ class Products:
     expert_matvec: Any
 
 
-@cuda.jit
+@kernel("quantise")
 def quantise(x, x_stride, xq, xd, xs, k):
     """Rows of k activations to int8, a warp for each 32: xd their scales, xs sums of 16."""
     group = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
@@ -145,10 +146,10 @@ def high_bfloat(word):
     return as_float(word & -65536)
 
 
-def make_products(dot: Any) -> Products:
+def make_products(name: str, dot: Any) -> Products:
     """Kernels around a dot."""
 
-    @cuda.jit
+    @kernel(f"{name}_matvec")
     def matvec(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes):
         """y = w times each token's activations."""
         row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
@@ -160,7 +161,7 @@ def make_products(dot: Any) -> Products:
             if lane == 0:
                 y[token * y_stride + row] = total
 
-    @cuda.jit
+    @kernel(f"{name}_expert_matvec")
     def expert_matvec(
         w, xq, xd, xs, x_stride, slot_stride, y, y_stride, n_rows, k, row_bytes, routes, r_stride
     ):
@@ -180,8 +181,8 @@ def make_products(dot: Any) -> Products:
 
 
 PRODUCTS = {
-    **{name: make_products(quantised_dot(name, form)) for name, form in BLOCKS.items()},
-    "F32": make_products(f32_dot),
-    "F16": make_products(halves_dot("F16", low_half, high_half)),
-    "BF16": make_products(halves_dot("BF16", low_bfloat, high_bfloat)),
+    **{name: make_products(name, quantised_dot(name, form)) for name, form in BLOCKS.items()},
+    "F32": make_products("F32", f32_dot),
+    "F16": make_products("F16", halves_dot("F16", low_half, high_half)),
+    "BF16": make_products("BF16", halves_dot("BF16", low_bfloat, high_bfloat)),
 }

@@ -7,6 +7,7 @@ from numba import cuda, types
 from numpy import float32
 
 from runtime.kernels.cuda.elementwise import sigmoid
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.warps import warp_max, warp_sum
 
 SOFTMAX, SIGMOID, CHOSEN = range(3)
@@ -35,7 +36,7 @@ def _best(values, taken, first, n, lane):
     return which
 
 
-@cuda.jit
+@kernel("route")
 def route(
     scores,
     scores_stride,

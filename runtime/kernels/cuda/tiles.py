@@ -13,6 +13,7 @@ from numba import cuda, types
 from numpy import float32, int32
 
 from gguf_tools.jit import jit
+from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
@@ -199,8 +200,8 @@ def bf16_at(w, at):
     return as_float(load2(w, at) << 16)
 
 
-def _make_tiles(tile: Any) -> Tiles:
-    @cuda.jit
+def _make_tiles(name: str, tile: Any) -> Tiles:
+    @kernel(f"{name}_matmul")
     def matmul(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes, n_tokens):
         """y = each token's activations times w, transposed."""
         x_at = cuda.shared.array(TOKENS, types.int64)
@@ -214,7 +215,7 @@ def _make_tiles(tile: Any) -> Tiles:
         cuda.syncthreads()
         tile(w, 0, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at)
 
-    @cuda.jit
+    @kernel(f"{name}_expert_matmul")
     def expert_matmul(
         w,
         xq,
@@ -253,7 +254,7 @@ def _make_tiles(tile: Any) -> Tiles:
     return Tiles(matmul, expert_matmul)
 
 
-@cuda.jit
+@kernel("sort_slots")
 def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts):
     """Slots (token * n_used + slot) by expert; those of expert e are starts[e] to starts[e + 1]."""
     counts = cuda.shared.array(0, types.int32)
@@ -279,8 +280,8 @@ def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts
 
 
 TILES = {
-    **{name: _make_tiles(_quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
-    "F32": _make_tiles(_float_tile(4, f32_at)),
-    "F16": _make_tiles(_float_tile(2, f16_at)),
-    "BF16": _make_tiles(_float_tile(2, bf16_at)),
+    **{name: _make_tiles(name, _quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
+    "F32": _make_tiles("F32", _float_tile(4, f32_at)),
+    "F16": _make_tiles("F16", _float_tile(2, f16_at)),
+    "BF16": _make_tiles("BF16", _float_tile(2, bf16_at)),
 }

@@ -28,9 +28,15 @@ def logits(backend: Backend, program: Program, batches: Sequence[int]) -> np.nda
     return np.concatenate(parts)
 
 
-def worst(program: Program, batches: Sequence[int] = (11, 1, 3, 1), *, n_ctx: int = 64) -> float:
+def worst(
+    program: Program,
+    batches: Sequence[int] = (11, 1, 3, 1),
+    *,
+    n_ctx: int = 64,
+    kv_type: str = "f16",
+) -> float:
     """The largest difference of a logit, relative to the largest logit."""
-    gpu = CUDABackend(whole(program), n_ctx=n_ctx, n_batch=max(batches))
+    gpu = CUDABackend(whole(program), n_ctx=n_ctx, n_batch=max(batches), kv_type=kv_type)
     got = logits(gpu, program, batches)
     expected = logits(ReferenceBackend(whole(program), n_ctx=n_ctx), program, batches)
     assert got.shape == expected.shape

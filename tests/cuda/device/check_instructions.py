@@ -5,11 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.backends.cuda_launches import Launches
+from runtime.backends.cuda_memory import DeviceMemory
+from runtime.backends.cuda_room import Kept, make_room
 from runtime.program import (
     ACTIVATIONS,
     Activate,
     Add,
     AddBias,
+    Attend,
     Gate,
     Instruction,
     LayerNorm,
@@ -23,7 +27,8 @@ from runtime.program import (
     SigmoidScale,
     SoftCap,
 )
-from tests.cuda.device.agreement import FLOAT, worst
+from runtime.stages import whole
+from tests.cuda.device.agreement import FLOAT, INT8, worst
 from tests.programs import attention_program, mixture, program_of, random_matrix, random_vector
 
 DIM = 40  # no multiple of 32
@@ -92,6 +97,45 @@ def test_attention_with(options: dict, rng: np.random.Generator) -> None:
 def test_attention_over_several_chunks(rng: np.random.Generator) -> None:
     program = attention_program((1, 1, 8, 8), rng, softcap=2.0, sinks=True, window=129)
     assert worst(program, (130, 1), n_ctx=140) <= FLOAT
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (4, 2, 40, 72)], ids=["narrow", "wide"])
+def test_a_cache_of_8_bits(shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+    """Near the reference; and what attention makes of the very numbers that the cache keeps."""
+    program = attention_program(shape, rng, window=5, sinks=True)
+    assert worst(program, (9, 1), n_ctx=600, kv_type="q8_0") <= INT8
+    step = next(step for step in program.layers[0] if isinstance(step, Attend))
+    stage, memory = whole(program), DeviceMemory()
+    room = make_room(stage, memory, n_ctx=16, n_batch=9, kv_type="q8_0")
+    x = rng.normal(size=(9, room.buffers["x"].stride)).astype(np.float32)
+    room.buffers["x"].array.copy_to_device(x.reshape(-1))
+    for launch in Launches(room, memory).make(program.layers[0], 9):
+        launch()
+
+    def held(name: str, dim: int) -> np.ndarray:  # (token, head, dim)
+        buffer = room.buffers[name]
+        rows = buffer.array.copy_to_host().reshape(9, buffer.stride)
+        return rows[:, : room.widths[name]].reshape(9, -1, dim)
+
+    def kept(kept: Kept) -> np.ndarray:
+        numbers = kept.numbers.copy_to_host().reshape(-1, 32)
+        scales = kept.scales.copy_to_host().view(np.float16).astype(np.float32)
+        rows = (numbers * scales[:, None]).reshape(-1, 16, kept.padded)
+        return rows[:, :9, : kept.dim].transpose(1, 0, 2)
+
+    cache = room.caches[0]
+    keys, values = kept(cache.keys), kept(cache.values)
+    for name, found in (("k", keys), ("v", values)):
+        made = held(name, found.shape[-1])
+        assert np.abs(found - made).max() <= 0.51 / 127 * np.abs(made).max()
+    queries, group = held("q", shape[2]).astype(np.float64), shape[0] // shape[1]
+    scores = np.einsum("thd,shd->hts", queries, keys.repeat(group, 1)) * step.scale
+    ago = np.arange(9)[:, None] - np.arange(9)
+    scores[:, (ago < 0) | (ago >= 5)] = -np.inf
+    weights = np.exp(scores)
+    weights /= weights.sum(2, keepdims=True) + np.exp(step.sinks)[:, None, None]
+    expected = np.einsum("hts,shd->thd", weights, values.repeat(group, 1))
+    assert np.abs(held("mixed", shape[3]) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 ROUTES = {

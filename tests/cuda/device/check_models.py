@@ -1,25 +1,30 @@
 """Whole models, and what the backend does besides computing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numba import cuda
+from numba.cuda.cudadrv.driver import CudaAPIError
 
 from gguf_tools.errors import DeviceError, DeviceMemoryError
 from gguf_tools.reader import GGUFFile
 from runtime.backends import Backend
 from runtime.backends.cuda import CUDABackend
+from runtime.backends.cuda_formats import allocated
 from runtime.backends.reference import ReferenceBackend
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.devices import Device
-from runtime.model import Model
+from runtime.model import KV_TYPES, Model
 from runtime.offload import Offload
 from runtime.program import Attend, Program, Stage, StoreKV
-from runtime.split import Wish
+from runtime.split import FIXED, Wish, measure_sizes, plan_split, stage_bytes
 from runtime.stages import Pipeline, cut_program, whole
 from tests.architectures import converted
 from tests.cuda.device.agreement import FLOAT, INT8, worst
+from tests.programs import attention_program, mixture
 from tests.tiny import llama_file
 
 N_CTX = 48
@@ -93,11 +98,52 @@ def test_cuts_inside_layers(program: Program, rng: np.random.Generator) -> None:
     assert np.abs(logits(program, places) - alone).max() <= FLOAT * np.abs(alone).max()
 
 
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_the_plan_counts_what_is_taken(program: Program, kv_type: str) -> None:
+    """To the byte, with everything on the GPU; a part of it never takes more than planned."""
+    rng = np.random.default_rng(4)
+    others = (attention_program((4, 2, 20, 12), rng), mixture(rng, quant="Q4_1", biases=True))
+    options = {"n_ctx": 300, "n_batch": 40, "kv_type": kv_type}
+    gpu = Device("cuda:0", "a GPU", 1 << 34, 1 << 34, (8, 0))
+    for each in (program, *others):
+        sizes = measure_sizes(each, **options)
+        for n in range(1, sizes.most_layers + 1):
+            plan = plan_split(sizes, [gpu], Wish(gpu_layers=n))
+            stage = cut_program(each, plan.places(each)).stages[1]
+            backend = CUDABackend(stage, **options)
+            planned = plan.shares[0].used - FIXED
+            assert backend.memory_bytes <= planned
+            assert backend.memory_bytes == stage_bytes(stage, **options) - FIXED
+            backend.close()
+        spare = 0 if stage.caches else sizes.layers[0].kv  # a layer that does not attend
+        assert stage_bytes(stage, **options) == plan.shares[0].used - spare
+
+
 def test_too_little_memory(program: Program) -> None:
     needed = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4).memory_bytes
     CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, memory_limit=needed).close()
-    with pytest.raises(DeviceMemoryError, match="use fewer --gpu-layers"):
+    with pytest.raises(DeviceMemoryError, match="use fewer --gpu-layers") as raised:
         CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, memory_limit=needed - 1)
+    assert raised.value.room == needed - 1
+
+
+def test_a_gpu_that_runs_full(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver says then is what the next plan goes by."""
+    free, take = [60_000], cuda.device_array
+
+    def take_some(size: int, dtype: np.dtype) -> np.ndarray:
+        array = take(size, dtype)
+        if array.nbytes > free[0]:
+            raise CudaAPIError(2, "[2] Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY")
+        free[0] -= allocated(array.nbytes)
+        return array
+
+    context = SimpleNamespace(get_memory_info=lambda: (free[0], 1 << 30))
+    monkeypatch.setattr(cuda, "device_array", take_some)
+    monkeypatch.setattr(cuda, "current_context", lambda: context)
+    with pytest.raises(DeviceMemoryError, match="bytes left beside") as raised:
+        CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4)
+    assert raised.value.room == 60_000
 
 
 def test_a_gpu_that_is_not_there(program: Program) -> None:
@@ -119,8 +165,3 @@ def test_layers_go_to_a_gpu_by_number(tmp_path: Path) -> None:
             devices = model.devices
     assert devices == ("cuda:0", "CPU")
     assert np.abs(np.subtract(*found)).max() <= FLOAT * np.abs(found[0]).max()
-
-
-def test_a_kv_type_that_it_does_not_have(program: Program) -> None:
-    backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, kv_type="q8_0")
-    assert backend.notes == ("the GPU keeps keys and values as f16, not q8_0",)

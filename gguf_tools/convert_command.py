@@ -1,0 +1,439 @@
+"""`convert`: its options, and what it shows while it works and when it is done.
+
+Everything heavy is imported inside: `--help` answers at once.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gguf_tools.command import undisturbed_ending
+
+if TYPE_CHECKING:
+    from gguf_tools.journal import Journal
+    from gguf_tools.losses import Losses
+    from gguf_tools.plan import Plan
+    from gguf_tools.self_check import SelfCheck, Source
+
+# Options that leave the bytes of the output as they are; any other starts a conversion over.
+DECIDE_NO_BYTE = (
+    *("model_dir", "output", "threads", "force", "no_resume", "strict", "dry_run"),
+    *("no_check", "check_details"),
+)
+
+
+def convert(
+    context: typer.Context,
+    model_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_DIR",
+            help="The folder of a Hugging Face checkpoint (config.json, tokenizer, safetensors), "
+            "hf:OWNER/REPO to fetch it from the hub, or a GGUF file to quantise.",
+            show_default=False,
+        ),
+    ],
+    file_type: Annotated[
+        str,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, "
+            "Q4_0, IQ4_XS, IQ4_NL, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K or Q2_K_S (with --imatrix); "
+            "upper or lower case.",
+        ),
+    ] = "Q8_0",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write. By default it is named after the folder and the type, in the "
+            "current folder.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=1024, help="By default the physical cores.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output if it exists.")
+    ] = False,
+    no_resume: Annotated[
+        bool,
+        typer.Option(
+            "--no-resume",
+            help="Start over, whatever a stopped run has left. Without it the same command goes on "
+            "from FILE.part.",
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail, and leave no file, where a tensor would not get the type asked for, or "
+            "where the self-check finds something wrong. Without it both are only told.",
+        ),
+    ] = False,
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check",
+            help="Leave out the self-check of the finished file: its tokenizer against the "
+            "checkpoint's, its chat template, its logits against the source's weights.",
+        ),
+    ] = False,
+    check_details: Annotated[
+        bool,
+        typer.Option("--check-details", help="Show what the self-check measured, a line for each."),
+    ] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            metavar="FILE",
+            help="An importance matrix (GGUF or .dat, of llama-imatrix): how much "
+            "an error in each column counts.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="The type of the tensors in whose name the expression is found, such as "
+            "ffn_down=Q6_K; may be given several times, the first that matches holds.",
+            show_default=False,
+        ),
+    ] = None,
+    output_type: Annotated[
+        str | None,
+        typer.Option(
+            "--output-type",
+            metavar="TYPE",
+            help="The type of output.weight, or of the embedding that takes its place.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_type: Annotated[
+        str | None,
+        typer.Option(
+            "--embedding-type",
+            metavar="TYPE",
+            help="The type of token_embd.weight.",
+            show_default=False,
+        ),
+    ] = None,
+    pure: Annotated[
+        bool,
+        typer.Option("--pure", help="One type for all matrices, without a mixture's exceptions."),
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="NAME",
+            help="A tensor that stays in the type it has (F32 in a quantised checkpoint); * stands "
+            "for anything; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show every tensor's type and the exact final size; write nothing."
+        ),
+    ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="ADAPTER[:SCALE]",
+            help="Merge a LoRA adapter (the folder that PEFT saved, or hf:OWNER/REPO) into the "
+            "weights; of several the changes add up.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_only: Annotated[
+        bool,
+        typer.Option(
+            "--lora-only",
+            help="MODEL_DIR is a LoRA adapter: write it as a GGUF adapter (F32, F16 or BF16).",
+        ),
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL_DIR",
+            help="With --lora-only: the model that the adapter is for (a folder, or "
+            "hf:OWNER/REPO); its weights are not needed.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option(
+            "--allow-requantize",
+            help="Quantise a GGUF file whose weights are quantised already: both errors add up.",
+        ),
+    ] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXT|default",
+            help="Round the weights so that the least is lost on a text: a file, or `default`, "
+            "the text that comes with this program. The size stays the same.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="METHOD",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--calibrate-windows",
+            metavar="N",
+            min=1,
+            help="So many windows of 512 tokens of the text are read, by default 58.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
+    import time
+
+    from gguf_tools.calibration import read_settings, remove_work
+    from gguf_tools.calibration_bar import calibrate_with_bar
+    from gguf_tools.conversion import plan_conversion, protect_input
+    from gguf_tools.cores import default_threads
+    from gguf_tools.download_bar import find_with_bar
+    from gguf_tools.imatrix import read_importance_matrix
+    from gguf_tools.journal import Journal
+    from gguf_tools.lora import open_adapter
+    from gguf_tools.lora_file import plan_adapter
+    from gguf_tools.lora_merging import read_scaled
+    from gguf_tools.losses import Losses
+    from gguf_tools.models_by_name import find_adapter, find_checkpoint, find_config
+    from gguf_tools.naming import output_name
+    from gguf_tools.overrides import NO_OVERRIDES, parse_overrides
+    from gguf_tools.plan import refuse_fallbacks
+    from gguf_tools.quants.blocks import import_compilers
+    from gguf_tools.reader import GGUFFile
+    from gguf_tools.recipes import find_file_type
+    from gguf_tools.report import closing_rows, loss_notes, plan_lines
+    from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
+    from gguf_tools.self_check import SelfCheck, Source
+
+    if lora if lora_only else base is not None:
+        raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
+    source = context.get_parameter_source("file_type")
+    if lora_only and source is not None and source.name == "DEFAULT":
+        file_type = "F32"
+    chosen = find_file_type(file_type)
+    overrides = parse_overrides(
+        tensor_types=tensor_type or (),
+        output=output_type,
+        embedding=embedding_type,
+        pure=pure,
+        keep=keep or (),
+    )
+    settings = read_settings(calibrate, method, calibrate_windows)
+    if settings and (imatrix is not None or lora_only):
+        other = "--lora-only" if lora_only else "--imatrix"
+        raise typer.BadParameter(f"--calibrate and {other} exclude each other")
+    matrix = read_importance_matrix(imatrix) if imatrix is not None else None
+    if lora_only and (matrix or overrides != NO_OVERRIDES):
+        raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
+    model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
+    base = find_with_bar(find_config, base) if base is not None else None
+    adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
+    start = time.monotonic()
+    file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
+    if file and adapters:
+        raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
+    n_threads = threads or default_threads()
+    checked = None
+    if not dry_run:
+        import_compilers()
+        if not no_check and not lora_only:
+            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
+    options, files = _deciding_options(context)
+    merged = [scaled.adapter.folder for scaled in adapters]
+    inputs = file.paths if file else (model_dir,)
+    journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
+    if lora_only:
+        plan = plan_adapter(open_adapter(model_dir), chosen, base)
+    elif file:
+        plan = plan_requantisation(
+            file, chosen, allow_requantize=allow_requantize, overrides=overrides, matrix=matrix
+        )
+    else:
+        plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
+    if strict:
+        refuse_fallbacks(plan)
+    named = output_name(source_name(model_dir) if file else model_dir, chosen.name, adapters=merged)
+    target = output if output is not None else Path(named)
+    for path in (*(file.paths if file else ()), model_dir, *merged, *files):
+        protect_input(path, target)
+    seconds = calibrated = None
+    losses = Losses()
+    if dry_run:
+        for line in plan_lines(plan):
+            print(line)
+        print()
+    else:
+        made_from = Source(
+            model_dir,
+            is_checkpoint=file is None,
+            adapters=tuple(lora or ()),
+            encodings=plan.encodings,
+        )
+        if settings:
+            calibrated = calibrate_with_bar(
+                plan,
+                made_from,
+                target,
+                settings,
+                inputs=(*inputs, *merged),
+                threads=n_threads,
+                force=force,
+                resume=not no_resume,
+            )
+            plan = calibrated.plan
+            journal.add_option(calibrated.digest)
+        losses = _write(
+            plan,
+            target,
+            made_from,
+            threads=n_threads,
+            force=force,
+            check=checked,
+            journal=journal,
+        )
+        if calibrated:
+            remove_work(calibrated)
+        seconds = time.monotonic() - start
+    self_check = "" if dry_run else "left out, as --no-check asks"
+    if checked is not None:
+        self_check = checked.line
+    elif lora_only and not dry_run:
+        self_check = "left out: an adapter does not run without its base"
+    said = calibrated.line if calibrated else ""
+    _print_pairs(closing_rows(plan, target, seconds, self_check, calibration=said))
+    for detail in checked.details if checked and check_details else ():
+        print(detail)
+    sys.stdout.flush()
+    found = checked.problems if checked else ()
+    for note in (*plan.notes, *loss_notes(plan, losses), *found):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _deciding_options(context: typer.Context) -> tuple[str, list[Path]]:
+    """The options that decide bytes, as text, and the files among them."""
+    given = {name: value for name, value in context.params.items() if name not in DECIDE_NO_BYTE}
+    values = [v for value in given.values() for v in (value if _is_list(value) else [value])]
+    return repr(sorted(given.items())), [value for value in values if isinstance(value, Path)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _write(
+    plan: "Plan",
+    target: Path,
+    source: "Source",
+    *,
+    threads: int,
+    force: bool,
+    check: "SelfCheck | None",
+    journal: "Journal",
+) -> "Losses":
+    """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
+    from contextlib import closing
+    from functools import partial
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from gguf_tools.conversion import convert as write_file
+    from gguf_tools.errors import printable
+    from gguf_tools.losses import Losses
+
+    def note(text: str) -> None:
+        if text:
+            console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    losses = Losses()
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+    steps = write_file(
+        plan,
+        target,
+        threads=threads,
+        force=force,
+        begun=partial(check.begin, source=source, output=target) if check else None,
+        check=check.end if check else None,
+        journal=journal,
+    )
+    try:
+        with (
+            undisturbed_ending(),
+            Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            ) as bar,
+            closing(steps),
+        ):
+            task = bar.add_task("", total=total)
+            for number, step in enumerate(steps):
+                if number == 0:
+                    note(journal.remark)
+                name = f"{printable(step.tensor.name, 40)} {step.tensor.quant.name}"
+                bar.update(task, advance=step.n_bytes, description=f"{name:<32}")
+                if step.loss is not None:
+                    losses.add(step.tensor.name, step.loss)
+                if step.finished and step.index == len(plan.tensors) - 1 and check is not None:
+                    bar.update(task, description=f"{'self-check':<32}")
+    except (KeyboardInterrupt, SystemExit):
+        note(journal.kept)
+        raise
+    return losses
+
+
+def _print_pairs(rows: Iterable[tuple[str, str]]) -> None:
+    """A table of labels and texts."""
+    pairs = list(rows)
+    width = max(len(label) for label, _ in pairs)
+    for label, text in pairs:
+        print(f"{label:<{width}}  {text}")
