@@ -29,7 +29,8 @@ from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
 
 RUNTIME = "runtime.calibrating"  # a module with a main that answers with lines of JSON
-METHODS = ("imatrix",)
+METHODS = ("imatrix", "awq")
+SCALING = ("awq",)  # methods that scale channels: norms and biases change, too
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
@@ -103,8 +104,11 @@ def calibrate(
     # Refuses a path that cannot become the file, before the work of hours.
     GGUFWriter(output, metadata=plan.metadata, tensors=plan.specs, force=force)
     types = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_rounded(tensor)}
+    others = {}
+    if settings.method in SCALING:
+        others = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_plain(tensor)}
     work = work_path(output)
-    _check_space(plan, types, output)
+    _check_space(plan, {**types, **others}, output)
     request = {
         "source": str(source.path.resolve()),
         "is_checkpoint": source.is_checkpoint,
@@ -113,6 +117,7 @@ def calibrate(
         "identity": digest_program() + digest_inputs(inputs, any_change=True),
         "resume": resume,
         "types": types,
+        "others": others,
         "method": settings.method,
         "windows": settings.windows,
         "text": None if settings.text is None else str(settings.text.resolve()),
@@ -153,6 +158,11 @@ def _is_rounded(tensor: TensorPlan) -> bool:
         and tensor.quant.name not in (*PLAIN, tensor.source.dtype)
         and tensor.quant.quantize is not None
     )
+
+
+def _is_plain(tensor: TensorPlan) -> bool:
+    """Whether a tensor of a layer can be scaled without being quantised."""
+    return tensor.name not in NOT_MULTIPLIED and tensor.quant.name in PLAIN
 
 
 def _check_space(plan: Plan, types: dict[str, str], output: Path) -> None:
@@ -224,7 +234,7 @@ def _line(
 ) -> str:
     line = (
         f"{settings.method} on {printable(answer['text'])}: {answer['windows']:,} windows, "
-        f"{answer['tokens']:,} tokens; {len(ready):,} of {len(types):,} matrices"
+        f"{answer['tokens']:,} tokens; {len(ready.keys() & types):,} of {len(types):,} matrices"
     )
     for name, what in (("unseen", "saw no token"), ("few", "saw few tokens")):
         if answer[name]:

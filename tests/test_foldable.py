@@ -1,5 +1,6 @@
 """Channels that may be scaled: every architecture computes what it did when all of them are."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,23 @@ import pytest
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.layerwise import LayerwiseReference
-from runtime.program import Floats, Instruction, MatMul, Program, RMSNorm
-from runtime.quality.channel_scaling import Factors, ScaledWeights, find_factors
-from runtime.quality.foldable import Columns, Elements, Group, Rows, foldable_groups
-from runtime.sources import PlannedWeights, Source
+from runtime.program import (
+    Activate,
+    Add,
+    Attend,
+    Floats,
+    Gate,
+    Instruction,
+    MatMul,
+    Program,
+    RMSNorm,
+    Rope,
+    SoftCap,
+    StoreKV,
+)
+from runtime.quality.channel_scaling import ScaledWeights, find_factors
+from runtime.quality.foldable import Group, foldable_groups
+from runtime.sources import Source
 from tests.architectures import NAMES
 from tests.test_observing import ids_of, source_of
 
@@ -106,5 +120,122 @@ def test_groups_of_a_layer(name: str) -> None:
     assert found == list(EXPECTED[name])
 
 
-def _names(names) -> str:  # type: ignore[no-untyped-def]
+QKV, VALUES, FFN, DOWN = range(4)  # the groups of a llama's layer, in order
+
+
+@pytest.fixture(scope="module")
+def llama() -> Program:
+    return streamed_program(source_of("llama"))
+
+
+def left(program: Program) -> list[int]:
+    """Which of the groups of the first layer there are."""
+    firsts = [NORM_TO_QKV[0], V_TO_OUTPUT[0], NORM_TO_FFN[0], UP_TO_DOWN[0]]
+    groups = [group for group in foldable_groups(program) if group.layer == 0]
+    return [firsts.index(group.divided[0].name.removeprefix("blk.0.")) for group in groups]
+
+
+def with_steps(program: Program, steps: Iterable[Instruction]) -> Program:
+    return replace(program, layers=(tuple(steps), *program.layers[1:]))
+
+
+def position(program: Program, kind: type, number: int = 0) -> int:
+    places = [i for i, step in enumerate(program.layers[0]) if isinstance(step, kind)]
+    return places[number]
+
+
+INSERTED = {
+    "the norm is read elsewhere": (MatMul, 0, Add("normed", "x"), [VALUES, FFN, DOWN]),
+    "values are capped": (StoreKV, 0, SoftCap("v", 1.0), [QKV, FFN, DOWN]),
+    "values turn": (StoreKV, 0, "rope", [QKV, FFN, DOWN]),
+    "values are read elsewhere": (StoreKV, 0, Add("v", "k"), [QKV, FFN, DOWN]),
+    "heads are normed": (Attend, 1, "norm", [QKV, FFN, DOWN]),
+    "up is capped": (Gate, 0, SoftCap("up", 1.0), [QKV, VALUES, FFN]),
+    "up is read elsewhere": (Gate, 0, Add("up", "gate"), [QKV, VALUES, FFN]),
+    "the gated is capped": (Gate, 1, SoftCap("gate", 1.0), [QKV, VALUES, FFN]),
+}
+
+
+@pytest.mark.parametrize("case", INSERTED)
+def test_what_lies_between_is_in_the_way(llama: Program, case: str) -> None:
+    kind, after, step, expected = INSERTED[case]
+    steps = list(llama.layers[0])
+    if step == "rope":
+        turn = steps[position(llama, Rope, 1)]
+        assert isinstance(turn, Rope)
+        step = replace(turn, target="v")
+    elif step == "norm":
+        step = RMSNorm("attended", "attended", np.ones(16, np.float32), 1e-5)
+    assert not isinstance(step, str)
+    steps.insert(position(llama, kind) + after, step)
+    assert left(with_steps(llama, steps)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "change", "expected"),
+    [
+        (Gate, 0, {"activation": "swiglu_oai"}, [QKV, VALUES, FFN]),
+        (StoreKV, 0, {"keys": "v"}, [QKV, FFN, DOWN]),
+        (StoreKV, 0, {"values": "q"}, [QKV, FFN, DOWN]),
+        (RMSNorm, 0, {"name": ""}, [VALUES, FFN, DOWN]),
+        (RMSNorm, 0, {"name": "blk.0.ffn_norm.weight"}, [VALUES, DOWN]),
+        (RMSNorm, 0, {"name": "output_norm.weight"}, [VALUES, FFN, DOWN]),
+        (MatMul, 0, {"source": "x"}, [QKV, VALUES, FFN, DOWN]),  # q is not in the group, then
+    ],
+)
+def test_other_instructions(
+    llama: Program, kind: type, number: int, change: dict[str, str], expected: list[int]
+) -> None:
+    steps = list(llama.layers[0])
+    place = position(llama, kind, number)
+    steps[place] = replace(steps[place], **change)  # type: ignore[type-var]
+    assert left(with_steps(llama, steps)) == expected
+
+
+def test_tensors_that_are_shared_stay_as_they_are(llama: Program) -> None:
+    q = llama.layers[0][position(llama, MatMul)]
+    v = llama.layers[0][position(llama, MatMul, 2)]
+    assert isinstance(q, MatMul) and isinstance(v, MatMul)
+    tied = replace(llama, embedding=q.matrix)
+    assert left(tied) == [VALUES, FFN, DOWN]
+    again = with_steps(llama, (*llama.layers[0], replace(q, source="x", target="q")))
+    assert left(again) == [VALUES, FFN, DOWN]
+    # Values that are made twice of the same rows, of the same source.
+    twice = with_steps(llama, (*llama.layers[0][:4], replace(v, target="k"), *llama.layers[0][4:]))
+    assert left(twice) == [QKV, FFN, DOWN]
+
+
+def test_a_cache_that_two_layers_read(llama: Program) -> None:
+    place = position(llama, Attend)
+    first, second = llama.layers[0], list(llama.layers[1])
+    own = second[place]
+    assert isinstance(own, Attend)
+    second[place] = replace(own, layer=0)
+    shared = replace(llama, layers=(first, tuple(second), *llama.layers[2:]))
+    assert left(shared) == [QKV, FFN, DOWN]
+
+
+def test_matrices_in_another_form_than_the_files(llama: Program) -> None:
+    steps = list(llama.layers[0])
+    place = position(llama, MatMul)
+    q = steps[place]
+    assert isinstance(q, MatMul)
+    steps[place] = replace(q, matrix=replace(q.matrix, data=np.asarray(q.matrix.data)))
+    assert left(with_steps(llama, steps)) == [VALUES, FFN, DOWN]
+
+
+def test_a_relu_keeps_factors() -> None:
+    program = streamed_program(source_of("gpt2"))
+    steps = [replace(s, activation="relu") if isinstance(s, Activate) else s for s in program.steps]
+    n = len(program.layers[0])
+    groups = foldable_groups(replace(program, layers=(tuple(steps[:n]), *program.layers[1:])))
+    of_first = [group for group in groups if group.layer == 0]
+    assert of_first[-1].names == {
+        "blk.0.ffn_up.weight",
+        "blk.0.ffn_up.bias",
+        "blk.0.ffn_down.weight",
+    }
+
+
+def _names(names: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(name.removeprefix("blk.0.") for name in names))
