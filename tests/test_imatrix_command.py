@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -221,6 +223,30 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(stories: Path, tmp_path: Path) -
     done = run(*changed, "-c", "64", "--windows", "1", "--force", folder=tmp_path)
     assert done.exit_code == 0
     assert read_importance_matrix(tmp_path / "parts.gguf").n_chunks == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+def test_ctrl_c_keeps_what_is_saved(stories: Path, tmp_path: Path) -> None:
+    code = "from runtime.umbrella import main; main()"
+    options = (stories, "--text", text_of(tmp_path, 40 * TALE), "--ctx", "64", "-o", "o.gguf")
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, "imatrix", *options, "--save-every", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    path, deadline = tmp_path / "o.gguf", time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == 130
+    n = read_importance_matrix(path).n_chunks
+    assert f"o.gguf has {n} of" in error and "the same command goes on from there" in error
+    assert not list(tmp_path.glob("*.part*"))
+    done = run(*options, "--windows", str(n + 1), folder=tmp_path)
+    assert f"goes on from o.gguf, after window {n}" in done.stderr
 
 
 def test_a_checkpoint_gives_what_its_file_gives(stories: Path, tmp_path: Path) -> None:
