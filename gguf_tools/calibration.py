@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ METHODS = ("imatrix",)
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
+ROOM = 1024  # bytes that what a file tells of its calibration may take
 NOT_MULTIPLIED = ("token_embd.weight", "output.weight", "position_embd.weight")
 
 
@@ -118,6 +120,7 @@ def calibrate(
         "text": None if settings.text is None else str(settings.text.resolve()),
         "threads": threads,
     }
+    start = time.monotonic()
     answer: dict[str, Any] = {}
     for event in _events(request):
         if "error" in event:
@@ -136,7 +139,8 @@ def calibrate(
     tensors = tuple(_with_blocks(tensor, ready, work) for tensor in plan.tensors)
     metadata = {**plan.metadata, **_metadata(settings, answer, len(ready))}
     finished = replace(plan, tensors=tensors, metadata=metadata)
-    yield Calibrated(finished, work, answer["digest"], _line(settings, answer, ready, types))
+    line = _line(settings, answer, len(ready), len(types), time.monotonic() - start)
+    yield Calibrated(finished, work, answer["digest"], line)
 
 
 def remove_work(calibrated: Calibrated) -> None:
@@ -184,6 +188,8 @@ def _events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
             for line in process.stdout:
+                if not line.endswith("\n"):  # it was killed while it told
+                    break
                 event: dict[str, Any] = json.loads(line)
                 finished = "error" in event or "digest" in event
                 yield event
@@ -220,11 +226,11 @@ def _metadata(
 
 
 def _line(
-    settings: Settings, answer: dict[str, Any], ready: dict[str, Blocks], types: dict[str, str]
+    settings: Settings, answer: dict[str, Any], n_ready: int, n_asked: int, seconds: float
 ) -> str:
     line = (
         f"{settings.method} on {printable(answer['text'])}: {answer['windows']:,} windows, "
-        f"{answer['tokens']:,} tokens; {len(ready):,} of {len(types):,} matrices"
+        f"{answer['tokens']:,} tokens, {seconds:.1f} s; {n_ready:,} of {n_asked:,} matrices"
     )
     for name, what in (("unseen", "saw no token"), ("few", "saw few tokens")):
         if answer[name]:

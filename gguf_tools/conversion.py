@@ -167,6 +167,11 @@ def protect_input(path: Path, output: Path) -> None:
                 raise OutputError(f"{shown} is {what}; choose another name")
 
 
+def refuse_output(plan: Plan, path: Path, *, force: bool) -> None:
+    """Raise now what writing the plan to `path` would raise before it begins."""
+    GGUFWriter(path, metadata=plan.metadata, tensors=plan.specs, force=force)
+
+
 def _kept_bands(plan: Plan, position: tuple[int, int]) -> Iterator[Progress]:
     """What there is before `position`: a tensor index, and how many bytes of that tensor."""
     index, n_bytes = position

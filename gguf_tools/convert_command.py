@@ -13,8 +13,10 @@ import typer
 from gguf_tools.command import undisturbed_ending
 
 if TYPE_CHECKING:
+    from gguf_tools.file_types import FileType
     from gguf_tools.journal import Journal
     from gguf_tools.losses import Losses
+    from gguf_tools.overrides import Overrides
     from gguf_tools.plan import Plan
     from gguf_tools.self_check import SelfCheck, Source
 
@@ -215,13 +217,42 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="Instead of --type: the best types for a file of at most this size (4.2GiB, "
+            "700MB), by what each costs this model, which is measured.",
+            show_default=False,
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            metavar="BITS",
+            help="The same for so many bits per weight, such as 4.5.",
+            show_default=False,
+        ),
+    ] = None,
+    target_text: Annotated[
+        str | None,
+        typer.Option(
+            "--target-text",
+            metavar="TEXT|default",
+            help="What they are measured on: a file, or `default`, the text that comes with this "
+            "program.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
 
-    from gguf_tools.calibration import read_settings, remove_work
+    from gguf_tools.calibration import ROOM, read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
-    from gguf_tools.conversion import plan_conversion, protect_input
+    from gguf_tools.conversion import plan_conversion, protect_input, refuse_output
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.imatrix import read_importance_matrix
@@ -240,12 +271,22 @@ def convert(
     from gguf_tools.report import closing_rows, loss_notes, plan_lines
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
     from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.target_bar import settle_with_bar
+    from gguf_tools.target_options import read_target
+    from gguf_tools.target_size import BEFORE
+    from gguf_tools.type_trials import TypeTrials
 
     if lora if lora_only else base is not None:
         raise typer.BadParameter("--base goes with --lora-only, and --lora does not")
     source = context.get_parameter_source("file_type")
     if lora_only and source is not None and source.name == "DEFAULT":
         file_type = "F32"
+    wanted = read_target(target_size, target_bpw, target_text)
+    if wanted:
+        if lora_only or pure or (source is not None and source.name != "DEFAULT"):
+            other = "--lora-only" if lora_only else "--pure" if pure else "--type"
+            raise typer.BadParameter(f"{other} and a target exclude each other")
+        file_type = BEFORE
     chosen = find_file_type(file_type)
     overrides = parse_overrides(
         tensor_types=tensor_type or (),
@@ -278,33 +319,53 @@ def convert(
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
     journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
-    if lora_only:
-        plan = plan_adapter(open_adapter(model_dir), chosen, base)
-    elif file:
-        plan = plan_requantisation(
-            file, chosen, allow_requantize=allow_requantize, overrides=overrides, matrix=matrix
-        )
-    else:
-        plan = plan_conversion(model_dir, chosen, adapters, overrides=overrides, matrix=matrix)
-    if strict:
-        refuse_fallbacks(plan)
-    named = output_name(source_name(model_dir) if file else model_dir, chosen.name, adapters=merged)
+
+    def plan_for(file_type: "FileType", overrides: "Overrides") -> "Plan":
+        if lora_only:
+            return plan_adapter(open_adapter(model_dir), file_type, base)
+        if file:
+            return plan_requantisation(
+                file,
+                file_type,
+                allow_requantize=allow_requantize,
+                overrides=overrides,
+                matrix=matrix,
+            )
+        return plan_conversion(model_dir, file_type, adapters, overrides=overrides, matrix=matrix)
+
+    plan = plan_for(chosen, overrides)
+    end = wanted.name if wanted else chosen.name
+    named = output_name(source_name(model_dir) if file else model_dir, end, adapters=merged)
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    seconds = calibrated = None
+    seconds = calibrated = settled = None
     losses = Losses()
+    made_from = Source(
+        model_dir,
+        is_checkpoint=file is None,
+        adapters=tuple(lora or ()),
+        encodings=plan.encodings,
+    )
+    if wanted:
+        if not dry_run:
+            refuse_output(plan, target, force=force)
+        settled = settle_with_bar(
+            wanted,
+            plan,
+            overrides,
+            plan_for,
+            TypeTrials(made_from, text=wanted.text, imatrix=imatrix, threads=n_threads),
+            room=ROOM if settings else 0,
+        )
+        plan = settled.plan
+    if strict:
+        refuse_fallbacks(plan)
     if dry_run:
         for line in plan_lines(plan):
             print(line)
         print()
     else:
-        made_from = Source(
-            model_dir,
-            is_checkpoint=file is None,
-            adapters=tuple(lora or ()),
-            encodings=plan.encodings,
-        )
         if settings:
             calibrated = calibrate_with_bar(
                 plan,
@@ -336,7 +397,10 @@ def convert(
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
     said = calibrated.line if calibrated else ""
-    _print_pairs(closing_rows(plan, target, seconds, self_check, calibration=said))
+    for line in settled.lines if settled else ():
+        print(line)
+    rows = list(closing_rows(plan, target, seconds, self_check, calibration=said))
+    _print_pairs([*rows, ("target", settled.line)] if settled else rows)
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()

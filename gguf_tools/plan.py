@@ -90,6 +90,7 @@ class Plan:
     notes: tuple[str, ...]
     matrix: ImportanceMatrix | None = None
     encodings: Encodings | None = None  # of the test texts, by the checkpoint's tokenizer
+    facts: RecipeFacts | None = None  # what the rules of file types ask; None of an adapter
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -165,7 +166,7 @@ def build_plan(
         **(matrix.metadata() if matrix is not None else {}),
     }
     notes = (*model.notes, *_second_quantisation(model.checkpoint.scheme, tensors))
-    return Plan(file_type, tensors, metadata, notes, matrix)
+    return Plan(file_type, tensors, metadata, notes, matrix, facts=recipe_facts)
 
 
 def plan_tensors(

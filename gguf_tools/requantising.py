@@ -46,10 +46,11 @@ def plan_requantisation(
     Weights that are quantised already are an error unless `allow_requantize`: then they are
     dequantised first, and both errors add up.
     """
+    facts = _read_facts(file, has_importance=matrix is not None)
     tensors = plan_tensors(
         {name: (_lazy(file, tensor), None) for name, tensor in file.tensors.items()},
         file_type=file_type,
-        facts=_read_facts(file, has_importance=matrix is not None),
+        facts=facts,
         kept={
             name: tensor.quant.name
             for name, tensor in file.tensors.items()
@@ -78,7 +79,7 @@ def plan_requantisation(
     }
     replaced = {*DROPPED, *own}
     carried = {key: file.encoded(key) for key in file.metadata if key not in replaced}
-    return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix)
+    return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix, facts=facts)
 
 
 def source_name(path: Path) -> Path:

@@ -16,7 +16,7 @@ from gguf_tools.errors import OutputError, printable
 
 if TYPE_CHECKING:
     from runtime.quality.evaluation import Ids
-    from runtime.quality.importance import Collected, Layer
+    from runtime.quality.importance import Collected, Read
     from runtime.quality.subjects import Layered
     from runtime.quality.texts import Text
 
@@ -117,14 +117,16 @@ def imatrix(
             raise typer.BadParameter("--merge needs --output")
         _merge(files, output, force=force, as_json=json)
     else:
+        from gguf_tools.conversion import protect_input
+        from runtime.quality.subjects import open_layered
         from runtime.quality.texts import read_text
+        from runtime.terminal import compiling
 
         content = read_text(text)
         path, target = _find(files[0], text, output)
-        from runtime.quality.subjects import open_layered
-        from runtime.terminal import compiling
-
         with open_layered(path, n_ctx=ctx, threads=threads, on_compile=compiling) as subject:
+            for part in subject.paths:
+                protect_input(part, target)
             cut = _cut(subject, content, ctx, parse_special=parse_special)
             run = _Run(target, content, with_output=process_output, force=force)
             _make(subject, cut, run, limit=windows, group=save_every, as_json=json)
@@ -138,30 +140,34 @@ class _Run:
         self.with_output, self.force = with_output, force
         self.identity = ""
 
-    def start(self, wanted: int) -> "Collected | None":
-        """What an earlier run has saved of the first windows."""
+    def saved(self) -> "Collected | None":
+        """What the output holds of the first windows, if it is of this run or one like it."""
         from gguf_tools.errors import GGUFError
         from gguf_tools.imatrix import read_importance_matrix
         from runtime.quality.importance import started
 
+        try:
+            matrix = read_importance_matrix(self.output)
+        except GGUFError:
+            return None
+        return started(matrix) if matrix.identity == self.identity else None
+
+    def start(self, wanted: int) -> "Collected | None":
+        """What there is to go on from; OutputError where the output is something else, or done."""
         if self.force or not self.output.exists():
             return None
-        shown = printable(self.output, 1000)
-        try:
-            saved = read_importance_matrix(self.output)
-        except GGUFError:
-            saved = None
-        if saved is None or saved.identity != self.identity:
+        found, shown = self.saved(), printable(self.output, 1000)
+        if found is None:
             raise OutputError(
                 f"{shown} exists already, and is not of this model, text and options; use --force "
                 "to replace it, or choose another name"
             )
-        if saved.n_chunks >= wanted:
+        if found.windows >= wanted:
             raise OutputError(
-                f"{shown} exists already, with {saved.n_chunks:,} windows of this text; use "
+                f"{shown} exists already, with {found.windows:,} windows of this text; use "
                 "--force to make it again, or choose another name"
             )
-        return started(saved)
+        return found
 
     def save(self, found: "Collected", ctx: int) -> None:
         from gguf_tools.imatrix_writing import write_importance_matrix
@@ -233,9 +239,10 @@ def _make(
                 run.save(event, windows.shape[1])
                 found = event
     except (KeyboardInterrupt, SystemExit):
-        if found is not None:
+        kept = run.saved()
+        if kept is not None:
             remark(
-                f"{printable(run.output, 1000)} has {found.windows:,} of {len(windows):,} windows; "
+                f"{printable(run.output, 1000)} has {kept.windows:,} of {len(windows):,} windows; "
                 "the same command goes on from there"
             )
         raise
@@ -334,27 +341,30 @@ def _show_statistics(path: Path, *, as_json: bool) -> None:
     print("", *lines, sep="\n" if lines else "", end="\n" if lines else "")
 
 
-def _with_bar(
-    events: "Iterable[Layer | Collected]", n_windows: int
-) -> "Iterator[Layer | Collected]":
+def _with_bar(events: "Iterable[Read | Collected]", n_windows: int) -> "Iterator[Read | Collected]":
     """The events, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from runtime.quality.importance import Layer
+    from runtime.quality.importance import Read
     from runtime.terminal import is_terminal
 
     with Progress(
         TextColumn("reading"),
         BarColumn(),
-        TextColumn("{task.fields[windows]} of {task.fields[of]} windows"),
+        TextColumn(f"{{task.fields[windows]}} of {n_windows:,} windows"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         disable=not is_terminal(sys.stderr),
     ) as bar:
-        task = bar.add_task("", total=None, windows=0, of=n_windows)
+        task = None
         for event in events:
-            if isinstance(event, Layer):
-                bar.update(task, completed=event.done, total=event.total, windows=event.windows)
+            if isinstance(event, Read):
+                windows = event.done * n_windows // event.total
+                if task is None:
+                    task = bar.add_task(
+                        "", total=event.total, completed=event.done, windows=windows
+                    )
+                bar.update(task, completed=event.done, windows=windows)
             yield event

@@ -1,6 +1,7 @@
 """`convert --calibrate`: what is rounded how, and that it goes on where it was stopped."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_columns_are_weighed_by_what_the_text_makes_of_them(
         same = np.frombuffer(made[name], np.uint8) == expected.reshape(-1)
         plain = tensor.quant.quantize(source.load(name)).reshape(-1)
         assert same.mean() > 0.99 > (np.frombuffer(made[name], np.uint8) == plain).mean(), name
-    assert "imatrix on" in said and "4 windows, 2,048 tokens; 30 of 30 matrices" in said
+    assert re.search(r"imatrix on .*: 4 windows, 2,048 tokens, \d+\.\d s; 30 of 30 matrices", said)
 
 
 def test_the_file_says_how_it_was_calibrated(calibrated: tuple[Path, str], text: Path) -> None:

@@ -291,7 +291,7 @@ def attention_weights(
     n_tokens, end = len(queries), start + len(queries)
     q = queries.reshape(n_tokens, n_heads, -1)
     k = np.repeat(keys[:end], n_heads // keys.shape[1], axis=1)  # (end, n_heads, key_dim)
-    scores = np.einsum("thd,phd->htp", q, k) * np.float32(step.scale)
+    scores = np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) * np.float32(step.scale)
     if step.softcap:
         scores = softcap(scores, step.softcap)
     here, there = np.arange(start, end)[:, None], np.arange(end)[None, :]

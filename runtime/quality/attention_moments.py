@@ -125,12 +125,15 @@ class AttentionMoments:
 def _key_weights(weights: Floats, values: Floats, lengths: Floats) -> Floats:
     """(n_tokens,): the sum over queries of A^2 |v - o|^2 |q|^2."""
     outputs = weights @ values
-    apart = np.square(values).sum(axis=1)[None, :] + np.square(outputs).sum(axis=1)[:, None]
-    apart -= 2 * outputs @ values.T
-    np.maximum(apart, 0, out=apart)
-    apart *= np.square(weights)
-    counts: Floats = lengths @ apart
-    return counts
+    squares = np.square(weights)
+    apart = outputs @ values.T
+    apart *= squares
+    # |v - o|^2 = |v|^2 + |o|^2 - 2 o v, each summed by a product; rounding may leave it below 0.
+    counts = (lengths @ squares) * np.square(values).sum(axis=1)
+    counts += (lengths * np.square(outputs).sum(axis=1)) @ squares
+    counts -= 2 * (lengths @ apart)
+    positive: Floats = np.maximum(counts, 0)
+    return positive
 
 
 def _made_by(

@@ -33,12 +33,11 @@ HIDDEN_BYTES = 256 << 20  # of hidden states of windows that go through the laye
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A group of windows went through a layer."""
+class Read:
+    """How far it is: at the start, and after a group of windows went through a layer."""
 
     done: int  # windows times layers
     total: int
-    windows: int  # that are complete
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +86,12 @@ class Collector:
             flat, counts = sums.reshape(-1), self._counts[name].astype(np.float64)
             before = self._entries.get(name)
             if before is not None:
+                if before.sums.size != flat.size or before.counts.size != counts.size:
+                    raise FormatError(
+                        f"tensor {printable(name)}: expected {flat.size:,} sums in the file that "
+                        f"this run was to go on from, found {before.sums.size:,}; it is damaged: "
+                        "use --force to begin again"
+                    )
                 flat, counts = before.sums + flat, before.counts + counts
             self._entries[name] = Entry(flat.astype(np.float32), counts.astype(np.float32))
         self._sums, self._counts = {}, {}
@@ -107,7 +112,7 @@ def collect(
     with_output: bool = False,
     start: Collected | None = None,
     group: int = 10,
-) -> Iterator[Layer | Collected]:
+) -> Iterator[Read | Collected]:
     """Read the windows, a group at a time; gives what is known after each group.
 
     `start` is what is known of the first windows already. `with_output`: also of the matrix that
@@ -124,12 +129,13 @@ def collect(
         collector.go_on_from(start.entries)
         first = start.windows
     total = len(windows) * n_layers
+    yield Read(first * n_layers, total)
     while first < len(windows):
         part = windows[first : first + min(group, room)]
         hidden = [model.embed(with_bos(window, bos).tolist()) for window in part]
         for layer in range(n_layers):
             hidden = [model.layer(layer, x, collector.observe) for x in hidden]
-            yield Layer(first * n_layers + (layer + 1) * len(part), total, first)
+            yield Read(first * n_layers + (layer + 1) * len(part), total)
         if with_output:
             for x in hidden:
                 model.head(x, collector.observe)
