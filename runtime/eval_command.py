@@ -168,6 +168,7 @@ def evaluate(
 
     from runtime.quality.choices import read_questions
     from runtime.quality.facts import read_facts
+    from runtime.quality.subjects import distinct_names
     from runtime.quality.table import Result, draw, to_json
 
     content = None if text is None else decode(text.read_bytes(), printable(text))
@@ -187,9 +188,10 @@ def evaluate(
         speeds: list[Speed | None] = [None] * len(subjects)
         if speed or (speed is None and report is not None):
             speeds = _measure_speeds(subjects)
+        names = distinct_names([subject.source.path for subject in subjects])
         results = [
             Result(
-                subject.name,
+                name,
                 subject.n_bytes,
                 subject.bits_per_weight,
                 evaluation=evaluation,
@@ -197,8 +199,8 @@ def evaluate(
                 speed=pace,
                 facts=read_facts(subject.source),
             )
-            for subject, evaluation, accuracy, pace in zip(
-                subjects, evaluations, accuracies, speeds, strict=True
+            for name, subject, evaluation, accuracy, pace in zip(
+                names, subjects, evaluations, accuracies, speeds, strict=True
             )
         ]
     if plot is not None:

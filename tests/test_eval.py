@@ -32,7 +32,7 @@ from runtime.quality.measures import (
     perplexity,
     predict,
 )
-from runtime.quality.subjects import open_checkpoint, open_file
+from runtime.quality.subjects import distinct_names, open_checkpoint, open_file
 from runtime.quality.table import Result, chart, cliffs, draw, header, rows, to_json
 from runtime.tokenizer import Tokenizer
 
@@ -127,6 +127,8 @@ def test_errors_are_of_the_mean() -> None:
     found = perplexity(np.log(values))
     assert found.value == pytest.approx(36 ** (1 / 4))
     assert found.error == pytest.approx(found.value * mean_of(np.log(values)).error)
+    with pytest.raises(FormatError, match=r"e\^-1000 in the mean: its weights are damaged"):
+        perplexity(np.full(3, 1000.0))
 
 
 def test_the_figures_of_llama_perplexity(files: dict[str, Path]) -> None:
@@ -269,6 +271,14 @@ def test_lines_that_are_no_question(tmp_path: Path, line: str, says: str) -> Non
         read_questions(path)
 
 
+def test_names_tell_files_apart() -> None:
+    assert distinct_names([Path("a/m.gguf"), Path("b/n.gguf")]) == ["m.gguf", "n.gguf"]
+    three = [Path("/x/a/m.gguf"), Path("/x/b/m.gguf"), Path("n.gguf")]
+    assert distinct_names(three) == ["a/m.gguf", "b/m.gguf", "n.gguf"]
+    assert distinct_names([Path("m.gguf"), Path("m.gguf")]) == ["m.gguf", "m.gguf"]
+    assert distinct_names([]) == []
+
+
 # --- how it is shown -------------------------------------------------------------------------
 
 
@@ -292,6 +302,8 @@ def test_cliffs() -> None:
     assert cliffs(FAMILY[:-1]) == set()
     alike = result("Q4_0", 4.4, 0.11)  # nearly the size of Q4 and twice as far off: no cliff
     assert cliffs([*FAMILY, alike]) == {"Q2"}
+    further = result("Q1", 1.8, 5.0)  # only 2 times as far off as Q2
+    assert cliffs([*FAMILY, further]) == {"Q2", "Q1"}
     small = [result("a", 8, 0.0001), result("b", 7, 0.01)]  # steep, but nothing is lost
     assert cliffs(small) == set()
 

@@ -342,7 +342,9 @@ def test_labels_do_not_cover_each_other() -> None:
 
 
 def test_bars() -> None:
-    drawn = draw_bars("b", "t", "d", [Bar("<a>", [("Q4_K", 300), ("F32", 1)]), Bar("b", [])])
+    drawn = draw_bars(
+        "b", "t", "d", [Bar("<a>", [("Q4_K", 300), ("F32", 1)]), Bar("b", [])], ["Q4_K", "F32"]
+    )
     svg = ElementTree.fromstring(drawn)
     first, second = svg.findall("rect")
     assert (first.get("class"), second.get("class")) == ("type0", "type1")

@@ -134,16 +134,15 @@ def _by_accuracy(candidates: Sequence[Result]) -> Advice:
     best, most = max(known, key=lambda pair: (pair[1].accuracy.value, -pair[0].file_size))
     asked = f"{most.questions:,} questions" if most.questions > 1 else "the one question"
     if len(known) == 1:
-        sentence = f"{_name(best)} answers {share(most.accuracy, 1)} of {asked} rightly."
+        sentence = f"{_name(best)} answers {share(most.accuracy, 1)} of {asked} correctly."
         return Advice("In short", None, (sentence,), frozenset())
     least = most.accuracy.value - most.accuracy.error
     smallest = min((each for each, found in known if found.accuracy.value >= least), key=_size)
-    sentences = [f"Of {asked} {_name(best)} answers most rightly, {share(most.accuracy, 1)}."]
+    sentence = f"Of {asked} {_name(best)} answers most correctly, {share(most.accuracy, 1)}"
     if smallest is not best:
-        sentences.append(f"{_name(smallest)} is the smallest file within that error.")
-    return Advice(
-        f"By these questions: {_sized(smallest)}", smallest, tuple(sentences), frozenset()
-    )
+        sentence += f"; {_name(smallest)} is the smallest file within that error"
+    lead = f"By these questions: {_sized(smallest)}"
+    return Advice(lead, smallest, (f"{sentence}.",), frozenset())
 
 
 def _figures(result: Result, reference: str) -> str:

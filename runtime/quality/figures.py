@@ -14,7 +14,9 @@ from runtime.quality.plots import Bar, Level, Plot, Point
 from runtime.quality.table import Result
 
 LEAST_KL = 1e-5  # on the axis
+WIDE = 3.0  # a perplexity so many times another is drawn on a logarithmic axis
 MOST_TYPES = 10  # that have a colour
+OTHERS = "others"
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
 
 
@@ -27,7 +29,8 @@ class _Figure:
     label: str
     note: str
     find: Callable[[Result], Estimate | None]
-    over_bits: bool = False  # on a logarithmic axis
+    over_bits: bool = False
+    is_log: Callable[[Sequence[Point]], bool] = lambda points: False
     front: bool = False
 
 
@@ -55,7 +58,7 @@ def draw_figures(
                 y_label=figure.label,
                 note=figure.note,
                 points=points,
-                log_y=figure.over_bits,
+                log_y=figure.is_log(points),
                 least_y=LEAST_KL,
                 front=figure.front,
                 level=Level(base.value, f"reference: {base.value:.4g}")
@@ -66,16 +69,22 @@ def draw_figures(
 
 def type_bars(results: Sequence[Result]) -> list[Bar]:
     """The bytes of each type in each file; types beyond MOST_TYPES as one."""
-    names = type_names(results)
-    own = names if len(names) <= MOST_TYPES else names[: MOST_TYPES - 1]
+    *own, last = colours(results)
+    own += [last] if last != OTHERS else []
     bars = []
     for result, label in zip(results, labels(results), strict=True):
         shares = {} if result.facts is None else result.facts.types
         segments = [(name, shares[name].n_bytes) for name in own if name in shares]
         rest = sum(share.n_bytes for name, share in shares.items() if name not in own)
-        segments += [("others", rest)] if rest else []
+        segments += [(OTHERS, rest)] if rest else []
         bars.append(Bar(f"{label}, {short_size(sum(size for _, size in segments))}", segments))
     return bars
+
+
+def colours(results: Sequence[Result]) -> list[str]:
+    """The names that bars are made of, each with a colour of its own."""
+    names = type_names(results)
+    return names if len(names) <= MOST_TYPES else [*names[: MOST_TYPES - 1], OTHERS]
 
 
 def type_names(results: Sequence[Result]) -> list[str]:
@@ -101,6 +110,10 @@ def labels(results: Sequence[Result]) -> list[str]:
 
 def _describe(point: Point) -> str:
     return f"{point.label} {point.y:.4g} \N{PLUS-MINUS SIGN} {point.error:.2g} at {point.x:.4g}"
+
+
+def _heights(points: Sequence[Point]) -> list[float]:
+    return [point.y for point in points]
 
 
 def _kl(result: Result) -> Estimate | None:
@@ -140,6 +153,7 @@ FIGURES = (
         "Lower is better. Bars: one standard error. A line joins what no smaller file beats.",
         _kl,
         over_bits=True,
+        is_log=lambda points: True,
         front=True,
     ),
     _Figure(
@@ -149,6 +163,7 @@ FIGURES = (
         "Lower is better. Bars: one standard error; beside a reference, of the difference from it, "
         "as all read the same text.",
         _perplexity,
+        is_log=lambda points: max(_heights(points)) > WIDE * min(_heights(points)),
         front=True,
     ),
     _Figure("accuracy", "Accuracy by size", "accuracy, %", "Bars: one standard error.", _accuracy),

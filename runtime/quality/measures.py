@@ -16,6 +16,8 @@ import numpy.typing as npt
 from gguf_tools.errors import FormatError
 from runtime.program import Floats
 
+LARGEST_NLL = 300.0  # whose exp, and its square, are doubles
+
 Doubles = npt.NDArray[np.float64]
 
 
@@ -89,8 +91,13 @@ def differ(log_q: Floats, log_p: Floats, tokens: npt.NDArray[np.int64]) -> Diffe
 
 
 def perplexity(nll: Doubles) -> Estimate:
-    """exp of the mean of -ln(probability)."""
+    """exp of the mean of -ln(probability); FormatError where that is beyond all numbers."""
     mean = mean_of(nll)
+    if mean.value > LARGEST_NLL:
+        raise FormatError(
+            f"a model gives the text's tokens a probability of e^-{mean.value:.0f} in the mean: "
+            "its weights are damaged; see what `gguf verify FILE` finds"
+        )
     value = math.exp(mean.value)
     return Estimate(value, value * mean.error)
 

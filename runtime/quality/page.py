@@ -24,9 +24,9 @@ from gguf_tools.describe import short_count, short_size
 from gguf_tools.errors import OutputError, printable
 from runtime.quality.advice import Advice, advise
 from runtime.quality.facts import Facts
-from runtime.quality.figures import draw_figures, type_bars, type_names
+from runtime.quality.figures import colours, draw_figures, type_bars, type_names
 from runtime.quality.measures import Estimate
-from runtime.quality.plots import draw_bars, draw_plot, segment_names
+from runtime.quality.plots import draw_bars, draw_plot
 from runtime.quality.table import CLIFF_FACTOR, Result, header, rows, with_error
 
 ENDINGS = (".html", ".htm")
@@ -241,8 +241,8 @@ def _types(results: Sequence[Result]) -> dict[str, Any] | None:
             for result, facts in ((result, result.facts) for result in results)
             if facts is not None
         ],
-        "bars": draw_bars("types", "Bytes by type", "; ".join(described), bars),
-        "legend": list(enumerate(segment_names(bars))),
+        "bars": draw_bars("types", "Bytes by type", "; ".join(described), bars, colours(results)),
+        "legend": list(enumerate(colours(results))),
     }
 
 

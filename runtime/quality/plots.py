@@ -19,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 14, 24, 40  # margins of the plotting area
 RADIUS = 4.5  # of a point
 TEXT_HEIGHT, TEXT_WIDTH = 12.0, 7.2  # of a label's line and letter, about
 LONGEST_LABEL = 20
+CROWDED = 0.4  # of a label's area covers something, or is outside
 TICKS = 5  # on an axis, about
 
 BAR_HEIGHT, BAR_GAP, BAR_LABEL = 20, 10, 15
@@ -118,9 +119,13 @@ def draw_plot(plot: Plot) -> Markup:
     return _svg(plot.key, plot.title, plot.description, HEIGHT, parts)
 
 
-def draw_bars(key: str, title: str, description: str, bars: Sequence[Bar]) -> Markup:
-    """Bars of segments one below the other, the longest as wide as the picture."""
-    names = segment_names(bars)
+def draw_bars(
+    key: str, title: str, description: str, bars: Sequence[Bar], names: Sequence[str]
+) -> Markup:
+    """Bars of segments one below the other, the longest as wide as the picture.
+
+    A segment's class has the number of its name among `names`.
+    """
     longest = max(1, *(sum(size for _, size in bar.segments) for bar in bars))
     step = BAR_LABEL + BAR_HEIGHT + BAR_GAP
     parts = []
@@ -144,15 +149,6 @@ def draw_bars(key: str, title: str, description: str, bars: Sequence[Bar]) -> Ma
                 parts.append(_text(left + width / 2, middle, name, "inside", "middle"))
             left += width
     return _svg(key, title, description, len(bars) * step, parts)
-
-
-def segment_names(bars: Sequence[Bar]) -> list[str]:
-    """The names of all segments, the largest first: the number of a name is that of its class."""
-    sizes: dict[str, int] = {}
-    for bar in bars:
-        for name, size in bar.segments:
-            sizes[name] = sizes.get(name, 0) + size
-    return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
 def shorten(text: str, limit: int = LONGEST_LABEL) -> str:
@@ -274,14 +270,20 @@ def _point(point: Point, x: _Scale, y: _Scale) -> Markup:
 
 
 def _labels(plot: Plot, x: _Scale, y: _Scale) -> Iterator[Markup]:
-    """A label beside each point, where it covers least; one farther off has a line to its point."""
+    """A label beside each point, where it covers least; one farther off has a line to its point.
+
+    In a crowd a point that is not marked goes without: its tip and the tables have its name.
+    """
     taken = list(_drawn(plot, x, y))
-    for point in sorted(plot.points, key=lambda point: -point.y):
+    for point in sorted(plot.points, key=lambda point: (point.kind not in (TAKE, CLIFF), -point.y)):
         at_x, at_y, text = x(point.x), y(point.y), shorten(point.label)
         width = TEXT_WIDTH * len(text)
         ring = 4 if point.kind == TAKE else 0
         places = _places(at_x, at_y, width, RADIUS + 4 + ring)
         best = min(places, key=lambda box: _cost(box, taken, at_x, at_y))
+        crowded = _cost(best, taken, at_x, at_y) > CROWDED * TEXT_HEIGHT * width
+        if crowded and point.kind not in (TAKE, CLIFF):
+            continue
         taken.append(best)
         near_x = min(max(at_x, best.left), best.right)
         near_y = min(max(at_y, best.top), best.bottom)

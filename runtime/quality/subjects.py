@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,3 +96,13 @@ def open_layered(
             on_compile=on_compile,
         )
         yield Layered(path.name, paths, source, tokenizer, stack.enter_context(model))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """What files are called: by their names, with folders where these do not tell them apart."""
+    names: list[str] = []
+    for depth in range(1, 1 + max((len(path.parts) for path in paths), default=0)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names

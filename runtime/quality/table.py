@@ -136,15 +136,22 @@ def more_about(result: Result) -> str | None:
 
 
 def cliffs(results: Iterable[Result]) -> set[str]:
-    """The names of files that lie beyond a cliff, seen from the next that is clearly larger."""
+    """The names of files that lie beyond a cliff, seen from the next that is clearly larger.
+
+    A file that is smaller than one of these and no nearer lies there, too.
+    """
     measured = sorted(_points(results))
-    found = set()
-    for bits, kl, name in measured:
+    found: set[str] = set()
+    least = math.inf  # KL divergence beyond a cliff
+    for bits, kl, name in reversed(measured):
         larger = next((point for point in measured if point[0] >= bits + LEAST_STEP), None)
+        is_steep = False
         if larger is not None and kl > LEAST_CLIFF and larger[1] > 0:
             growth = math.log(kl / larger[1]) / (larger[0] - bits)
-            if growth > math.log(CLIFF_FACTOR):
-                found.add(name)
+            is_steep = growth > math.log(CLIFF_FACTOR)
+        if is_steep or kl >= least:
+            found.add(name)
+            least = min(least, kl)
     return found
 
 
