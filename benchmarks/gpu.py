@@ -1,11 +1,14 @@
 """Whether the CUDA kernels are right on this machine's GPU, and how fast they are.
 
-    python benchmarks/gpu.py [--shape 1B|8B] [--tokens 64] [--prompt 512] [--no-checks] [--simulate]
+    python benchmarks/gpu.py [--shape 1B|8B] [--model FILE.gguf] [--tokens 64] [--prompt 512]
+                             [--no-checks] [--simulate]
 
 First every kernel is checked against the reference backend (tests/cuda/device; it takes the `dev`
 extra). Then one table: GB/s of weights that each format's row kernel gets through, TOPS of its tile
-kernel on a prompt, and the speed of a model of Q4_K_M with random weights, all beside the GB/s at
-which the GPU copies its own memory. GB/s of decoding are bytes of weights and KV cache.
+kernel on a prompt (with and without tensor cores, where it has them), and the speed of a model of
+Q4_K_M with random weights, all beside the GB/s at which the GPU copies its own memory. GB/s of
+decoding are bytes of weights and KV cache. `--model` adds a model with a quarter, half and all of
+its layers on the GPU, the rest on the CPU: its logits are held against those of the CPU alone.
 
 `--simulate` runs all of it in numba-cuda's simulator, at toy sizes: its times mean nothing, but the
 script can be tried where no GPU is.
@@ -15,6 +18,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = Path("tests/cuda/device")
+SPLIT_TOLERANCE = 5e-2  # of the largest logit: activations of 8 bits, rounded at other places
 SIMULATED = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "1", "GGUF_TOOLS_CACHE": "off"}
 
 
@@ -77,6 +82,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "toy"], default="1B")
     parser.add_argument("--tokens", type=int, default=64, help="decoded")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--model", type=Path, help="a GGUF file to split")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--simulate", action="store_true")
     options = parser.parse_args()
@@ -106,6 +112,14 @@ def measure(options: argparse.Namespace) -> Iterator[Speed]:
     for name in NATIVE:
         yield from measure_format(name, 8 if toy else side, side, options.prompt)
     yield from measure_model(SHAPES[options.shape], options.shape, options)
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model
+        if toy and model is None:
+            from tests.tiny import llama_file
+
+            model = llama_file(Path(folder) / "toy.gguf", quant="Q4_0", n_layers=3, n_vocab=40)
+        if model is not None:
+            yield from measure_splits(model, options)
 
 
 def seconds_of(run: Callable[[], None], times: int) -> float:
@@ -133,11 +147,14 @@ def measure_copy(n_bytes: int) -> Speed:
 def measure_format(name: str, n_rows: int, k: int, n_tokens: int) -> Iterator[Speed]:
     """A format's product with one token, and with a prompt."""
     import numpy as np
+    from numba import cuda
 
+    from runtime.backends.cuda_check import choose_tiles
     from runtime.backends.cuda_formats import weight_bytes
     from runtime.backends.cuda_launches import Launches
     from runtime.backends.cuda_memory import DeviceMemory
     from runtime.backends.cuda_room import make_room
+    from runtime.kernels.cuda.tiles import TILES
     from runtime.program import MatMul, Span, Stage
     from tests.programs import random_matrix
 
@@ -146,16 +163,25 @@ def measure_format(name: str, n_rows: int, k: int, n_tokens: int) -> Iterator[Sp
     stage = Stage({"x": k, "y": n_rows}, (Span((step,), (), {"x": k}, {"y": n_rows}),), ())
     memory = DeviceMemory()
     room = make_room(stage, memory, n_ctx=1, n_batch=n_tokens, kv_type="f16")
-    launches = Launches(room, memory)
     n_bytes, n_operations = weight_bytes(matrix), 2 * n_rows * k
-    for n in (1, n_tokens):
-        *before, product = launches.make([step], n)
+    capability = cuda.get_current_device().compute_capability
+    fast, notes = choose_tiles(stage, 0, (capability[0], capability[1]))
+    ways = [(1, TILES, ""), (n_tokens, TILES, "")]
+    if fast[name] is not TILES[name]:
+        ways.append((n_tokens, fast, "tensor cores"))
+    for n, tiles, remark in ways:
+        *before, product = Launches(room, memory, tiles).make([step], n)
         for launch in before:
             launch()
         seconds = seconds_of(product, 20 if n_rows > 8 else 1)
         what = f"{name}: {'one token' if n == 1 else f'{n} tokens'}"
-        read = n_bytes if n == 1 else 0
-        yield Speed(what, seconds, n_bytes=read, n_operations=n_operations * n if n > 1 else 0)
+        yield Speed(
+            what,
+            seconds,
+            n_bytes=n_bytes if n == 1 else 0,
+            n_operations=n_operations * n if n > 1 else 0,
+            remark=remark or "; ".join(notes) if n > 1 else "",
+        )
 
 
 def measure_model(shape: Shape, name: str, options: argparse.Namespace) -> Iterator[Speed]:
@@ -195,6 +221,88 @@ def measure_model(shape: Shape, name: str, options: argparse.Namespace) -> Itera
     what = f"{name}: a token after {options.prompt}"
     yield Speed(what, seconds, n_bytes=weights + cache, n_tokens=1, remark=remark)
     backend.close()
+
+
+def measure_splits(path: Path, options: argparse.Namespace) -> Iterator[Speed]:
+    """A model's speed by the number of layers on the GPU; ends the program where one is wrong."""
+    import numpy as np
+
+    from gguf_tools.reader import GGUFFile
+    from runtime.backends import Backend
+    from runtime.backends.cuda import CUDABackend
+    from runtime.backends.reference import ReferenceBackend
+    from runtime.config import read_config
+    from runtime.decoders import build_program
+    from runtime.devices import Device
+    from runtime.program import Stage
+    from runtime.split import Wish, measure_sizes, plan_split
+    from runtime.stages import Pipeline, cut_program
+
+    n_ctx = options.prompt + options.tokens + 2
+    sizes_of = {"n_ctx": n_ctx, "n_batch": options.prompt, "kv_type": "f16"}
+    gpus: list[CUDABackend] = []
+
+    def make(place: int, stage: Stage) -> Backend:
+        if place:
+            gpus.append(CUDABackend(stage, n_ctx=n_ctx, n_batch=options.prompt))
+            return gpus[-1]
+        if options.simulate:
+            return ReferenceBackend(stage, n_ctx=n_ctx)
+        from gguf_tools.cores import default_threads
+        from gguf_tools.jit import compile_kernels
+        from runtime.backends.cpu import CPUBackend
+
+        for _ in compile_kernels(CPUBackend.kernels(stage, "f16")):
+            pass
+        threads = default_threads()
+        return CPUBackend(stage, n_ctx=n_ctx, n_threads=threads, n_batch=options.prompt)
+
+    with GGUFFile(path) as file:
+        config = read_config(file)
+        program = build_program(file, config, n_ctx=n_ctx)
+        sizes = measure_sizes(program, **sizes_of)
+        device = Device("cuda:0", "the GPU", 1 << 50, 1 << 50)
+        ids = np.random.default_rng(2).integers(config.n_vocab, size=n_ctx)
+        alone = None
+        most = sizes.most_layers
+        for n in sorted({0, most // 4, most // 2, most}):
+            gpus.clear()
+            plan = plan_split(sizes, [device], Wish(gpu_layers=n))
+            pipeline = Pipeline.open(program, cut_program(program, plan.places(program)), make)
+            what = f"{path.name}, {n} of {most} layers"
+            begin = time.perf_counter()
+            logits = pipeline.run(ids[: options.prompt], 0, 1)  # compiles
+            loaded = time.perf_counter() - begin
+            begin = time.perf_counter()
+            logits = pipeline.run(ids[: options.prompt], 0, 1)
+            seconds = time.perf_counter() - begin
+            alone = logits if alone is None else alone
+            difference = np.abs(logits - alone).max() / np.abs(alone).max()
+            if not difference <= SPLIT_TOLERANCE:
+                sys.exit(f"{what}: logits differ by {difference:.2g} of the largest")
+            yield Speed(
+                f"{what}: a prompt of {options.prompt}",
+                seconds,
+                n_tokens=options.prompt,
+                remark=f"logits differ by {difference:.1e}; {loaded:.1f} s the first time",
+            )
+            positions = iter(range(options.prompt, n_ctx))
+
+            def decode(pipeline: Pipeline = pipeline, positions: Iterator[int] = positions) -> None:
+                at = next(positions)
+                pipeline.run(ids[at : at + 1], at, 1)
+
+            seconds = seconds_of(decode, options.tokens)
+            on_gpu = sum(share.weights + share.kv for share in plan.shares)
+            launches = sum(gpu.n_launches for gpu in gpus)
+            yield Speed(
+                f"{what}: a token",
+                seconds,
+                n_bytes=on_gpu,
+                n_tokens=1,
+                remark=f"{launches} launches; GB/s of the GPU's share" if n else "",
+            )
+            pipeline.close()
 
 
 def make_program(shape: Shape) -> "Program":  # noqa: F821 - imported when numba is set up

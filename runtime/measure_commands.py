@@ -178,7 +178,7 @@ def tune(
         if not save:
             return
         found = Tuned(advice.gpu_layers, advice.threads, device_names(offload.devices))
-        if remember(opened, found) is None:
+        if remember(opened, found, offload.wish) is None:
             remark("note: the result is not kept: there is no cache folder")
         else:
             remark("`run` uses this for the model where --gpu-layers and --threads are left out")

@@ -94,7 +94,7 @@ def open_session(
             tokenizer, named_templates(file.metadata), chat_template, raw=raw
         )
         offload = offload or Offload()
-        tuned = recall(file)
+        tuned = recall(file, offload.wish)
         if tuned is not None:
             threads = threads or tuned.threads
             n_layers = tuned.layers_on(offload.devices)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gguf_tools.errors import DeviceError, GGUFError
+from runtime.backends.cuda_formats import way_of_tiles
 from runtime.backends.fake import FakeBackend
 from runtime.devices import FAKES_VARIABLE, choose_devices, find_devices, parse_size
 from runtime.offload import parse_gpu_layers, read_offload
@@ -222,6 +223,16 @@ def test_fakes(fakes) -> None:
     for wrong in ("GiB", "8GiB/", "8GiB@9", "8GiB;sold=1", "8GiB;lost=x", "8GiB,,1GiB"):
         with pytest.raises(GGUFError, match=FAKES_VARIABLE):
             fakes(wrong)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kept", "way"),
+    [((6, 1), "Q4_K", "plain"), ((7, 0), "Q4_K", "plain"), ((7, 5), "Q4_K", "turing"),
+     ((8, 0), "Q6_K", "ampere"), ((8, 9), "IQ4_XS", "ampere"), ((12, 0), "MXFP4", "ampere"),
+     ((9, 0), "F16", "plain"), ((9, 0), "BF16", "plain"), ((12, 0), "F32", "plain")],
+)  # fmt: skip
+def test_how_prompts_are_multiplied(capability, kept, way) -> None:
+    assert way_of_tiles(capability, kept) == way
 
 
 def test_sizes_as_typed() -> None:

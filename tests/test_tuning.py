@@ -14,6 +14,7 @@ from gguf_tools.reader import GGUFFile
 from runtime.bench import Note, Step
 from runtime.devices import FAKES_VARIABLE, find_devices
 from runtime.offload import Offload, read_offload
+from runtime.split import Wish
 from runtime.tune_terminal import chart, check_plots, draw_picture
 from runtime.tuned import Tuned, device_names, recall, remember
 from runtime.tuning import (
@@ -159,11 +160,18 @@ def test_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other = llama_file(tmp_path / "o.gguf", quant="Q8_0", n_layers=4)
     tuned = Tuned(2, 1, device_names(devices))
     with GGUFFile(model) as file, GGUFFile(fine_tune) as same, GGUFFile(other) as larger:
-        assert recall(file) is None
-        path = remember(file, tuned)
+        assert recall(file, Wish()) is None
+        path = remember(file, tuned, Wish())
         assert path is not None and list(path.parent.iterdir()) == [path]
-        assert recall(file) == recall(same) == tuned
-        assert recall(larger) is None
+        assert recall(file, Wish()) == recall(same, Wish()) == tuned
+        assert recall(file, Wish(gpu_layers=1)) == tuned  # its threads
+        limited = Wish(vram_limit=1 << 30)
+        for wish in (limited, Wish(cpu_moe=2), Wish(kv_offload=False)):
+            assert recall(file, wish) is None
+        other = Tuned(1, 1, device_names(devices))
+        assert remember(file, other, limited) != path
+        assert (recall(file, limited), recall(file, Wish())) == (other, tuned)
+        assert recall(larger, Wish()) is None
         assert tuned.layers_on(devices) == 2 and tuned.layers_on(()) is None
         for damaged in (
             "{", "[]", "{}", '{"version": 1, "gpu_layers": "2", "threads": 1, "devices": []}',
@@ -172,9 +180,9 @@ def test_what_is_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             '{"version": 2, "gpu_layers": 2, "threads": 1, "devices": []}',
         ):  # fmt: skip
             path.write_text(damaged)
-            assert recall(file) is None
+            assert recall(file, Wish()) is None
         monkeypatch.setenv(CACHE_VARIABLE, "off")
-        assert remember(file, tuned) is None and recall(file) is None
+        assert remember(file, tuned, Wish()) is None and recall(file, Wish()) is None
 
 
 # The command, and what `run` makes of it.

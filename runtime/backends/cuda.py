@@ -17,11 +17,13 @@ from numba.cuda.cudadrv.driver import CudaAPIError
 from numba.cuda.cudadrv.error import CudaSupportError
 
 from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
+from runtime.backends.cuda_check import choose_tiles
 from runtime.backends.cuda_formats import kept_as
 from runtime.backends.cuda_graph import Graph, capture
-from runtime.backends.cuda_launches import Launch, Launches
+from runtime.backends.cuda_launches import FEW_TOKENS, Launch, Launches
 from runtime.backends.cuda_memory import OUT_OF_MEMORY, REMEDY, DeviceMemory
 from runtime.backends.cuda_room import HEAD_ROWS, Buffer, make_room
+from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.program import Floats, Span, Stage, matrices
 
 
@@ -49,28 +51,36 @@ class CUDABackend:
         kv_type: str = "f16",
         device: int = 0,
         memory_limit: int | None = None,
+        capability: tuple[int, int] | None = None,
     ) -> None:
-        """Uploads the weights; `memory_limit` in bytes.
+        """Uploads the weights; `memory_limit` in bytes, `capability` in place of the GPU's own.
 
         DeviceMemoryError when they, the cache and the buffers do not fit.
         """
         self.stage = stage
-        self.notes = tuple(_notes(stage))
+        self.notes: tuple[str, ...] = tuple(_notes(stage))
         self.no_graph_reason = ""  # once a token was decoded: why no graph is replayed
         self._device = device
         with self._on_device():
             self._memory = DeviceMemory(memory_limit)
             try:
-                self._prepare(n_ctx, n_batch, kv_type)
+                self._prepare(n_ctx, n_batch, kv_type, capability)
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)
                 self.close()
                 raise
 
-    def _prepare(self, n_ctx: int, n_batch: int, kv_type: str) -> None:
+    def _prepare(
+        self, n_ctx: int, n_batch: int, kv_type: str, capability: tuple[int, int] | None
+    ) -> None:
         stage = self.stage
+        tiles: Mapping[str, Tiles] = TILES
+        if n_batch > FEW_TOKENS:
+            found = capability or cuda.get_current_device().compute_capability
+            tiles, notes = choose_tiles(stage, self._device, (found[0], found[1]))
+            self.notes += notes
         self._room = make_room(stage, self._memory, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
-        self._launches = Launches(self._room, self._memory)
+        self._launches = Launches(self._room, self._memory, tiles)
         self._spans = [
             _ReadySpan(span, self._launches.make((*span.body, *span.head), 1, holding=span.inputs))
             for span in stage.spans

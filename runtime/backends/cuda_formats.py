@@ -21,6 +21,11 @@ AS_F16 = (
 """Formats of few bits times a float16."""
 
 
+FLOATS = ("F32", "F16", "BF16")
+"""Formats whose products take activations as they are; the others' take int8."""
+
+AMPERE, TURING = (8, 0), (7, 5)  # compute capabilities with tensor cores for int8
+
 PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
 ALIGNMENT = 256  # what allocators round each array up to
 
@@ -37,6 +42,13 @@ def kept_as(quant: QuantType) -> str:
     if quant.name in AS_F16:
         return "F16"
     return "BF16" if quant.name == "NVFP4" else "F32"
+
+
+def way_of_tiles(capability: tuple[int, int], kept: str) -> str:
+    """How prompts are multiplied with weights kept so: `plain`, or on tensor cores and whose."""
+    if kept in FLOATS or capability < TURING:
+        return "plain"
+    return "ampere" if capability >= AMPERE else "turing"
 
 
 def row_bytes(matrix: Matrix) -> int:

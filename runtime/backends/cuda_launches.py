@@ -17,7 +17,7 @@ from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised
 from runtime.backends.flow import unknown, width_written, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
 from runtime.kernels.cuda.products import PRODUCTS, WARPS, quantise
-from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, sort_slots
+from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
 from runtime.program import (
     Activate,
     Add,
@@ -63,8 +63,10 @@ class Launch:
 class Launches:
     """Makes launches over one room; arrays of constants go to the GPU when first needed."""
 
-    def __init__(self, room: Room, memory: Memory) -> None:
+    def __init__(self, room: Room, memory: Memory, tiles: Mapping[str, Tiles] = TILES) -> None:
+        """`tiles` are the kernels for many tokens, by format."""
         self.room = room
+        self.tiles = tiles
         self._memory = memory
         self._angles: dict[int, tuple[RopeTable, Array, Array]] = {}
 
@@ -315,7 +317,7 @@ class _Emitter:
             self._add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
         else:
             grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), 1)
-            self._add(TILES[name].matmul, grid, (THREADS, 1), (*arguments, self._n))
+            self._add(self._from.tiles[name].matmul, grid, (THREADS, 1), (*arguments, self._n))
 
     def _expert_product(self, step: ExpertMatMul) -> None:
         matrix, n_experts = step.experts[0], len(step.experts)
@@ -346,7 +348,7 @@ class _Emitter:
         # No expert gets a token twice.
         grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), n_experts)
         lists = (room.order, room.starts, step.n_used)
-        self._add(TILES[name].expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
+        self._add(self._from.tiles[name].expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
 
     def _route(self, step: Route) -> None:
         n_experts = self._width(step.scores)

@@ -91,9 +91,15 @@ def _upload(matrix: Matrix, target: Array) -> None:
         target.copy_to_device(np.ascontiguousarray(matrix.data).reshape(-1))
         return
     for start in range(0, matrix.n_rows, ROWS_AT_ONCE):
-        rows = matrix.rows(slice(start, start + ROWS_AT_ONCE))
-        floats = _as_bytes(rows, kept_as(matrix.quant))
-        target[start * each : start * each + len(floats)].copy_to_device(floats)
+        blocks = rows_as_kept(matrix, slice(start, start + ROWS_AT_ONCE))
+        target[start * each : start * each + len(blocks)].copy_to_device(blocks)
+
+
+def rows_as_kept(matrix: Matrix, chosen: slice) -> npt.NDArray[np.uint8]:
+    """The bytes of some rows as the GPU keeps them."""
+    if kept_as(matrix.quant) == matrix.quant.name:
+        return np.ascontiguousarray(matrix.data[chosen]).reshape(-1)
+    return _as_bytes(matrix.rows(chosen), kept_as(matrix.quant))
 
 
 def _as_bytes(rows: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.cuda_formats import allocated, kept_as
+from runtime.backends.cuda_formats import FLOATS, allocated, kept_as
 from runtime.program import (
     Attend,
     ExpertMatMul,
@@ -31,7 +31,6 @@ ALIGNED = 32  # float32 in a row's length: rows begin where 16 bytes can be load
 SPLIT_POSITIONS = 256  # of the context for each block that attends for one token, at least
 MOST_SPLITS = 32
 HEAD_ROWS = 32  # rows of logits at a time: a row of 150k float32 is 600 kB
-FLOATS = ("F32", "F16", "BF16")  # their products take activations as they are
 
 Array = Any  # a device array of one dimension
 

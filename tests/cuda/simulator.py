@@ -100,6 +100,10 @@ def shfl_xor_sync(module, mask, value, lanes):
     return thread.values[thread.number % WARP ^ lanes]
 
 
+def shfl_sync(module, mask, value, lane):
+    return wait(EXCHANGE, value).values[lane]
+
+
 def shared_array(module, shape, dtype):
     """As the simulator's, where a line of source tells arrays apart, without reading the source."""
     if shape == 0:
@@ -140,4 +144,5 @@ fake.threadIdx = property(lambda module: getcurrent().threadIdx)
 fake.blockIdx = property(lambda module: getcurrent().blockIdx)
 fake.syncthreads = lambda module: (wait(BARRIER), None)[1]
 fake.shfl_xor_sync = shfl_xor_sync
+fake.shfl_sync = shfl_sync
 kernelapi.FakeCUDAShared.array = shared_array

@@ -6,7 +6,7 @@ Every kernel is compiled for the arguments it is launched with, so that a stray 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,9 +21,12 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.cudadrv import nvrtc, nvvm
 
-from runtime.backends.cuda_formats import NATIVE
+from runtime.backends.cuda_formats import NATIVE, way_of_tiles
 from runtime.backends.cuda_launches import Launch, Launches
 from runtime.backends.cuda_room import make_room
+from runtime.kernels.cuda.products import BLOCKS
+from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
+from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.program import (
     ACTIVATIONS,
     Activate,
@@ -73,10 +76,15 @@ class HostMemory:
         return np.empty(16, np.uint8)
 
 
-def launches(program: Program, n_tokens: int, kv_type: str = "f16") -> list[Launch]:
+def launches(
+    program: Program,
+    n_tokens: int,
+    kv_type: str = "f16",
+    tiles: Mapping[str, Tiles] = TILES,
+) -> list[Launch]:
     stage, memory = whole(program), HostMemory()
     room = make_room(stage, memory, n_ctx=600, n_batch=TILE, kv_type=kv_type)
-    return Launches(room, memory).make(stage.steps, n_tokens)
+    return Launches(room, memory, tiles).make(stage.steps, n_tokens)
 
 
 def compiled(launch: Launch, capability: tuple[int, int]) -> str:
@@ -103,10 +111,11 @@ def product(name: str) -> Program:
     return program_of([MatMul("x", "y", random_matrix(rng, 8, 256, name))], 256, buffers={"y": 8})
 
 
-def product_launch(name: str, n_tokens: int) -> Launch:
+def product_launch(name: str, n_tokens: int, tiles: Mapping[str, Tiles] = TILES) -> Launch:
     """The first product of the program above."""
     kernels = ("matvec", "matmul")
-    return next(each for each in launches(product(name), n_tokens) if kernel_name(each) in kernels)
+    made = launches(product(name), n_tokens, tiles=tiles)
+    return next(each for each in made if kernel_name(each) in kernels)
 
 
 def kernel_name(launch: Launch) -> str:
@@ -128,18 +137,35 @@ def test_tiles(name: str) -> None:
     assert ptx.count("dp4a.s32.s32") == (0 if name == "F16" else 64)
 
 
+TENSOR_WAYS = [
+    *(("Q4_K", capability) for capability in CAPABILITIES),
+    *((name, (8, 0)) for name in BLOCKS if name != "Q4_K"),
+    ("Q6_K", (7, 5)),
+]
+
+
+@pytest.mark.parametrize(("name", "capability"), TENSOR_WAYS, ids=str)
+def test_tensor_cores(name: str, capability: tuple[int, int]) -> None:
+    """The instructions of each generation, over columns that share a scale; machine code."""
+    way = way_of_tiles(capability, name)
+    tiles = {**TILES, **TENSOR_TILES[way]}
+    columns = BLOCKS[name].per_scale
+    launch = product_launch(name, TILE, tiles)
+    ptx = compiled(launch, capability)
+    shape = "m8n8k16" if way == "turing" else f"m16n8k{columns}"
+    each = columns // 8 if way == "turing" else 1  # for 16 rows and 8 tokens
+    text = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
+    assert ptx.count(text) == ptx.count("mma.sync") == 4 * each
+    assert "dp4a" not in ptx and "call" not in ptx
+    check_machine_code(ptx, capability)
+
+
 def one_token_kernels() -> Iterable[Launch]:
     """The ones that most of a token's time goes to."""
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
     both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
     attention = (each for each in both if kernel_name(each) in ("attend", "store_q8_0"))
     return product_launch("Q4_K", ONE), *attention
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_every_generation(capability: tuple[int, int]) -> None:
-    for launch in one_token_kernels():
-        compiled(launch, capability)
 
 
 def find_linker() -> str:
@@ -154,16 +180,20 @@ def find_linker() -> str:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
-def test_machine_code(capability: tuple[int, int]) -> None:
-    if reason := find_linker():
-        pytest.skip(reason)
+def test_every_generation(capability: tuple[int, int]) -> None:
+    for launch in one_token_kernels():
+        check_machine_code(compiled(launch, capability), capability)
+
+
+def check_machine_code(ptx: str, capability: tuple[int, int]) -> None:
+    """That there is some, where nvJitLink is installed."""
+    if find_linker():
+        return
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch=f"sm_{capability[0]}{capability[1]}")
-    for launch in one_token_kernels():
-        ptx = ObjectCode.from_ptx(compiled(launch, capability).encode())
-        linked = Linker(ptx, options=options).link("cubin")
-        assert bytes(linked.code)[:4] == b"\x7fELF"
+    made = Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin")
+    assert bytes(made.code)[:4] == b"\x7fELF"
 
 
 def small_steps() -> list[Instruction]:

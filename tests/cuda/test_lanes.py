@@ -1,11 +1,13 @@
 """The arithmetic of a lane, compiled for the CPU: the very functions that kernels are made of."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gguf_tools.quants import by_name
+from gguf_tools.reader import GGUFFile
 from tests.kernels.blocks import dequantise, random_rows
 
 if importlib.util.find_spec("numba_cuda") is None:
@@ -49,6 +51,34 @@ def exact(name: str, rows: np.ndarray, x: np.ndarray) -> np.ndarray:
         q, scales, _ = quantised(x)
         x = (q.reshape(-1, 32) * scales[:, None]).reshape(-1)
     return dequantise(name, rows) @ x.astype(np.float64)
+
+
+def real_blocks(path: Path, name: str, tensor: str, n_rows: int) -> np.ndarray:
+    """The first rows of a model's tensor, in a format that may not be the file's."""
+    quant = by_name(name)
+    with GGUFFile(path) as file:
+        stored = file.tensors[tensor].quant
+        blocks = file.rows(tensor, 0, n_rows)
+    if stored.name == name:
+        return blocks
+    assert quant.quantize_reference is not None
+    return np.asarray(quant.quantize_reference(stored.dequantize(blocks)), np.uint8)
+
+
+MADE = [name for name in sorted(PRODUCTS) if by_name(name).quantize_reference is not None]
+REAL = [
+    *((name, "blk.4.ffn_down.weight", 1536) for name in MADE),
+    *((name, "blk.20.attn_q.weight", 576) for name in MADE if by_name(name).block_size <= 32),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "n_columns"), REAL)
+def test_rows_of_a_real_model(name: str, tensor: str, n_columns: int, smollm2_gguf: Path) -> None:
+    """Q4_1 as they are in the file, the other formats made of them."""
+    rows = real_blocks(smollm2_gguf, name, tensor, 8)
+    x = np.random.default_rng(6).normal(size=n_columns).astype(np.float32)
+    size = np.abs(dequantise(name, rows)) @ np.abs(x)
+    assert np.abs(product(name, rows, x) - exact(name, rows, x)).max() <= 2e-6 * size.max()
 
 
 @pytest.mark.parametrize("name", sorted(PRODUCTS))

@@ -166,10 +166,10 @@ def iq4_xs(w, row, unit):
 
 
 UNPACKINGS = {
-    "Q2_K": Unpacking(q2_k, 2, True),
-    "Q3_K": Unpacking(q3_k, 2, True),
+    "Q2_K": Unpacking(q2_k, 2, True, 16),
+    "Q3_K": Unpacking(q3_k, 2, True, 16),
     "Q4_K": Unpacking(q4_k, 2, True),
     "Q5_K": Unpacking(q5_k, 2, True),
-    "Q6_K": Unpacking(q6_k, 4, True),
+    "Q6_K": Unpacking(q6_k, 4, True, 16),
     "IQ4_XS": Unpacking(iq4_xs, 1, False),
 }

@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda, types
 from numpy import float32, int32
 
-from gguf_tools.jit import jit
+from gguf_tools.jit import jit, jit_for
 from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16
 from runtime.kernels.cuda.products import BLOCKS
@@ -37,8 +37,95 @@ class Tiles:
     expert_matmul: Any
 
 
-def _quantised_tile(unpacking: Unpacking) -> Any:
+def make_put(name: str, unpacking: Unpacking, words: int) -> Any:
+    """put(w, place, here, row, unit, weights, scales, offsets): unit `here` of the row at byte
+    `place`, or zeros below 0, to where unit `unit` of a tile's row is; rows of so many words."""
     unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
+
+    @jit_for(f"cuda_{name}_{words}")
+    def put(w, place, here, row, unit, weights, scales, offsets):
+        run = first_run(unit, apart)
+        at = row * words + 4 * run
+        further = at + 4 * apart
+        item = row * RUNS + run
+        if here >= 0:
+            one, two, scale, offset = unpack(w, place, here)
+            for i in range(4):
+                weights[at + i] = one[i]
+                weights[further + i] = two[i]
+            scales[item] = scale[0]
+            scales[item + apart] = scale[1]
+            if has_offset:
+                offsets[item] = offset[0]
+                offsets[item + apart] = offset[1]
+        else:
+            for i in range(4):
+                weights[at + i] = 0
+                weights[further + i] = 0
+            scales[item] = float32(0)
+            scales[item + apart] = float32(0)
+            if has_offset:
+                offsets[item] = float32(0)
+                offsets[item + apart] = float32(0)
+
+    return put
+
+
+def make_loader(name: str, unpacking: Unpacking, words: int) -> Any:
+    """What brings STEP columns of a tile to shared memory, in rows of so many words."""
+    put = make_put(name, unpacking, words)
+
+    @cuda.jit(device=True)
+    def load(
+        w,
+        base,
+        row_bytes,
+        n_rows,
+        k,
+        xq,
+        xd,
+        xs,
+        x_at,
+        start,
+        weights,
+        scales,
+        offsets,
+        others,
+        their_scales,
+        their_sums,
+    ):
+        thread = cuda.threadIdx.x
+        first_row = cuda.blockIdx.x * ROWS
+        # One unit of weights for each thread.
+        row, unit = thread // 4, thread % 4
+        here = start // 32 + unit
+        if first_row + row >= n_rows or here * 32 >= k:
+            here = -1
+        place = base + (first_row + row) * row_bytes
+        put(w, place, here, row, unit, weights, scales, offsets)
+        for item in range(thread, TOKENS * RUNS, THREADS):
+            token, run = item // RUNS, item % RUNS
+            at = token * words + 4 * run
+            column = start + 16 * run
+            if x_at[token] >= 0 and column < k:
+                source = x_at[token] + column
+                q = load16(xq, source)
+                for i in range(4):
+                    others[at + i] = q[i]
+                their_scales[item] = xd[source >> 5]
+                their_sums[item] = xs[source >> 4]
+            else:
+                for i in range(4):
+                    others[at + i] = 0
+                their_scales[item] = float32(0)
+                their_sums[item] = float32(0)
+
+    return load
+
+
+def _quantised_tile(name: str, unpacking: Unpacking) -> Any:
+    has_offset = unpacking.has_offset
+    load = make_loader(name, unpacking, WORDS)
 
     @cuda.jit(device=True)
     def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
@@ -58,48 +145,24 @@ def _quantised_tile(unpacking: Unpacking) -> Any:
             for j in range(4):
                 sums[i, j] = float32(0)
         for start in range(0, k, STEP):
-            # One unit of weights for each thread.
-            row, unit = thread // 4, thread % 4
-            here = start // 32 + unit
-            run = first_run(unit, apart)
-            at = row * WORDS + 4 * run
-            further = at + 4 * apart
-            if first_row + row < n_rows and here * 32 < k:
-                place = base + (first_row + row) * row_bytes
-                one, two, scale, offset = unpack(w, place, here)
-                for i in range(4):
-                    weights[at + i] = one[i]
-                    weights[further + i] = two[i]
-                scales[row * RUNS + run] = scale[0]
-                scales[row * RUNS + run + apart] = scale[1]
-                if has_offset:
-                    offsets[row * RUNS + run] = offset[0]
-                    offsets[row * RUNS + run + apart] = offset[1]
-            else:
-                for i in range(4):
-                    weights[at + i] = 0
-                    weights[further + i] = 0
-                scales[row * RUNS + run] = float32(0)
-                scales[row * RUNS + run + apart] = float32(0)
-                if has_offset:
-                    offsets[row * RUNS + run] = float32(0)
-                    offsets[row * RUNS + run + apart] = float32(0)
-            for item in range(thread, TOKENS * RUNS, THREADS):
-                token, run = item // RUNS, item % RUNS
-                at = token * WORDS + 4 * run
-                column = start + 16 * run
-                if x_at[token] >= 0 and column < k:
-                    source = x_at[token] + column
-                    q = load16(xq, source)
-                    for i in range(4):
-                        others[at + i] = q[i]
-                    their_scales[item] = xd[source >> 5]
-                    their_sums[item] = xs[source >> 4]
-                else:
-                    for i in range(4):
-                        others[at + i] = 0
-                    their_scales[item] = float32(0)
-                    their_sums[item] = float32(0)
+            load(
+                w,
+                base,
+                row_bytes,
+                n_rows,
+                k,
+                xq,
+                xd,
+                xs,
+                x_at,
+                start,
+                weights,
+                scales,
+                offsets,
+                others,
+                their_scales,
+                their_sums,
+            )
             cuda.syncthreads()
             for run in range(RUNS):
                 for i in range(4):
@@ -200,7 +263,7 @@ def bf16_at(w, at):
     return as_float(load2(w, at) << 16)
 
 
-def _make_tiles(name: str, tile: Any) -> Tiles:
+def make_tiles(name: str, tile: Any) -> Tiles:
     @kernel(f"{name}_matmul")
     def matmul(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes, n_tokens):
         """y = each token's activations times w, transposed."""
@@ -280,8 +343,11 @@ def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts
 
 
 TILES = {
-    **{name: _make_tiles(name, _quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
-    "F32": _make_tiles("F32", _float_tile(4, f32_at)),
-    "F16": _make_tiles("F16", _float_tile(2, f16_at)),
-    "BF16": _make_tiles("BF16", _float_tile(2, bf16_at)),
+    **{
+        name: make_tiles(name, _quantised_tile(name, unpacking))
+        for name, unpacking in BLOCKS.items()
+    },
+    "F32": make_tiles("F32", _float_tile(4, f32_at)),
+    "F16": make_tiles("F16", _float_tile(2, f16_at)),
+    "BF16": make_tiles("BF16", _float_tile(2, bf16_at)),
 }

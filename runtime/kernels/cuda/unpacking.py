@@ -28,6 +28,7 @@ class Unpacking:
     unpack: Any
     apart: int  # from a unit's first run to its other
     has_offset: bool  # whether any offset may differ from 0
+    per_scale: int = 32  # weights that share a scale and an offset: 32 or 16
 
 
 @jit

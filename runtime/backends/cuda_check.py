@@ -1,0 +1,95 @@
+"""Which kernels read prompts on a GPU: those for tensor cores, once they have proved right there.
+
+The first time that a format is met on a device, a small product of the model's own weights is made
+both ways. Where they differ, or the fast kernel cannot be loaded, the plain one is used, and it is
+said.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import cuda
+
+from runtime.backends.cuda_formats import PADDING, kept_as, row_bytes, way_of_tiles
+from runtime.backends.cuda_memory import rows_as_kept
+from runtime.kernels.cuda.products import WARPS, quantise
+from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
+from runtime.kernels.cuda.tiles import THREADS, TILES, Tiles
+from runtime.program import Floats, Matrix, Stage, matrices
+
+SWITCH = "GGUF_TOOLS_TENSOR_CORES"  # environment variable
+N_ROWS = N_TOKENS = 59  # of the product: nearly a block, so that an edge is seen
+MOST_COLUMNS = 512
+TOLERANCE = 1e-3  # of the largest result: the order of float32 sums differs
+
+_verdicts: dict[tuple[int, str, str], str] = {}  # device, way, format -> why not, or nothing
+
+
+def choose_tiles(
+    stage: Stage, device: int, capability: tuple[int, int]
+) -> tuple[dict[str, Tiles], tuple[str, ...]]:
+    """The kernels for prompts of each format on the current device, and notes for the user.
+
+    GGUF_TOOLS_TENSOR_CORES=off leaves it at the plain ones.
+    """
+    chosen, refused = dict(TILES), dict[str, str]()
+    if os.environ.get(SWITCH, "").lower() == "off":
+        return chosen, ()
+    for matrix in {kept_as(matrix.quant): matrix for matrix in matrices(stage)}.values():
+        name = kept_as(matrix.quant)
+        way = way_of_tiles(capability, name)
+        if way == "plain":
+            continue
+        reason = _verdict(matrix, device, name, way)
+        if reason:
+            refused[name] = reason
+        else:
+            chosen[name] = TENSOR_TILES[way][name]
+    return chosen, tuple(
+        f"prompts are read without tensor cores where weights are {name}: {reason}"
+        for name, reason in sorted(refused.items())
+    )
+
+
+def _verdict(matrix: Matrix, device: int, name: str, way: str) -> str:
+    key = device, way, name
+    if key not in _verdicts:
+        _verdicts[key] = why_wrong(TENSOR_TILES[way][name], TILES[name], matrix)
+    return _verdicts[key]
+
+
+def why_wrong(fast: Tiles, plain: Tiles, matrix: Matrix) -> str:
+    """What is wrong with a kernel here, or nothing: held against the plain one."""
+    expected = _product(plain, matrix)
+    try:
+        found = _product(fast, matrix)
+    except Exception as error:  # whatever compilers and drivers raise: the plain one works
+        return f"their kernel cannot be used ({type(error).__name__}: {error})"
+    largest = float(np.abs(expected).max())
+    if np.allclose(found, expected, rtol=0, atol=TOLERANCE * largest, equal_nan=True):
+        return ""
+    return f"their results differ by {np.abs(found - expected).max() / largest:.2g} of the largest"
+
+
+def _product(tiles: Tiles, matrix: Matrix) -> Floats:
+    """Some rows of a matrix times some tokens, (tokens, rows)."""
+    n_rows, k = min(matrix.n_rows, N_ROWS), min(matrix.n_columns, MOST_COLUMNS)
+    blocks = rows_as_kept(matrix, slice(0, n_rows))
+    weights = cuda.to_device(np.concatenate([blocks, np.zeros(PADDING, np.uint8)]))
+    x = np.random.default_rng(0).normal(size=N_TOKENS * k).astype(np.float32)
+    size = N_TOKENS * k
+    activations = (_empty(size, np.int8), _empty(size // 32), _empty(size // 16))
+    grid = (-(-k // (32 * WARPS)), N_TOKENS, 1)
+    quantise[grid, (32, WARPS)](cuda.to_device(x), k, *activations, k)
+    made = _empty(N_TOKENS * n_rows)
+    shape = (n_rows, k, row_bytes(matrix), N_TOKENS)
+    tiles.matmul[(1, 1, 1), (THREADS, 1)](weights, *activations, k, made, n_rows, *shape)
+    return np.asarray(made.copy_to_host(), np.float32).reshape(N_TOKENS, n_rows)
+
+
+def _empty(size: int, dtype: npt.DTypeLike = np.float32) -> Any:
+    return cuda.device_array(size, dtype)

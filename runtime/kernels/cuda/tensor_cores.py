@@ -1,0 +1,103 @@
+"""Products of small matrices, a warp each: what tensor cores do (mma.sync of the PTX ISA).
+
+A warp multiplies 16 rows of weights with 8 tokens. Both lie in memory row by row, columns next to
+each other, and each lane holds words of 4 bytes: of group = lane // 4 and member = lane % 4,
+
+    rows group, group + 8               word member of every 16 bytes of columns
+    token group                         the same
+    products of rows group, group + 8   with tokens 2 member, 2 member + 1
+
+(PTX ISA, matrix fragments of mma.m8n8k16, m16n8k16 and m16n8k32 with .s8.) `multiply(rows, tokens,
+lane)` takes the words of 32 columns as (row, row + 8, the same of the next 16), (token, the next),
+or of 16 columns half of them, and gives the four products: row with both tokens, row + 8 with both.
+The Python body is what the simulator runs.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import config, cuda, types
+
+from runtime.kernels.cuda.primitives import dp4a
+
+ALL = 0xFFFFFFFF
+_WORD = ir.IntType(32)
+
+_INT8 = "row.col.s32.s8.s8.s32"
+_8_ROWS = f"mma.sync.aligned.m8n8k16.{_INT8}"
+AMPERE_16 = (
+    f"mma.sync.aligned.m16n8k16.{_INT8} {{$0,$1,$2,$3}}, {{$4,$5}}, {{$6}}, {{$7,$7,$7,$7}};"
+)
+AMPERE_32 = (
+    f"mma.sync.aligned.m16n8k32.{_INT8} "
+    "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$10,$10,$10};"
+)
+TURING_16 = (
+    f"{_8_ROWS} {{$0,$1}}, {{$4}}, {{$6}}, {{$7,$7}}; "
+    f"{_8_ROWS} {{$2,$3}}, {{$5}}, {{$6}}, {{$7,$7}};"
+)
+TURING_32 = (
+    f"{_8_ROWS} {{$0,$1}}, {{$4}}, {{$8}}, {{$10,$10}}; "
+    f"{_8_ROWS} {{$2,$3}}, {{$5}}, {{$8}}, {{$10,$10}}; "
+    f"{_8_ROWS} {{$0,$1}}, {{$6}}, {{$9}}, {{$0,$1}}; "
+    f"{_8_ROWS} {{$2,$3}}, {{$7}}, {{$9}}, {{$2,$3}};"
+)
+
+
+def _make_multiply(text: str, n_words: int) -> Any:
+    """The product of fragments of so many words a token; the device gets `text`."""
+
+    def multiply(rows, tokens, lane):
+        group, member = lane // 4, lane % 4
+        mine = [cuda.shfl_sync(ALL, rows, 4 * group + i) for i in range(4)]
+        products = []
+        for half in range(2):
+            for token in (2 * member, 2 * member + 1):
+                theirs = [cuda.shfl_sync(ALL, tokens, 4 * token + i) for i in range(4)]
+                total = 0
+                for i in range(4):
+                    for j in range(n_words):
+                        total = dp4a(mine[i][2 * j + half], theirs[i][j], total)
+                products.append(total)
+        return tuple(products)
+
+    if config.ENABLE_CUDASIM:
+        return cuda.jit(device=True)(multiply)
+    _emit(multiply, text, n_words)
+    return multiply
+
+
+def _emit(multiply: Any, text: str, n_words: int) -> None:
+    from numba.cuda import cgutils
+    from numba.cuda.extending import intrinsic, overload
+
+    # Results are written while operands are still read: none may share a register.
+    constraints = ",".join(["=&r"] * 4 + ["r"] * (3 * n_words + 1))
+
+    @intrinsic
+    def emitted(typingctx, rows, tokens):
+        def generate(context, builder, signature, arguments):
+            words = [builder.extract_value(arguments[0], i) for i in range(2 * n_words)]
+            words += [builder.extract_value(arguments[1], i) for i in range(n_words)]
+            words.append(_WORD(0))
+            kind = ir.FunctionType(ir.LiteralStructType([_WORD] * 4), [_WORD] * len(words))
+            # All lanes must come here together, so it may not move into a branch.
+            assembly = ir.InlineAsm(kind, text, constraints, side_effect=True)
+            made = builder.call(assembly, words, attrs=("convergent",))
+            results = [builder.extract_value(made, i) for i in range(4)]
+            return cgutils.pack_array(builder, results)
+
+        given = types.UniTuple(types.int32, 2 * n_words), types.UniTuple(types.int32, n_words)
+        return types.UniTuple(types.int32, 4)(*given), generate
+
+    @overload(multiply)
+    def typed(rows, tokens, lane):
+        return lambda rows, tokens, lane: emitted(rows, tokens)
+
+
+MULTIPLY = {  # by the GPU's generation and the columns at a time
+    ("ampere", 16): _make_multiply(AMPERE_16, 1),
+    ("ampere", 32): _make_multiply(AMPERE_32, 2),
+    ("turing", 16): _make_multiply(TURING_16, 1),
+    ("turing", 32): _make_multiply(TURING_32, 2),
+}

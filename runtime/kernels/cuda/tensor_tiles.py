@@ -1,0 +1,180 @@
+"""The products of tiles.py on tensor cores: int8 in, int32 out, a warp for 32 rows and 16 tokens.
+
+A block makes the same 64 x 64 results of the same tiles. Columns are multiplied 32 at a time where
+32 weights share a scale, else 16 (tensor_cores.py); then a lane scales its products.
+"""
+
+from typing import Any
+
+from numba import cuda, types
+from numpy import float32
+
+from gguf_tools.jit import jit
+from runtime.kernels.cuda.products import BLOCKS
+from runtime.kernels.cuda.tensor_cores import MULTIPLY
+from runtime.kernels.cuda.tiles import (
+    ALL_RUNS,
+    ROWS,
+    RUNS,
+    STEP,
+    TOKENS,
+    Tiles,
+    make_loader,
+    make_tiles,
+)
+from runtime.kernels.cuda.unpacking import Unpacking
+
+WORDS = STEP // 4 + 4  # of a row in shared memory: the lanes of a fragment are in 32 banks
+ALL_WORDS = ROWS * WORDS
+GENERATIONS = ("ampere", "turing")
+
+
+@jit
+def rows_32(words, at):
+    """A lane's words of 16 rows and 32 columns."""
+    return words[at], words[at + 8 * WORDS], words[at + 4], words[at + 8 * WORDS + 4]
+
+
+@jit
+def tokens_32(words, at):
+    """A lane's words of 8 tokens and 32 columns."""
+    return words[at], words[at + 4]
+
+
+@jit
+def rows_16(words, at):
+    return words[at], words[at + 8 * WORDS]
+
+
+@jit
+def tokens_16(words, at):
+    return (words[at],)
+
+
+@jit
+def places(warp, lane):
+    """Where a warp's rows and tokens begin; a lane's row, token and word in fragments; the first
+    token of its products."""
+    first_row, first_token = 32 * (warp % 2), 16 * (warp // 2)
+    group, member = lane // 4, lane % 4
+    return (
+        first_row,
+        first_token,
+        first_row + group,
+        first_token + group,
+        member,
+        first_token + 2 * member,
+    )
+
+
+@jit
+def scaled(c, scale, other, d, e):
+    """Four products, each times the scales of its row and of its token."""
+    return (
+        float32(c[0]) * (scale * d),
+        float32(c[1]) * (scale * e),
+        float32(c[2]) * (other * d),
+        float32(c[3]) * (other * e),
+    )
+
+
+@jit
+def shifted(c, offset, other, d, e):
+    """The same with offsets of rows times sums of tokens added."""
+    return c[0] + offset * d, c[1] + offset * e, c[2] + other * d, c[3] + other * e
+
+
+def _tensor_tile(name: str, unpacking: Unpacking, generation: str) -> Any:
+    has_offset = unpacking.has_offset
+    is_wide = unpacking.per_scale == 32
+    multiply = MULTIPLY[generation, unpacking.per_scale]
+    rows_of, tokens_of = (rows_32, tokens_32) if is_wide else (rows_16, tokens_16)
+    runs_at_once = unpacking.per_scale // 16
+    load = make_loader(name, unpacking, WORDS)
+
+    @cuda.jit(device=True)
+    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+        weights = cuda.shared.array(ALL_WORDS, types.int32)
+        scales = cuda.shared.array(ALL_RUNS, types.float32)
+        offsets = cuda.shared.array(ALL_RUNS, types.float32)
+        others = cuda.shared.array(ALL_WORDS, types.int32)
+        their_scales = cuda.shared.array(ALL_RUNS, types.float32)
+        their_sums = cuda.shared.array(ALL_RUNS, types.float32)
+        sums = cuda.local.array((4, 4), types.float32)  # [rows + 8 i][tokens], as c of `scaled`
+        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+        first_row, first_token, row, token, column, pair = places(warp, lane)
+        is_needed = cuda.blockIdx.x * ROWS + first_row < n_rows and y_at[first_token] >= 0
+        for i in range(4):
+            for j in range(4):
+                sums[i, j] = float32(0)
+        for start in range(0, k, STEP):
+            load(
+                w,
+                base,
+                row_bytes,
+                n_rows,
+                k,
+                xq,
+                xd,
+                xs,
+                x_at,
+                start,
+                weights,
+                scales,
+                offsets,
+                others,
+                their_scales,
+                their_sums,
+            )
+            cuda.syncthreads()
+            if is_needed:
+                for run in range(0, RUNS, runs_at_once):
+                    at = token * WORDS + 4 * run + column
+                    near, far = tokens_of(others, at), tokens_of(others, at + 8 * WORDS)
+                    for m in range(2):
+                        a = rows_of(weights, (row + 16 * m) * WORDS + 4 * run + column)
+                        at = (row + 16 * m) * RUNS + run
+                        scale, other = scales[at], scales[at + 8 * RUNS]
+                        if has_offset:
+                            offset, other_offset = offsets[at], offsets[at + 8 * RUNS]
+                        for n in range(2):
+                            c = multiply(a, near if n == 0 else far, lane)
+                            at = (pair + 8 * n) * RUNS + run
+                            d, e = their_scales[at], their_scales[at + RUNS]
+                            c = scaled(c, scale, other, d, e)
+                            if has_offset:
+                                d, e = their_sums[at], their_sums[at + RUNS]
+                                if is_wide:
+                                    d += their_sums[at + 1]
+                                    e += their_sums[at + RUNS + 1]
+                                c = shifted(c, offset, other_offset, d, e)
+                            sums[2 * m, 2 * n] += c[0]
+                            sums[2 * m, 2 * n + 1] += c[1]
+                            sums[2 * m + 1, 2 * n] += c[2]
+                            sums[2 * m + 1, 2 * n + 1] += c[3]
+            cuda.syncthreads()
+        store(sums, y, y_at, n_rows, row, pair)
+
+    return tile
+
+
+@cuda.jit(device=True)
+def store(sums, y, y_at, n_rows, row, pair):
+    """What a lane has of 32 rows and 16 tokens."""
+    for i in range(4):
+        target = cuda.blockIdx.x * ROWS + row + 8 * i
+        for j in range(4):
+            at = y_at[pair + 8 * (j // 2) + j % 2]
+            if target < n_rows and at >= 0:
+                y[at + target] = sums[i, j]
+
+
+def _make(generation: str) -> dict[str, Tiles]:
+    return {
+        name: make_tiles(f"{name}_{generation}", _tensor_tile(name, unpacking, generation))
+        for name, unpacking in BLOCKS.items()
+    }
+
+
+TENSOR_TILES = {generation: _make(generation) for generation in GENERATIONS}
+assert ROWS == TOKENS == 64  # eight warps: two of rows, four of tokens
