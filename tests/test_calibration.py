@@ -195,7 +195,7 @@ def blocks_in(step: object) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("method", ["gptq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "best"])
 def test_a_calibrated_file_is_closer_to_its_source(method: str, text: Path, tmp_path: Path) -> None:
     *_, last = steps_of(text, tmp_path / "x.gguf", method=method, windows=8)
     assert isinstance(last, Calibrated) and "30 of 30 matrices" in last.line

@@ -117,10 +117,10 @@ class Sums:
         importance: Floats = self.squares / np.float32(self.n_tokens)
         return importance
 
-    def moments(self) -> Floats:
-        """(n_columns, n_columns), shrunk; the diagonal alone where few tokens came."""
-        assert self.weighted is not None
-        return shrunk(self.weighted, SHRINK if self.n_tokens >= FEW else 1.0)
+    @property
+    def shrinking(self) -> float:
+        """How far the moments are shrunk: to the diagonal where few tokens came."""
+        return SHRINK if self.n_tokens >= FEW else 1.0
 
 
 class Collector:
