@@ -97,15 +97,13 @@ def describe_coverage(entries: Mapping[str, Entry], expected: Sequence[str] = ()
         yield f"no data for {_some([printable(name) for name in missing], 'tensors')}"
     lacking = without_data(entries)
     if lacking:
-        n_pairs = sum(map(len, lacking.values()))
         each = [
             f"{printable(name)} (of {len(entries[name].counts)}: {_some(experts, 'experts')})"
             for name, experts in lacking.items()
         ]
         yield (
-            f"{n_pairs} experts of {len(lacking)} tensors were never chosen, and all their columns "
-            f"will count alike: {_some(each, 'tensors')}; a longer or more varied text may reach "
-            "them"
+            "experts that were never chosen, whose columns will all count alike: "
+            f"{_some(each, 'tensors')}; a longer or more varied text may reach them"
         )
 
 

@@ -140,30 +140,34 @@ class _Run:
         self.with_output, self.force = with_output, force
         self.identity = ""
 
-    def start(self, wanted: int) -> "Collected | None":
-        """What an earlier run has saved of the first windows."""
+    def saved(self) -> "Collected | None":
+        """What the output holds of the first windows, if it is of this run or one like it."""
         from gguf_tools.errors import GGUFError
         from gguf_tools.imatrix import read_importance_matrix
         from runtime.quality.importance import started
 
+        try:
+            matrix = read_importance_matrix(self.output)
+        except GGUFError:
+            return None
+        return started(matrix) if matrix.identity == self.identity else None
+
+    def start(self, wanted: int) -> "Collected | None":
+        """What there is to go on from; OutputError where the output is something else, or done."""
         if self.force or not self.output.exists():
             return None
-        shown = printable(self.output, 1000)
-        try:
-            saved = read_importance_matrix(self.output)
-        except GGUFError:
-            saved = None
-        if saved is None or saved.identity != self.identity:
+        found, shown = self.saved(), printable(self.output, 1000)
+        if found is None:
             raise OutputError(
                 f"{shown} exists already, and is not of this model, text and options; use --force "
                 "to replace it, or choose another name"
             )
-        if saved.n_chunks >= wanted:
+        if found.windows >= wanted:
             raise OutputError(
-                f"{shown} exists already, with {saved.n_chunks:,} windows of this text; use "
+                f"{shown} exists already, with {found.windows:,} windows of this text; use "
                 "--force to make it again, or choose another name"
             )
-        return started(saved)
+        return found
 
     def save(self, found: "Collected", ctx: int) -> None:
         from gguf_tools.imatrix_writing import write_importance_matrix
@@ -235,9 +239,10 @@ def _make(
                 run.save(event, windows.shape[1])
                 found = event
     except (KeyboardInterrupt, SystemExit):
-        if found is not None:
+        kept = run.saved()
+        if kept is not None:
             remark(
-                f"{printable(run.output, 1000)} has {found.windows:,} of {len(windows):,} windows; "
+                f"{printable(run.output, 1000)} has {kept.windows:,} of {len(windows):,} windows; "
                 "the same command goes on from there"
             )
         raise

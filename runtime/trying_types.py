@@ -45,7 +45,7 @@ from runtime.sources import PlannedWeights, Source
 from runtime.tokenizer import Tokenizer
 
 EMBEDDING = "token_embd.weight"
-LEAST_JUDGED, MOST_JUDGED = 2, 8  # windows that whole mixtures are compared on
+LEAST_JUDGED, MOST_JUDGED = 4, 16  # windows that whole mixtures are compared on
 RUNS = 3  # of all weights, when mixtures are compared: the source and two mixtures
 
 

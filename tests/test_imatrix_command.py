@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from gguf_tools.command import describe_os_error
 from gguf_tools.conversion import convert, plan_conversion
 from gguf_tools.errors import FormatError, GGUFError
-from gguf_tools.imatrix import ImportanceMatrix, read_importance_matrix
+from gguf_tools.imatrix import Entry, ImportanceMatrix, read_importance_matrix
 from gguf_tools.imatrix_statistics import (
     describe_coverage,
     layer_statistics,
@@ -215,6 +215,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(stories: Path, tmp_path: Path) -
         assert done.exit_code == 0, done.stderr
     assert "goes on from parts.gguf, after window 2" in done.stderr
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    # Nor is what was begun with believed.
+    path = tmp_path / "parts.gguf"
+    saved = read_importance_matrix(path)
+    worse = {name: Entry(entry.sums[:-1], entry.counts) for name, entry in saved.entries.items()}
+    made = dict(datasets=["x"], n_chunks=2, chunk_size=64, identity=saved.identity)
+    write_importance_matrix(tmp_path / "damaged.gguf", worse, **made)  # type: ignore[arg-type]
+    damaged = refusal(*options, "--windows", "4", "-o", "damaged.gguf", folder=tmp_path)
+    assert "blk.0.attn_q.weight: expected 64 sums" in damaged and "--force" in damaged
     # Another text, context or option is not what it was begun with.
     option = refusal(*options, "--process-output", "-o", "parts.gguf", folder=tmp_path)
     assert "not of this model, text and options" in option
@@ -244,9 +252,9 @@ def test_ctrl_c_keeps_what_is_saved(stories: Path, tmp_path: Path) -> None:
     assert running.returncode == 130
     n = read_importance_matrix(path).n_chunks
     assert f"o.gguf has {n} of" in error and "the same command goes on from there" in error
-    assert not list(tmp_path.glob("*.part*"))
     done = run(*options, "--windows", str(n + 1), folder=tmp_path)
     assert f"goes on from o.gguf, after window {n}" in done.stderr
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_a_checkpoint_gives_what_its_file_gives(stories: Path, tmp_path: Path) -> None:
@@ -295,7 +303,7 @@ def test_merge_adds_sums_and_counts(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(new_file(other))
     done = run("--merge", "a", "b", "-o", "c.gguf", folder=tmp_path)
     assert done.exit_code == 0, done.stderr
-    assert "1 experts of 1 tensors were never chosen" in done.stdout
+    assert "never chosen, whose columns will all count alike: blk.0.e_exps.weight" in done.stdout
     merged = read_importance_matrix(tmp_path / "c.gguf")
     assert merged.entries["blk.0.a.weight"].sums.tolist() == [4, 16, 36, 64]
     assert merged.entries["blk.0.a.weight"].counts.tolist() == [4]

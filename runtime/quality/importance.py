@@ -86,6 +86,12 @@ class Collector:
             flat, counts = sums.reshape(-1), self._counts[name].astype(np.float64)
             before = self._entries.get(name)
             if before is not None:
+                if before.sums.size != flat.size or before.counts.size != counts.size:
+                    raise FormatError(
+                        f"tensor {printable(name)}: expected {flat.size:,} sums in the file that "
+                        f"this run was to go on from, found {before.sums.size:,}; it is damaged: "
+                        "use --force to begin again"
+                    )
                 flat, counts = before.sums + flat, before.counts + counts
             self._entries[name] = Entry(flat.astype(np.float32), counts.astype(np.float32))
         self._sums, self._counts = {}, {}
