@@ -203,7 +203,8 @@ def convert(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix).",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix), or awq "
+            "(the same of channels that are scaled first; what they feed undoes it).",
             show_default=False,
         ),
     ] = None,

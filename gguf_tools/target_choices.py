@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gguf_tools import views
-from gguf_tools.describe import short_size
+from gguf_tools.describe import TARGET, short_size
 from gguf_tools.errors import GGUFError, UnsupportedQuantError
 from gguf_tools.file_types import FileType
 from gguf_tools.mixture import Option, choose, least_size
@@ -29,7 +29,6 @@ from gguf_tools.type_trials import Measured
 from gguf_tools.values import DEFAULT_ALIGNMENT, MetadataValue, Value
 from gguf_tools.writer import file_size
 
-KEY = "gguf_tools.target."
 TRIED = tuple(type_ for type_ in WRITTEN if type_ not in ("F32", "BF16"))
 MAX_TEXT_NAME = 127  # bytes, as of other names that files keep
 
@@ -267,4 +266,4 @@ def _padded(n_bytes: int) -> int:
 
 
 def prefixed(entries: Mapping[str, MetadataValue]) -> dict[str, MetadataValue]:
-    return {KEY + name: value for name, value in entries.items()}
+    return {TARGET + name: value for name, value in entries.items()}

@@ -98,6 +98,9 @@ def test_from_measuring_to_the_same_file_again(tmp_path: Path) -> None:
     assert closing["target"].startswith(f"mean KL {found['kl']:.5f} on ")
     assert f"{found['file_type']}, " in closing["target"]
     assert "blk.*.ffn_down.weight" in ended.stdout.split("\nfile ")[0]
+    shown = run_convert(tmp_path, "info", "o.gguf", command=("-m", "gguf_tools")).stdout
+    assert f"for {size} bytes: mean KL {found['kl']:.7g} ({found['file_type']}: " in shown
+    assert found["command"] in shown
     # The command of the file makes it without measuring.
     command = shlex.split(found["command"])
     assert command[:2] == ["convert", "MODEL"]
