@@ -24,13 +24,18 @@ LARGEST = 1_000_000_000  # parameters of models whose sheet is made unasked
 LADDER = ("Q3_K", "Q4_K", "Q5_K", "Q5_0", "Q6_K", "Q8_0", "F16")  # by bits; to raise to
 
 
-def request_sheet(plan: Plan, asked: bool | None, *, checks: bool) -> SheetRequest | None:
+def request_sheet(
+    plan: Plan, *, asked: bool | None, checks: bool, is_scaled: bool = False
+) -> SheetRequest | None:
     """Whether a file gets a sheet: where something is rounded, if `asked`, or unasked (None) of
-    small models that are checked anyhow."""
+    small models that are checked anyhow.
+
+    Where channels are scaled no tensor of the file makes sense among those of the source.
+    """
     unasked = checks and plan.n_parameters < LARGEST
     if not (unasked if asked is None else asked) or not is_measurable(plan):
         return None
-    return SheetRequest(bits=type_bits(plan), compiles=bool(asked))
+    return SheetRequest(bits=type_bits(plan), compiles=bool(asked), names_tensors=not is_scaled)
 
 
 def is_measurable(plan: Plan) -> bool:

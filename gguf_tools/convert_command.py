@@ -272,7 +272,7 @@ def convert(
     import time
     from functools import partial
 
-    from gguf_tools.calibration import ROOM, read_settings, remove_work
+    from gguf_tools.calibration import ROOM, SCALING, read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
     from gguf_tools.cliffs import (
         ATTEMPTS,
@@ -383,8 +383,13 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
-    asked = True if raise_cliff else quality
-    sheet = None if lora_only else request_sheet(plan, asked, checks=not no_check)
+    request = partial(
+        request_sheet,
+        asked=True if raise_cliff else quality,
+        checks=not no_check,
+        is_scaled=settings is not None and settings.method in SCALING,
+    )
+    sheet = None if lora_only else request(plan)
     seconds = calibrated = settled = None
     raised: list[str] = []
     losses = Losses()
@@ -406,7 +411,7 @@ def convert(
             room=(ROOM if settings else 0) + (ROOM_IN_FILE if sheet else 0),
         )
         plan = settled.plan
-        sheet = request_sheet(plan, asked, checks=not no_check) if sheet else None
+        sheet = request(plan) if sheet else None
     if sheet:
         plan = with_room(plan)
     if strict:

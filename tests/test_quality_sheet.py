@@ -170,10 +170,10 @@ def test_an_overlay_has_one_tensor_of_the_file(tmp_path: Path) -> None:
 
 
 def test_which_files_get_a_sheet() -> None:
-    assert request_sheet(plan_of(STORIES, "Q4_0"), None, checks=True) is not None
-    assert request_sheet(plan_of(STORIES, "Q4_0"), None, checks=False) is None
-    assert request_sheet(plan_of(STORIES, "Q4_0"), False, checks=True) is None
-    asked = request_sheet(plan_of(STORIES, "Q8_0"), True, checks=False)
+    assert request_sheet(plan_of(STORIES, "Q4_0"), asked=None, checks=True) is not None
+    assert request_sheet(plan_of(STORIES, "Q4_0"), asked=None, checks=False) is None
+    assert request_sheet(plan_of(STORIES, "Q4_0"), asked=False, checks=True) is None
+    asked = request_sheet(plan_of(STORIES, "Q8_0"), asked=True, checks=False)
     assert asked is not None and asked.compiles and asked.bits == 8
     for file_type in ("F32", "F16", "BF16"):
         assert not is_measurable(plan_of(STORIES, file_type))
