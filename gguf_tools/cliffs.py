@@ -25,7 +25,7 @@ LADDER = ("Q3_K", "Q4_K", "Q5_K", "Q5_0", "Q6_K", "Q8_0", "F16")  # by bits; to 
 
 
 def request_sheet(
-    plan: Plan, *, asked: bool | None, checks: bool, is_scaled: bool = False
+    plan: Plan, *, asked: bool | None, checks: bool, compiles: bool = False, is_scaled: bool = False
 ) -> SheetRequest | None:
     """Whether a file gets a sheet: where something is rounded, if `asked`, or unasked (None) of
     small models that are checked anyhow.
@@ -35,7 +35,7 @@ def request_sheet(
     unasked = checks and plan.n_parameters < LARGEST
     if not (unasked if asked is None else asked) or not is_measurable(plan):
         return None
-    return SheetRequest(bits=type_bits(plan), compiles=bool(asked), names_tensors=not is_scaled)
+    return SheetRequest(bits=type_bits(plan), compiles=compiles, names_tensors=not is_scaled)
 
 
 def is_measurable(plan: Plan) -> bool:

@@ -387,6 +387,7 @@ def convert(
         request_sheet,
         asked=True if raise_cliff else quality,
         checks=not no_check,
+        compiles=bool(quality),
         is_scaled=settings is not None and settings.method in SCALING,
     )
     sheet = None if lora_only else request(plan)

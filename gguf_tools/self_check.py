@@ -134,7 +134,8 @@ class SelfCheck:
         if self.sheet is not None and self.sheet.is_cliff:
             if self._raises and self.sheet.outstanding:
                 raise CliffFoundError(self.sheet)
-            self.findings += (Finding("", (cliff_warning(self.sheet),)),)
+            cliff = Finding("", (cliff_warning(self.sheet),))
+            self.findings = (cliff, *self.findings)  # first: it says what to do
         if self._strict and self.problems:
             raise OutputError(
                 f"{printable(self._output, limit=1000)} was not written, as --strict asks: "

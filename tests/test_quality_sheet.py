@@ -173,7 +173,7 @@ def test_which_files_get_a_sheet() -> None:
     assert request_sheet(plan_of(STORIES, "Q4_0"), asked=None, checks=True) is not None
     assert request_sheet(plan_of(STORIES, "Q4_0"), asked=None, checks=False) is None
     assert request_sheet(plan_of(STORIES, "Q4_0"), asked=False, checks=True) is None
-    asked = request_sheet(plan_of(STORIES, "Q8_0"), asked=True, checks=False)
+    asked = request_sheet(plan_of(STORIES, "Q8_0"), asked=True, checks=False, compiles=True)
     assert asked is not None and asked.compiles and asked.bits == 8
     for file_type in ("F32", "F16", "BF16"):
         assert not is_measurable(plan_of(STORIES, file_type))
@@ -331,9 +331,8 @@ def test_without_a_sheet_nothing_is_left_of_it(tmp_path: Path) -> None:
 
 
 def test_a_cliff_is_told_refused_or_raised(outliers: Path, tmp_path: Path) -> None:
-    # The self-check finds it, too, as a layer that is not the source's.
     options = (outliers, "--type", "Q8_0", "--tensor-type", "ffn_down=F16", "-o", "x.gguf")
-    done = run_convert(tmp_path, *options, "--strict", "--no-check", "--quality")
+    done = run_convert(tmp_path, *options, "--strict")
     assert done.returncode == 1
     assert "as --strict asks: a precision cliff: KL divergence" in done.stderr
     assert list(tmp_path.iterdir()) == []
