@@ -25,7 +25,7 @@ from runtime.quality.trial_types import TrialTypes
 
 WINDOW = 128  # tokens: texts differ more than places in one, so that many short ones say more
 # What measuring may take, about: tokens times weights that they are multiplied with.
-WORK = 12e12
+WORK = 20e12
 LEAST_TOKENS, MOST_TOKENS = 256, 2048
 LEAST_GROUPS = 4  # of the layers, however large the model is
 ANSWER_BYTES = 384 << 20  # of the source's answers that are kept to be held against
