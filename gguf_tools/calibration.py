@@ -30,8 +30,8 @@ from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
 
 RUNTIME = "runtime.calibrating"  # a module with a main that answers with lines of JSON
-METHODS = ("imatrix", "awq")
-SCALING = ("awq",)  # methods that scale channels: norms and biases change, too
+METHODS = ("gptq", "awq", "best", "imatrix")  # the first is the default
+SCALING = ("awq", "best")  # methods that scale channels: norms and biases change, too
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
@@ -142,9 +142,10 @@ def calibrate(
         for blocks in part.tensors
     }
     tensors = tuple(_with_blocks(tensor, ready, work) for tensor in plan.tensors)
-    metadata = {**plan.metadata, **_metadata(settings, answer, len(ready))}
+    n_rounded = len(ready.keys() & types)  # the others are scaled only
+    metadata = {**plan.metadata, **_metadata(settings, answer, n_rounded)}
     finished = replace(plan, tensors=tensors, metadata=metadata)
-    line = _line(settings, answer, len(ready.keys() & types), len(types), time.monotonic() - start)
+    line = _line(settings, answer, n_rounded, len(types), time.monotonic() - start)
     yield Calibrated(finished, work, answer["digest"], line)
 
 

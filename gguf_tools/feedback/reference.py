@@ -18,6 +18,7 @@ between two numbers of float32 after it was rounded to float64: with luck never 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -242,7 +243,7 @@ def _round(
     loss = np.zeros(s.shape, np.float32)
     by = _inverse(s)
     for j in range(len(w)):
-        whole[j] = _nearest((v[j] + m) * by, (levels.lowest, levels.highest))
+        whole[j] = _nearest_level((v[j] + m) * by, levels)
         errors[j] = (s * whole[j] - m - v[j]) * square.pivots[j]
         loss = loss + errors[j] * errors[j]
         _feed_back(errors[j : j + 1], square.upper[j : j + 1, j + 1 :], v[j + 1 :])
@@ -278,6 +279,15 @@ def _snap(x: Floats, unit: Floats | None, bounds: tuple[float, float]) -> Floats
 
 def _to_half(x: Floats, bounds: tuple[float, float]) -> Floats:
     return _clamp(x, bounds).astype(np.float16).astype(np.float32)
+
+
+def _nearest_level(x: Floats, levels: Levels) -> Floats:
+    if not levels.values:
+        return _nearest(x, (levels.lowest, levels.highest))
+    level = np.full_like(x, levels.lowest)
+    for below, value in pairwise(levels.values):
+        level = np.where((below + value) / 2 < x, np.float32(value), level)
+    return level
 
 
 def _nearest(x: Floats, bounds: tuple[float, float]) -> Floats:

@@ -103,5 +103,6 @@ def _search(levels: Levels) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
         *(levels.group, levels.lowest, levels.highest, levels.has_minimum),
         *(levels.lowest_scale, levels.highest_scale),
         *(len(search.ranges), len(search.factors), N_REFITS, N_MOVES),
+        *(len(levels.values), *levels.values),
     ]
     return search.ranges, search.factors, np.array(facts, np.int64)

@@ -41,6 +41,7 @@ class Levels:
     has_minimum: bool = False
     lowest_scale: int = 1  # multiples of d
     highest_scale: int = 1
+    values: tuple[int, ...] = ()  # levels in order, where they are not all whole numbers between
 
     @property
     def block_size(self) -> int:

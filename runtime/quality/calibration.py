@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gguf_tools.calibration_file import CalibrationFile
+from gguf_tools.feedback.moments import Moments
 from gguf_tools.quants.quanttype import Bytes
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
@@ -172,18 +173,24 @@ class Calibration:
         attention: AttentionMoments | None,
     ) -> None:
         """Round the matrices that have these inputs."""
-        moments = None
+
+        def moments_of(sum_: Floats, share: float) -> Moments:
+            return Moments(rounding.divided(group.members[0], shrunk(sum_, share)))
+
+        importance, moments = sums.importance, None
+        if importance is not None:
+            importance = rounding.divided(group.members[0], importance)
         for name, index in group.members:
             if name not in rounding.types:
                 continue
             if index is not None and sums.n_tokens < FEW:
                 told = layer.few if sums.n_tokens else layer.unseen
                 told.append(f"{name}[{index}]")
-            known = Known(sums.importance)
+            known = Known(importance)
             by_heads = attention.of(name) if attention is not None else None
             if by_heads is not None:
-                known = Known(sums.importance, tuple(shrunk(h, SHRINK) for h in by_heads))
+                known = Known(importance, tuple(moments_of(h, SHRINK) for h in by_heads))
             elif sums.weighted is not None:
-                moments = sums.moments() if moments is None else moments
-                known = Known(sums.importance, (moments,))
+                moments = moments or moments_of(sums.weighted, sums.shrinking)
+                known = Known(importance, (moments,))
             rounding.round((name, index), known, layer.blocks)

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gguf_tools.errors import CheckpointError, UnsupportedQuantError, printable
+from gguf_tools.feedback.moments import Moments
+from gguf_tools.feedback.quantising import quantize_with_moments
 from gguf_tools.quants import by_name
+from gguf_tools.quants.multiples import keep_multiples
 from gguf_tools.quants.quanttype import Bytes, QuantType
 from runtime.program import Floats
 from runtime.quality.channel_scaling import (
@@ -32,13 +35,7 @@ class Known:
     """What is known of a matrix's inputs."""
 
     importance: Floats | None  # (n_columns,); None: no token came
-    moments: tuple[Floats, ...] = ()  # (n_columns, n_columns), each for as many of the rows
-
-    def of_scaled(self, columns: Floats) -> Known:
-        """Of the inputs of a matrix whose columns have been multiplied by (n_columns,)."""
-        inverse = np.float32(1) / columns
-        importance = None if self.importance is None else self.importance * inverse**2
-        return Known(importance, tuple(h * inverse * inverse[:, None] for h in self.moments))
+    moments: tuple[Moments, ...] = ()  # each for as many of the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +52,12 @@ class Rounding:
     @property
     def needs_moments(self) -> bool:
         """Whether more than their diagonal is made use of."""
-        return self.method not in ("imatrix", "awq")
+        return self.method in ("gptq", "best")
 
     @property
     def scales(self) -> bool:
         """Whether channels are scaled before anything is rounded."""
-        return self.method == "awq"
+        return self.method in ("awq", "best")
 
     def type_of(self, name: str) -> str:
         return self.types[name] if name in self.types else self.others[name]
@@ -86,21 +83,31 @@ class Rounding:
         """Put the blocks of a matrix where they belong in its tensor's.
 
         CheckpointError where a weight is no number, UnsupportedQuantError where the type cannot
-        hold it.
+        hold it. `known` is of the inputs that scaled columns have.
         """
-        name, index = key
+        name = key[0]
         tensor, quant = self.source.tensors[name], by_name(self.type_of(name))
         if name not in blocks:
             row_bytes = quant.row_bytes(tensor.row_length)
             blocks[name] = np.zeros((tensor.n_rows, row_bytes), np.uint8)
         first, weights = self._weights(key)
         _check_finite(name, weights, "is no number: the weights are damaged")
-        if name in self.factors:
-            known = known.of_scaled(self.factors[name].columns[index or 0])
         made = self._rounded(quant, weights, known)
+        if quant.multiples is not None:  # which a model may have been trained for
+            made = keep_multiples(quant, weights, made)
         blocks[name][first : first + len(weights)] = made
         if np.abs(weights).max(initial=0.0) > LARGE:
             _check_finite(name, quant.dequantize(made), f"is more than {quant.name} can hold")
+
+    def divided(self, key: Key, moments: Floats) -> Floats:
+        """Moments of a matrix's inputs, or their diagonal, once its columns are multiplied."""
+        name, index = key
+        if name not in self.factors:
+            return moments
+        inverse = np.float32(1) / self.factors[name].columns[index or 0]
+        by = inverse**2 if moments.ndim == 1 else inverse * inverse[:, None]
+        divided: Floats = moments * by
+        return divided
 
     def _weights(self, key: Key) -> tuple[int, Floats]:
         """A matrix (n_rows, n_columns), and where its tensor has the first row of it."""
@@ -121,7 +128,15 @@ class Rounding:
         return found
 
     def _rounded(self, quant: QuantType, weights: Floats, known: Known) -> Bytes:
-        return self._weighed(quant, weights, known.importance)
+        if not known.moments or quant.levels is None:
+            return self._weighed(quant, weights, known.importance)
+        parts = [
+            quantize_with_moments(quant, rows, moments, threads=self.threads)
+            for rows, moments in zip(
+                np.split(weights, len(known.moments)), known.moments, strict=True
+            )
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _weighed(self, quant: QuantType, weights: Floats, importance: Floats | None) -> Bytes:
         """The type's own search, with the importance of each column."""

@@ -38,7 +38,20 @@ def hard() -> np.ndarray:
 
 
 def test_the_types() -> None:
-    names = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    names = [
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+    ]
     assert {quant.name for quant in FED_BACK} == set(names)
 
 
@@ -55,6 +68,8 @@ def test_levels_describe_the_blocks(quant: QuantType) -> None:
     lowest = 0 if levels.n_groups > 1 else 1
     minima = rng.integers(lowest, levels.highest_scale + 1, shape).astype(np.int16)
     q = rng.integers(levels.lowest, levels.highest + 1, (n, quant.block_size)).astype(np.int8)
+    if levels.values:
+        q = rng.choice(np.array(levels.values, np.int8), q.shape)
     q[0], q[1] = levels.lowest, levels.highest
     scales[2], scales[3] = levels.lowest_scale, levels.highest_scale
     data = levels.pack(Parts(d, dmin, scales, minima, q)).view(np.uint8).reshape(n, -1)

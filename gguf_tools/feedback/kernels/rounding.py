@@ -18,7 +18,7 @@ from gguf_tools.simd import (
 MAGIC = float32(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction
 
 GROUP, LOWEST, HIGHEST, HAS_MINIMUM, LOWEST_SCALE, HIGHEST_SCALE = 0, 8, 16, 24, 32, 40
-N_RANGES, N_FACTORS, N_REFITS, N_MOVES = 48, 56, 64, 72
+N_RANGES, N_FACTORS, N_REFITS, N_MOVES, N_VALUES, VALUES = 48, 56, 64, 72, 80, 88
 """Where in `facts`."""
 
 
@@ -35,7 +35,8 @@ def round_two(w, tile, pivots, facts, s0, m0, s1, m1, losses, errors):
             v0 = fma(ld_f32x16(errors + i * 128), u, v0)
             v1 = fma(ld_f32x16(errors + i * 128 + 64), u, v1)
         pivot = splat_f32x16(ld_f32(pivots + j * 4))
-        level0, level1 = nearest((v0 + m0) * by0, low, high), nearest((v1 + m1) * by1, low, high)
+        level0 = nearest_level((v0 + m0) * by0, low, high, facts)
+        level1 = nearest_level((v1 + m1) * by1, low, high, facts)
         error0, error1 = (s0 * level0 - m0 - v0) * pivot, (s1 * level1 - m1 - v1) * pivot
         loss0 += error0 * error0
         loss1 += error1 * error1
@@ -55,7 +56,7 @@ def round_one(w, tile, pivots, facts, s, m, errors, levels):
         v = ld_f32x16(w + j * 64)
         for i in range(j):
             v = fma(ld_f32x16(errors + i * 64), splat_f32x16(ld_f32(tile + (i * n + j) * 4)), v)
-        level = nearest((v + m) * by, low, high)
+        level = nearest_level((v + m) * by, low, high, facts)
         error = (s * level - m - v) * splat_f32x16(ld_f32(pivots + j * 4))
         loss += error * error
         st(levels + j * 64, level)
@@ -109,6 +110,20 @@ def catch_up(x, errors, strip, n, group, target):
 def number(address):
     """A whole number as float32, in all lanes."""
     return splat_f32x16(float32(ld_i64(address)))
+
+
+@jit
+def nearest_level(x, low, high, facts):
+    """The nearest of a format's levels."""
+    n_values = ld_i64(facts + N_VALUES)
+    if not n_values:
+        return nearest(x, low, high)
+    level = low
+    for i in range(1, n_values):
+        value = ld_i64(facts + VALUES + i * 8)
+        middle = float32(ld_i64(facts + VALUES + i * 8 - 8) + value) * float32(0.5)
+        level = sel_lt(splat_f32x16(middle), x, splat_f32x16(float32(value)), level)
+    return level
 
 
 @jit
