@@ -30,7 +30,8 @@ from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
 
 RUNTIME = "runtime.calibrating"  # a module with a main that answers with lines of JSON
-METHODS = ("imatrix",)
+METHODS = ("gptq", "awq", "best", "imatrix")  # the first is the default
+SCALING = ("awq", "best")  # methods that scale channels: norms and biases change, too
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens
 MAX_TEXT_NAME = 127  # bytes, as llama-quantize keeps of a name
@@ -105,8 +106,11 @@ def calibrate(
     # Refuses a path that cannot become the file, before the work of hours.
     GGUFWriter(output, metadata=plan.metadata, tensors=plan.specs, force=force)
     types = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_rounded(tensor)}
+    others = {}
+    if settings.method in SCALING:
+        others = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_plain(tensor)}
     work = work_path(output)
-    _check_space(plan, types, output)
+    _check_space(plan, {**types, **others}, output)
     request = {
         "source": str(source.path.resolve()),
         "is_checkpoint": source.is_checkpoint,
@@ -115,6 +119,7 @@ def calibrate(
         "identity": digest_program() + digest_inputs(inputs, any_change=True),
         "resume": resume,
         "types": types,
+        "others": others,
         "method": settings.method,
         "windows": settings.windows,
         "text": None if settings.text is None else str(settings.text.resolve()),
@@ -137,9 +142,10 @@ def calibrate(
         for blocks in part.tensors
     }
     tensors = tuple(_with_blocks(tensor, ready, work) for tensor in plan.tensors)
-    metadata = {**plan.metadata, **_metadata(settings, answer, len(ready))}
+    n_rounded = len(ready.keys() & types)  # the others are scaled only
+    metadata = {**plan.metadata, **_metadata(settings, answer, n_rounded)}
     finished = replace(plan, tensors=tensors, metadata=metadata)
-    line = _line(settings, answer, len(ready), len(types), time.monotonic() - start)
+    line = _line(settings, answer, n_rounded, len(types), time.monotonic() - start)
     yield Calibrated(finished, work, answer["digest"], line)
 
 
@@ -157,6 +163,11 @@ def _is_rounded(tensor: TensorPlan) -> bool:
         and tensor.quant.name not in (*PLAIN, tensor.source.dtype)
         and tensor.quant.quantize is not None
     )
+
+
+def _is_plain(tensor: TensorPlan) -> bool:
+    """Whether a tensor of a layer can be scaled without being quantised."""
+    return tensor.name not in NOT_MULTIPLIED and tensor.quant.name in PLAIN
 
 
 def _check_space(plan: Plan, types: dict[str, str], output: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ SHOWN_CHARACTERS = 100  # of a long string, on the terminal
 
 TOKENIZER = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
+TARGET = "gguf_tools.target."  # keys of files whose types were chosen for a size
+COMMAND_CHARACTERS = 16_000
 SAMPLING = "general.sampling."
 CALIBRATION = "gguf_tools.calibration."
 SPECIAL_TOKENS = {  # the key's middle part, and how people call the token
@@ -134,6 +136,7 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
     if bits is not None:
         yield "bits per weight", f"{bits:.4f}"
     yield from _summarise_types(file)
+    yield from _summarise_target(metadata)
     yield from _summarise_calibration(metadata)
     yield from _summarise_sizes(metadata, arch)
     yield from _summarise_tokenizer(metadata)
@@ -144,6 +147,22 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
         if key.startswith(SAMPLING)
     ]
     yield "sampling", ", ".join(sampling) or "no defaults in the file"
+
+
+def _summarise_target(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of a file whose types were chosen for a size: what was measured, and how to make it again."""
+    known = {
+        key.removeprefix(TARGET): value for key, value in metadata.items() if key.startswith(TARGET)
+    }
+    if "command" not in known:
+        return
+    size, bits = known.get("size"), known.get("bits_per_weight")
+    wanted = f"{show_value(size)} bytes" if bits is None else f"{show_value(bits)} bits per weight"
+    text = f"for {wanted}: mean KL {show_value(known.get('kl'))}"
+    if "file_type_kl" in known:
+        text += f" ({show_value(known.get('file_type'))}: {show_value(known['file_type_kl'])})"
+    yield "types chosen", text
+    yield "made again by", printable(str(known["command"]), limit=COMMAND_CHARACTERS)
 
 
 def show_value(value: Any) -> str:

@@ -51,6 +51,7 @@ KERNEL_SOURCES = (
     *(f"gguf_tools/{name}.py" for name in ("columns", "control", "jit", "processor")),
     *(f"gguf_tools/{name}.py" for name in ("simd", "tiles", "vectors")),
     "gguf_tools/quants/**/*.py",
+    "gguf_tools/feedback/kernels/*.py",
     "runtime/kernels/*.py",
 )
 _NUMBA_TYPES = {"i": types.int64, "f": types.float32, "c": types.int64}

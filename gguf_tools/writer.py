@@ -12,7 +12,7 @@ import shutil
 import stat
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -439,6 +439,15 @@ def encode_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
+def _encode_strings(texts: Iterable[str]) -> bytes:
+    """What `encode_string` makes of each, joined; a vocabulary has a quarter of a million."""
+    data = [text.encode("utf-8", "surrogateescape") for text in texts]
+    parts = [b""] * (2 * len(data))
+    parts[0::2] = map(struct.Struct("<Q").pack, map(len, data))
+    parts[1::2] = data
+    return b"".join(parts)
+
+
 def encode_value(entry: MetadataValue) -> bytes:
     """The type of a metadata value and its bytes; struct.error or OverflowError if it cannot be."""
     if isinstance(entry, Encoded):
@@ -454,7 +463,7 @@ def encode_value(entry: MetadataValue) -> bytes:
 def _encode_array(array: Array) -> bytes:
     n = len(array.values)
     if array.type == "str":
-        return struct.pack("<IQ", STRING_ID, n) + b"".join(map(encode_string, array.values))
+        return struct.pack("<IQ", STRING_ID, n) + _encode_strings(array.values)
     scalar = SCALAR_BY_NAME[array.type]
     start = struct.pack("<IQ", scalar.type_id, n)
     if isinstance(array.values, np.ndarray):

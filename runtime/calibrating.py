@@ -37,6 +37,7 @@ from runtime.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens
 LEAST_TOKENS = 2048  # fewer tell next to nothing of a matrix's inputs
+OPTIONS = ("types", "others", "method", "adapters", "threads")  # that decide the blocks
 HIDDEN_BYTES = 1 << 30  # of hidden states, which are those of all windows
 
 Event = dict[str, Any]
@@ -79,7 +80,13 @@ def calibrate(request: Event) -> Iterator[Event]:
         model = stack.enter_context(
             LayerwiseModel(source, n_tokens=n_tokens, threads=request["threads"])
         )
-        rounding = Rounding(source, request["types"], request["method"], request["threads"])
+        rounding = Rounding(
+            source,
+            request["types"],
+            request["method"],
+            request["threads"],
+            others=request["others"],
+        )
         for step in Calibration(model, windows, rounding, bos=bos).run(work):
             yield {"done": step.done, "total": step.total}
         yield {
@@ -128,7 +135,7 @@ def _windows(source: Source, text: str, wanted: int) -> tuple[Ids, int | None]:
 def _digest(request: Event, windows: Ids, bos: int | None) -> str:
     """Of all that decides the blocks."""
     seen = hashlib.sha256(request["identity"].encode())
-    options = {name: request[name] for name in ("types", "method", "adapters", "threads")}
+    options = {name: request[name] for name in OPTIONS}
     seen.update(json.dumps([options, bos], sort_keys=True).encode())
     seen.update(np.ascontiguousarray(windows, "<i8").tobytes())
     for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):

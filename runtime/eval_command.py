@@ -205,13 +205,14 @@ def evaluate(
         ]
     if plot is not None:
         draw(results, plot)
-    if report is not None:
-        _write_report(asked, results)
     if json:
-        base = results.pop(0) if reference is not None else None
-        print(json_module.dumps([to_json(result, base) for result in results], indent=2))
+        base = None if reference is None else results[0]
+        candidates = results if base is None else results[1:]
+        print(json_module.dumps([to_json(result, base) for result in candidates], indent=2))
     else:
         _show(results, as_markdown=markdown)
+    if report is not None:  # last: a disk that is full takes no figure away
+        _write_report(asked, results)
 
 
 def _show(results: "list[Result]", *, as_markdown: bool) -> None:

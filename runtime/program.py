@@ -62,6 +62,7 @@ class RMSNorm:
     target: str
     weight: Floats
     epsilon: float
+    name: str = ""  # the weight's tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ class LayerNorm:
     weight: Floats  # (size,) or (n_groups, size)
     bias: Floats | None  # as weight
     epsilon: float
+    name: str = ""  # the weight's tensor
+    bias_name: str = ""  # and the bias's
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,8 @@ class AddBias:
 
     target: str
     bias: Floats
+    name: str = ""  # its tensor
+    first: int = 0  # the element of that tensor with which it begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +232,7 @@ class ExpertBias:
     routes: str
     n_used: int
     biases: Floats  # (n_experts, n_rows)
+    name: str = ""  # their tensor
 
 
 @dataclass(frozen=True, eq=False)

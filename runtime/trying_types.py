@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gguf_tools.conversion import plan_conversion
-from gguf_tools.errors import GGUFError
+from gguf_tools.errors import GGUFError, printable
 from gguf_tools.imatrix import read_importance_matrix
 from gguf_tools.lora_merging import read_scaled
 from gguf_tools.reader import GGUFFile
@@ -45,7 +45,7 @@ from runtime.sources import PlannedWeights, Source
 from runtime.tokenizer import Tokenizer
 
 EMBEDDING = "token_embd.weight"
-LEAST_JUDGED, MOST_JUDGED = 2, 8  # windows that whole mixtures are compared on
+LEAST_JUDGED, MOST_JUDGED = 4, 16  # windows that whole mixtures are compared on
 RUNS = 3  # of all weights, when mixtures are compared: the source and two mixtures
 
 
@@ -58,11 +58,17 @@ def main(arguments: Sequence[str]) -> int:
                 sys.stdout.write(json.dumps(answer) + "\n")
                 sys.stdout.flush()
     except GGUFError as error:
-        sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
-        return 1
+        return _fail(str(error))
     except (KeyboardInterrupt, BrokenPipeError):  # the parent was stopped, too
         return 130
+    except OSError as error:
+        return _fail(f"{printable(error.filename or 'a file', 1000)}: {error.strerror}")
     return 0
+
+
+def _fail(sentence: str) -> int:
+    sys.stdout.write(json.dumps({"error": sentence}) + "\n")
+    return 1
 
 
 def _answers(requests: Iterator[dict[str, Any]], stack: ExitStack) -> Iterator[dict[str, Any]]:

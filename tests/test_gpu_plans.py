@@ -226,13 +226,15 @@ def test_fakes(fakes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "kept", "way"),
-    [((6, 1), "Q4_K", "plain"), ((7, 0), "Q4_K", "plain"), ((7, 5), "Q4_K", "turing"),
-     ((8, 0), "Q6_K", "ampere"), ((8, 9), "IQ4_XS", "ampere"), ((12, 0), "MXFP4", "ampere"),
-     ((9, 0), "F16", "plain"), ((9, 0), "BF16", "plain"), ((12, 0), "F32", "plain")],
+    ("capability", "kept", "n_columns", "way"),
+    [((6, 1), "Q4_K", 256, "plain"), ((7, 0), "Q4_K", 256, "plain"),
+     ((7, 5), "Q4_K", 256, "turing"), ((8, 0), "Q6_K", 256, "ampere"),
+     ((8, 9), "IQ4_XS", 256, "ampere"), ((12, 0), "MXFP4", 32, "ampere"),
+     ((7, 5), "F16", 64, "plain"), ((8, 6), "F16", 64, "ampere"), ((9, 0), "BF16", 8, "ampere"),
+     ((9, 0), "F16", 12, "plain"), ((12, 0), "F32", 64, "plain")],
 )  # fmt: skip
-def test_how_prompts_are_multiplied(capability, kept, way) -> None:
-    assert way_of_tiles(capability, kept) == way
+def test_how_prompts_are_multiplied(capability, kept, n_columns, way) -> None:
+    assert way_of_tiles(capability, kept, n_columns) == way
 
 
 def test_sizes_as_typed() -> None:

@@ -70,6 +70,12 @@ def test_directions(path: Path) -> None:
         for module in imports(path):
             if module.startswith("gguf_tools.") and module != "gguf_tools.quants":
                 assert module.startswith(allowed), f"{here} imports {module}"
+    if here.startswith("gguf_tools/feedback/"):
+        allowed = ("feedback", "quants", "errors", "jit", "simd")
+        for module in imports(path):
+            if module.startswith("gguf_tools."):
+                known = tuple(f"gguf_tools.{name}" for name in allowed)
+                assert module.startswith(known), f"{here} imports {module}"
     if here.startswith("gguf_tools/packed/"):
         allowed = ("packed", "errors", "json_files", "safetensors_file", "archs.config")
         for module in imports(path):
@@ -89,7 +95,9 @@ def test_numba_stays_in_its_rooms(path: Path) -> None:
         return
     if here.startswith(CUDA_ROOMS):
         return
-    kernels = here.startswith(("gguf_tools/quants/", "runtime/kernels/"))
+    kernels = here.startswith(
+        ("gguf_tools/quants/", "gguf_tools/feedback/kernels/", "runtime/kernels/")
+    )
     if not kernels:
         assert not uses(path, "numba"), "numba only in kernels"
     # Kernels may name numba's scalar types; options and intrinsics have one place.

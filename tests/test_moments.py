@@ -110,7 +110,7 @@ def test_moments_are_those_of_the_text_and_of_first_tokens() -> None:
     assert sums.weighted is not None and sums.importance is not None
     assert np.allclose(sums.weighted, expected, rtol=1e-4, atol=1e-4)
     assert np.allclose(sums.importance, np.diagonal(plain), rtol=1e-4)
-    moments = sums.moments()
+    moments = shrunk(sums.weighted, sums.shrinking)
     assert np.allclose(np.diagonal(moments), np.diagonal(expected), rtol=1e-4)
     assert np.allclose(moments[0, 1], (1 - SHRINK) * expected[0, 1], rtol=1e-3, atol=1e-4)
 
@@ -121,7 +121,9 @@ def test_of_an_expert_that_saw_few_tokens_the_diagonal_is_believed() -> None:
     inputs = np.random.default_rng(1).normal(size=(FEW - 1, 8)).astype(np.float32)
     collector.observe(matrix, inputs)
     collector.finish(n_tokens=1000, n_first=1)
-    moments = collector.sums[matrix.name, 3].moments()
+    sums = collector.sums[matrix.name, 3]
+    assert sums.weighted is not None
+    moments = shrunk(sums.weighted, sums.shrinking)
     assert np.allclose(moments, np.diag(np.diagonal(moments))) and moments[0, 0] > 0
 
 

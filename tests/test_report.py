@@ -513,3 +513,9 @@ def test_command_refusals(q4: Path, tmp_path: Path) -> None:
     assert text.read_text() == "a text"
     ended = run_eval(q4, "--text", text, "--report", tmp_path / "x.gguf")
     assert ended.returncode == 1 and "ends in .html" in ended.stderr
+    text.write_text("Once upon a time, there was a little girl named Lily. " * 8)
+    (tmp_path / "out.html.part").mkdir()  # cannot be written: the figures are there all the same
+    asked = (q4, "--text", text, "--ctx", "64", "--no-speed", "--report", tmp_path / "out.html")
+    ended = run_eval(*asked)
+    assert ended.returncode == 1 and "cannot be written" in ended.stderr
+    assert "perplexity" in ended.stdout and "Traceback" not in ended.stderr

@@ -146,12 +146,12 @@ def test_costs_are_shared_by_the_errors() -> None:
 @pytest.mark.parametrize(
     ("n_layers", "weights", "head", "dim", "expected"),
     [
-        (5, 40_000, 32_000, 64, Effort(1, 8)),
-        (30, 3_500_000, 28_000_000, 576, Effort(1, 1)),
-        (32, 200_000_000, 130_000_000, 4096, Effort(8, 1)),
+        (5, 40_000, 32_000, 64, Effort(1, 16)),
+        (30, 3_500_000, 28_000_000, 576, Effort(1, 9)),
+        (32, 200_000_000, 130_000_000, 4096, Effort(8, 2)),
     ],
 )
 def test_effort(n_layers: int, weights: int, head: int, dim: int, expected: Effort) -> None:
     layers = [weights] * n_layers
     assert choose_effort(layers, head, 7, n_tokens=10**6, dim=dim) == expected
-    assert choose_effort(layers, head, 7, n_tokens=300, dim=dim).n_windows == 1
+    assert choose_effort(layers, head, 7, n_tokens=300, dim=dim).n_windows == 2

@@ -21,6 +21,7 @@ import numpy as np
 
 from gguf_tools.errors import UnsupportedQuantError
 from gguf_tools.quants.arithmetic import ordered_sum
+from gguf_tools.quants.levels import Levels
 from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Bytes, Floats, QuantType
 
@@ -58,6 +59,7 @@ def block_quant(
     quantize_weighted_reference: Callable[[Floats, Floats], Array] | None = None,
     spread: Spread | None = None,
     multiples: Multiples | None = None,
+    levels: Levels | None = None,
 ) -> QuantType:
     """The QuantType of a format given by functions on blocks.
 
@@ -112,6 +114,7 @@ def block_quant(
         quantize_rows_reference if can_quantize else None,
         quantize_rows if can_quantize else None,
         multiples,
+        levels,
     )
     return quant
 

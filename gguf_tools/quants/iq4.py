@@ -10,6 +10,7 @@ from gguf_tools.quants.search import TINY
 LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
+VALUES = tuple(int(level) for level in LEVELS)
 N_TRIALS = 7  # on either side
 
 
@@ -40,6 +41,14 @@ def fit_scale(x: Floats, weights: Floats) -> Floats:
         scale = np.where(better, sum_xl / sum_l2, scale)
         best = np.where(better, scale * sum_xl, best)
     return np.where(np.abs(largest) < TINY, np.float32(0), scale)
+
+
+def indices_of(levels: Array) -> Array:
+    """Which of LEVELS each is, of levels that are."""
+    indices = np.zeros(256, np.uint8)
+    indices[LEVELS.astype(int) + 128] = np.arange(16)
+    found: Array = indices[levels.astype(np.int16) + 128]
+    return found
 
 
 def split_nibbles(qs: Array) -> Array:

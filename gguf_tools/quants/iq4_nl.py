@@ -10,7 +10,15 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, join_nibbles, settle_nan, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
-from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
+from gguf_tools.quants.iq4 import (
+    LEVELS,
+    VALUES,
+    fit_scale,
+    indices_of,
+    nearest_level,
+    split_nibbles,
+)
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 
 BLOCK = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
@@ -29,8 +37,16 @@ def quantize_reference(x: Floats) -> Array:
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     scale = settle_nan(fit_scale(x, weights))
     q = nearest_level(inverse(scale)[:, None] * x)
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(scale)
+    return _join(to_half(scale), q)
+
+
+def pack(parts: Parts) -> Array:
+    return _join(parts.d.astype(np.float16), indices_of(parts.levels))
+
+
+def _join(d: Array, q: Array) -> Array:
+    blocks = np.zeros(len(q), BLOCK)
+    blocks["d"] = d
     blocks["qs"] = join_nibbles(q[:, :16], q[:, 16:])
     return blocks
 
@@ -44,4 +60,5 @@ IQ4_NL = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(span=32, over=16),
+    levels=Levels(VALUES[0], VALUES[-1], pack, values=VALUES),
 )

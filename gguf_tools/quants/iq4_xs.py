@@ -19,7 +19,15 @@ from gguf_tools.quants.arithmetic import (
     to_half,
 )
 from gguf_tools.quants.blocks import Spread, block_quant
-from gguf_tools.quants.iq4 import LEVELS, fit_scale, nearest_level, split_nibbles
+from gguf_tools.quants.iq4 import (
+    LEVELS,
+    VALUES,
+    fit_scale,
+    indices_of,
+    nearest_level,
+    split_nibbles,
+)
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 
 BLOCK = np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
@@ -49,9 +57,17 @@ def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     steps = nearest_int(inverse(d)[:, None] * scales).clip(-32, 31)
     scales = d[:, None] * steps.astype(np.float32)  # with d as it was before it became a half
     q = nearest_level(inverse(scales)[:, :, None] * groups)
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(d)
-    steps += 32
+    return _join(to_half(d), steps + 32, q)
+
+
+def pack(parts: Parts) -> Array:
+    q = indices_of(parts.levels).reshape(-1, 8, 32)
+    return _join(parts.d.astype(np.float16), parts.scales + 32, q)
+
+
+def _join(d: Array, steps: Array, q: Array) -> Array:
+    blocks = np.zeros(len(d), BLOCK)
+    blocks["d"] = d
     blocks["scales_l"] = join_nibbles(steps[:, 0::2] & 15, steps[:, 1::2] & 15)
     blocks["scales_h"] = ((steps >> 4) << _SHIFTS).sum(axis=1)
     blocks["qs"] = join_nibbles(q[:, :, :16], q[:, :, 16:]).reshape(-1, 128)
@@ -67,4 +83,5 @@ IQ4_XS = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(span=256, over=128),
+    levels=Levels(VALUES[0], VALUES[-1], pack, 32, 8, False, -32, 31, VALUES),
 )

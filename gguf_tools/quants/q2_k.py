@@ -13,8 +13,9 @@ weight = d * scale[g] * q - dmin * minimum[g]        g = one of 16 groups of 16
 
 import numpy as np
 
-from gguf_tools.quants.arithmetic import nearest_int, ordered_sum, to_half
+from gguf_tools.quants.arithmetic import join_nibbles, nearest_int, ordered_sum, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import Fit, fit_scale_and_minimum, fit_steps
 
@@ -57,11 +58,19 @@ def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
 
 def _store(blocks: Array, x: Floats, scales: Array, minima: Array, fit: Fit) -> None:
     """Set the scales, and the levels that go with them; a scale of 0 keeps those of the search."""
-    blocks["scales"] = (scales | minima << 4).astype(np.uint8)
+    blocks["scales"] = join_nibbles(scales, minima)
     d, dmin = _scales_and_minima(blocks)
     levels = nearest_int((x.reshape(-1, 16, 16) + dmin) / d).clip(0, 3)
     levels = np.where(d != 0, levels, fit.levels.reshape(-1, 16, 16))
     blocks["qs"] = join_two_bits(levels)
+
+
+def pack(parts: Parts) -> Array:
+    blocks = np.zeros(len(parts.d), BLOCK)
+    blocks["d"], blocks["dmin"] = parts.d, parts.dmin
+    blocks["scales"] = join_nibbles(parts.scales, parts.minima)
+    blocks["qs"] = join_two_bits(parts.levels)
+    return blocks
 
 
 def split_two_bits(qs: Array) -> Array:
@@ -104,4 +113,5 @@ Q2_K = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(span=256, over=256),
+    levels=Levels(0, 3, pack, 16, 16, True, 0, 15),
 )

@@ -21,6 +21,7 @@ from gguf_tools.quants.arithmetic import (
     to_half,
 )
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.q2_k import join_two_bits, split_two_bits
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import Fit, fit_scale, fit_scale_by_turns
@@ -61,16 +62,32 @@ def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     return blocks
 
 
+def pack(parts: Parts) -> Array:
+    blocks = np.zeros(len(parts.d), BLOCK)
+    blocks["d"] = parts.d
+    _store_scales(blocks, parts.scales + 32)
+    _store_bits(blocks, parts.levels + 4)
+    return blocks
+
+
 def _store(blocks: Array, x: Floats, steps: Array, fit: Fit) -> None:
     """Set the scales, and the levels that go with them; a scale of 0 keeps those of the search."""
+    _store_scales(blocks, steps)
+    d = _scales(blocks)
+    levels = nearest_int(x.reshape(-1, 16, 16) / d).clip(-4, 3)
+    q = np.where(d != 0, levels, fit.levels.reshape(-1, 16, 16)) + 4
+    _store_bits(blocks, q)
+
+
+def _store_scales(blocks: Array, steps: Array) -> None:
     blocks["scales"][:, :8] = join_nibbles(steps[:, :8] & 15, steps[:, 8:] & 15)
     high = steps >> 4
     blocks["scales"][:, 8:] = (
         high[:, 0:4] | high[:, 4:8] << 2 | high[:, 8:12] << 4 | high[:, 12:16] << 6
     )
-    d = _scales(blocks)
-    levels = nearest_int(x.reshape(-1, 16, 16) / d).clip(-4, 3)
-    q = np.where(d != 0, levels, fit.levels.reshape(-1, 16, 16)) + 4
+
+
+def _store_bits(blocks: Array, q: Array) -> None:
     blocks["qs"] = join_two_bits(q & 3)
     third = q.reshape(-1, 8, 32) >> 2
     blocks["hmask"] = np.packbits(third.astype(np.uint8), axis=1, bitorder="little")[:, 0]
@@ -96,4 +113,5 @@ Q3_K = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(span=256, times=2, over=256),
+    levels=Levels(-4, 3, pack, 16, 16, False, -32, 31),
 )

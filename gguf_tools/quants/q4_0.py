@@ -12,6 +12,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale
@@ -49,6 +50,10 @@ def pack(d: Array, k: Array) -> Array:
     return blocks
 
 
+def pack_parts(parts: Parts) -> Array:
+    return pack(parts.d.astype(np.float16), parts.levels)
+
+
 Q4_0 = block_quant(
     "Q4_0",
     2,
@@ -59,4 +64,5 @@ Q4_0 = block_quant(
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
     multiples=Multiples(-8, 7, pack, trained=True),
+    levels=Levels(-8, 7, pack_parts),
 )

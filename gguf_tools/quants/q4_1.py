@@ -12,6 +12,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, join_nibbles, low_byte, range_of, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale_and_minimum
 
@@ -39,10 +40,17 @@ def quantize_reference(x: Floats) -> Array:
 
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     fit = fit_scale_and_minimum(x, weights, top=15, first=-0.9, step=0.05, n_trials=37)
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(fit.scale)
-    blocks["m"] = to_half(-fit.minimum)
-    blocks["qs"] = join_nibbles(fit.levels[:, :16], fit.levels[:, 16:])
+    return _join(to_half(fit.scale), to_half(-fit.minimum), fit.levels)
+
+
+def pack(parts: Parts) -> Array:
+    return _join(parts.d.astype(np.float16), -parts.dmin.astype(np.float16), parts.levels)
+
+
+def _join(d: Array, m: Array, q: Array) -> Array:
+    blocks = np.zeros(len(q), BLOCK)
+    blocks["d"], blocks["m"] = d, m
+    blocks["qs"] = join_nibbles(q[:, :16], q[:, 16:])
     return blocks
 
 
@@ -55,4 +63,5 @@ Q4_1 = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
+    levels=Levels(0, 15, pack, has_minimum=True),
 )

@@ -14,6 +14,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, inverse, join_nibbles, low_byte, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale
@@ -62,6 +63,10 @@ def store_five_bits(blocks: Array, q: Array) -> None:
     blocks["qh"] = np.packbits(q >> 4 & 1 != 0, axis=1, bitorder="little")
 
 
+def pack_parts(parts: Parts) -> Array:
+    return pack(parts.d.astype(np.float16), parts.levels)
+
+
 Q5_0 = block_quant(
     "Q5_0",
     6,
@@ -72,4 +77,5 @@ Q5_0 = block_quant(
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
     multiples=Multiples(-16, 15, pack),
+    levels=Levels(-16, 15, pack_parts),
 )

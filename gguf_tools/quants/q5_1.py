@@ -14,6 +14,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, low_byte, range_of, to_half
 from gguf_tools.quants.blocks import Spread, block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.q5_0 import five_bits, store_five_bits
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale_and_minimum
@@ -41,10 +42,17 @@ def quantize_reference(x: Floats) -> Array:
 
 def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     fit = fit_scale_and_minimum(x, weights, top=31, first=-0.9, step=0.05, n_trials=37)
-    blocks = np.zeros(len(x), BLOCK)
-    blocks["d"] = to_half(fit.scale)
-    blocks["m"] = to_half(-fit.minimum)
-    store_five_bits(blocks, fit.levels)
+    return _join(to_half(fit.scale), to_half(-fit.minimum), fit.levels)
+
+
+def pack(parts: Parts) -> Array:
+    return _join(parts.d.astype(np.float16), -parts.dmin.astype(np.float16), parts.levels)
+
+
+def _join(d: Array, m: Array, q: Array) -> Array:
+    blocks = np.zeros(len(q), BLOCK)
+    blocks["d"], blocks["m"] = d, m
+    store_five_bits(blocks, q)
     return blocks
 
 
@@ -57,4 +65,5 @@ Q5_1 = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(),
+    levels=Levels(0, 31, pack, has_minimum=True),
 )

@@ -17,10 +17,12 @@ from gguf_tools.quants.arithmetic import join_nibbles
 from gguf_tools.quants.blocks import Spread, block_quant
 from gguf_tools.quants.k_scales import (
     group_weights,
+    pack_scales,
     scales_and_minima,
     store_levels,
     store_weighted_levels,
 )
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import fit_scale_and_minimum
 
@@ -55,6 +57,14 @@ def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     return blocks
 
 
+def pack(parts: Parts) -> Array:
+    blocks = np.zeros(len(parts.d), BLOCK)
+    blocks["d"], blocks["dmin"] = parts.d, parts.dmin
+    blocks["scales"] = pack_scales(parts.scales, parts.minima)
+    _store_bits(blocks, parts.levels)
+    return blocks
+
+
 def _store_bits(blocks: Array, levels: Array) -> None:
     q = levels.reshape(-1, 4, 2, 32)
     blocks["qs"] = join_nibbles(q[:, :, 0] & 15, q[:, :, 1] & 15).reshape(-1, 128)
@@ -71,4 +81,5 @@ Q5_K = block_quant(
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
     spread=Spread(span=256, times=2, over=256),
+    levels=Levels(0, 31, pack, 32, 8, True, 0, 63),
 )

@@ -15,6 +15,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import first_largest, join_nibbles, nearest_int, to_half
 from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 from gguf_tools.quants.search import TINY, fit_scale
 
@@ -48,13 +49,24 @@ def quantize_weighted_reference(x: Floats, weights: Floats) -> Array:
     d = _scales(blocks)
     levels = nearest_int(groups / d).clip(-32, 31)
     levels = np.where(d != 0, levels, fit.levels.reshape(-1, 16, 16)) + 32
+    _store_bits(blocks, levels)
+    blocks[np.abs(largest) < TINY] = np.zeros((), BLOCK)
+    return blocks
+
+
+def pack(parts: Parts) -> Array:
+    blocks = np.zeros(len(parts.d), BLOCK)
+    blocks["d"], blocks["scales"] = parts.d, parts.scales
+    _store_bits(blocks, parts.levels + 32)
+    return blocks
+
+
+def _store_bits(blocks: Array, levels: Array) -> None:
     q = levels.reshape(-1, 2, 4, 32)
     blocks["ql"] = join_nibbles(q[:, :, :2] & 15, q[:, :, 2:] & 15).reshape(-1, 128)
     high = q >> 4
     joined = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
     blocks["qh"] = joined.reshape(-1, 64)
-    blocks[np.abs(largest) < TINY] = np.zeros((), BLOCK)
-    return blocks
 
 
 def _scales(blocks: Array) -> Floats:
@@ -71,4 +83,5 @@ Q6_K = block_quant(
     dequantize=dequantize,
     quantize_reference=quantize_reference,
     quantize_weighted_reference=quantize_weighted_reference,
+    levels=Levels(-32, 31, pack, 16, 16, False, -128, 127),
 )

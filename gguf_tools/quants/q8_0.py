@@ -12,6 +12,7 @@ import numpy as np
 
 from gguf_tools.quants.arithmetic import inverse, low_byte, round_half_away, to_half
 from gguf_tools.quants.blocks import block_quant
+from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.multiples import Multiples
 from gguf_tools.quants.quanttype import Array, Floats
 
@@ -38,6 +39,10 @@ def pack(d: Array, k: Array) -> Array:
     return blocks
 
 
+def pack_parts(parts: Parts) -> Array:
+    return pack(parts.d.astype(np.float16), parts.levels)
+
+
 Q8_0 = block_quant(
     "Q8_0",
     8,
@@ -46,4 +51,5 @@ Q8_0 = block_quant(
     dequantize=dequantize,
     quantize_reference=quantize_reference,
     multiples=Multiples(-128, 127, pack),
+    levels=Levels(-127, 127, pack_parts),
 )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from gguf_tools.errors import UnsupportedQuantError
 
 if TYPE_CHECKING:
+    from gguf_tools.quants.levels import Levels
     from gguf_tools.quants.multiples import Multiples
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ class QuantType:
     quantize_reference: Quantize | None  # NumPy, step for step as ggml
     quantize: Quantize | None  # the same bytes, fast; threads may share it
     multiples: "Multiples | None" = None  # of types that are scale * k and no more
+    levels: "Levels | None" = None  # of types that error feedback can quantise to
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights."""

@@ -88,8 +88,7 @@ def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
     """A byte-level BPE; token strings stay in GPT-2's byte alphabet."""
     table = TokenTable()
     names = {text: token_id for text, token_id in source.vocab.items() if token_id < n_vocab}
-    for text, token_id in names.items():
-        table.put(token_id, text, 0.0, NORMAL)
+    table.put_all({token_id: text for text, token_id in names.items()}, 0.0, NORMAL)
     pairs = source.merges
     if len(names) < len(source.vocab):
         pairs = [(a, b) for a, b in pairs if a in names and b in names and a + b in names]

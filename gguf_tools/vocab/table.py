@@ -1,7 +1,7 @@
 """The list of tokens as GGUF stores it: a text, a score and a type for each id."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,12 @@ class TokenTable:
         self.scores[token_id] = score
         self.types[token_id] = kind
 
+    def put_all(self, texts: Mapping[int, str], score: float, kind: int) -> None:
+        """The same for many tokens."""
+        self.texts.update(texts)
+        self.scores.update(dict.fromkeys(texts, score))
+        self.types.update(dict.fromkeys(texts, kind))
+
     def filled(self, n_vocab: int) -> tuple[list[str], list[float], list[int]]:
         """Texts, scores and types for ids 0 .. n_vocab-1; holes become `[PAD{i}]`, unused."""
         check_text("".join(self.texts.values()), "the tokenizer")
@@ -53,9 +59,16 @@ class TokenTable:
                 f"the embedding has {n_vocab:,} rows but the tokenizer's last token is {last:,}: "
                 "they cannot belong together"
             )
+        ids = range(n_vocab)
+        if self.texts.keys() >= set(ids):  # no holes
+            return (
+                [self.texts[i] for i in ids],
+                [self.scores[i] for i in ids],
+                [self.types[i] for i in ids],
+            )
         taken = set(self.texts.values())
         texts, scores, types = [], [], []
-        for i in range(n_vocab):
+        for i in ids:
             text = self.texts.get(i)
             if text is None:
                 text = f"[PAD{i}]"
@@ -105,9 +118,14 @@ def read_added_tokens(entries: object, source: str) -> list[AddedToken]:
     return tokens
 
 
+def are_ids(values: Collection[Any]) -> bool:
+    """Whether all are plausible numbers, at least one."""
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 1 << 31
+
+
 def check_id(token_id: Any, text: str, source: str) -> None:
     """Refuse an id that is not a plausible number."""
-    if type(token_id) is not int or not 0 <= token_id < 1 << 31:
+    if not are_ids([token_id]):
         raise CheckpointError(
             f"{source}: token '{printable(text, 40)}' has the id {printable(token_id, 40)}, "
             "which is not a number from 0 up"

@@ -7,7 +7,7 @@ from operator import add
 from typing import Any
 
 from gguf_tools.errors import CheckpointError, UnsupportedModelError, printable
-from gguf_tools.vocab.table import AddedToken, check_id, read_added_tokens
+from gguf_tools.vocab.table import AddedToken, are_ids, check_id, read_added_tokens
 
 NAME = "tokenizer.json"
 KINDS = "SentencePiece models, byte-level BPE and BPE with byte fallback"
@@ -76,10 +76,11 @@ def parse_tokenizer(data: Mapping[str, Any]) -> TokenizerJson:
 def _vocab(entries: object) -> dict[str, int]:
     if not isinstance(entries, Mapping) or not entries:
         raise CheckpointError(f"{NAME}: expected a vocabulary of tokens and ids, found none")
-    for text, token_id in entries.items():
-        check_id(token_id, text, NAME)
-        if not text:
-            raise CheckpointError(f"{NAME}: the token {token_id:,} has no text")
+    if not are_ids(entries.values()):
+        for text, token_id in entries.items():
+            check_id(token_id, text, NAME)
+    if "" in entries:
+        raise CheckpointError(f"{NAME}: the token {entries['']:,} has no text")
     if len(set(entries.values())) != len(entries):
         seen: dict[int, str] = {}
         for text, token_id in entries.items():

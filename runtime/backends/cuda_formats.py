@@ -25,6 +25,7 @@ FLOATS = ("F32", "F16", "BF16")
 """Formats whose products take activations as they are; the others' take int8."""
 
 AMPERE, TURING = (8, 0), (7, 5)  # compute capabilities with tensor cores for int8
+WHOLE = 8  # columns of 16 bits that are loaded together
 
 PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
 ALIGNMENT = 256  # what allocators round each array up to
@@ -44,11 +45,13 @@ def kept_as(quant: QuantType) -> str:
     return "BF16" if quant.name == "NVFP4" else "F32"
 
 
-def way_of_tiles(capability: tuple[int, int], kept: str) -> str:
+def way_of_tiles(capability: tuple[int, int], kept: str, n_columns: int) -> str:
     """How prompts are multiplied with weights kept so: `plain`, or on tensor cores and whose."""
-    if kept in FLOATS or capability < TURING:
+    if kept == "F32" or n_columns % WHOLE or capability < TURING:
         return "plain"
-    return "ampere" if capability >= AMPERE else "turing"
+    if capability >= AMPERE:
+        return "ampere"
+    return "plain" if kept in FLOATS else "turing"
 
 
 def row_bytes(matrix: Matrix) -> int:

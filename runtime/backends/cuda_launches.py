@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cuda_formats import kept_as, row_bytes
+from runtime.backends.cuda_formats import WHOLE, kept_as, row_bytes
 from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised
 from runtime.backends.flow import unknown, width_written, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
@@ -306,6 +306,10 @@ class _Emitter:
             self._quantised = source, width
         return room.values, room.scales, room.sums, width
 
+    def _tiles(self, matrix: Matrix) -> Tiles:
+        tiles = TILES if matrix.n_columns % WHOLE else self._from.tiles
+        return tiles[kept_as(matrix.quant)]
+
     def _product(self, step: MatMul) -> None:
         matrix = step.matrix
         activations = self._activations(step.source, matrix, matrix.n_columns)
@@ -317,7 +321,7 @@ class _Emitter:
             self._add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
         else:
             grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), 1)
-            self._add(self._from.tiles[name].matmul, grid, (THREADS, 1), (*arguments, self._n))
+            self._add(self._tiles(matrix).matmul, grid, (THREADS, 1), (*arguments, self._n))
 
     def _expert_product(self, step: ExpertMatMul) -> None:
         matrix, n_experts = step.experts[0], len(step.experts)
@@ -348,7 +352,7 @@ class _Emitter:
         # No expert gets a token twice.
         grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), n_experts)
         lists = (room.order, room.starts, step.n_used)
-        self._add(self._from.tiles[name].expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
+        self._add(self._tiles(matrix).expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
 
     def _route(self, step: Route) -> None:
         n_experts = self._width(step.scores)

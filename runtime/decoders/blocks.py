@@ -122,25 +122,27 @@ class Blocks:
     # --- parts ---------------------------------------------------------------------------
 
     def norm(self, name: str, source: str = "x", target: str = "normed") -> None:
-        weight = self.weights.vector(f"{self.prefix}{name}.weight", self.buffers[source])
+        full, bias_name = f"{self.prefix}{name}.weight", f"{self.prefix}{name}.bias"
+        weight = self.weights.vector(full, self.buffers[source])
         epsilon = self.config.norm_epsilon
         if self.layer_norms:
-            bias = self.weights.optional_vector(f"{self.prefix}{name}.bias", len(weight))
-            self.emit(LayerNorm(source, target, weight, bias, epsilon))
+            bias = self.weights.optional_vector(bias_name, len(weight))
+            self.emit(LayerNorm(source, target, weight, bias, epsilon, full, bias_name))
         else:
-            self.emit(RMSNorm(source, target, weight, epsilon))
+            self.emit(RMSNorm(source, target, weight, epsilon, full))
 
     def head_norm(self, name: str, target: str, head_dim: int) -> None:
         """A norm of every head by itself, all with the same weights."""
-        weight = self.weights.vector(f"{self.prefix}{name}.weight", head_dim)
-        self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon))
+        full = f"{self.prefix}{name}.weight"
+        weight = self.weights.vector(full, head_dim)
+        self.emit(RMSNorm(target, target, weight, self.config.norm_epsilon, full))
 
     def head_norms(self, name: str, target: str, n_heads: int) -> None:
         """A norm of every head by itself, each with weights of its own; nothing without tensor."""
         full, head_dim = f"{self.prefix}{name}.weight", self.buffers[target] // n_heads
         if self.weights.has(full):
             weight = self.weights.table(full, n_heads, head_dim)
-            self.emit(LayerNorm(target, target, weight, None, self.config.norm_epsilon))
+            self.emit(LayerNorm(target, target, weight, None, self.config.norm_epsilon, full))
 
     def linear(
         self, name: str, source: str, target: str, n_rows: int, n_columns: int | None = None
@@ -160,13 +162,14 @@ class Blocks:
         """As `linear`, for a matrix that holds several, one after the other."""
         full = f"{self.prefix}{name}"
         parts = self.weights.split_matrix(f"{full}.weight", sizes, self.buffers[source])
-        for target, part in zip(targets, parts, strict=True):
-            self._matmul(part, source, target)
+        for target, matrix in zip(targets, parts, strict=True):
+            self._matmul(matrix, source, target)
         bias = self.weights.optional_vector(f"{full}.bias", sum(sizes))
         if bias is not None:
             first = 0
             for target, size in zip(targets, sizes, strict=True):
-                self.emit(AddBias(target, bias[first : first + size]))
+                part = bias[first : first + size]
+                self.emit(AddBias(target, part, f"{full}.bias", first))
                 first += size
 
     def qkv(self, source: str = "normed") -> None:
@@ -251,7 +254,7 @@ class Blocks:
             self.emit(ExpertMatMul(source, target, routes, n, matrices, f"{name}.weight"))
             if self.weights.has(f"{name}.bias"):
                 biases = self.weights.table(f"{name}.bias", e.n_experts, n_rows)
-                self.emit(ExpertBias(target, routes, n, biases))
+                self.emit(ExpertBias(target, routes, n, biases, f"{name}.bias"))
 
         if self.weights.has(f"{self.prefix}ffn_gate_up_exps.weight"):
             self._fused_experts(e, routes, gate, up)
@@ -282,9 +285,10 @@ class Blocks:
         self.emit(MatMul(source, target, matrix))
 
     def _bias(self, name: str, target: str, size: int) -> None:
-        bias = self.weights.optional_vector(f"{self.prefix}{name}.bias", size)
+        full = f"{self.prefix}{name}.bias"
+        bias = self.weights.optional_vector(full, size)
         if bias is not None:
-            self.emit(AddBias(target, bias))
+            self.emit(AddBias(target, bias, full))
 
     def _fused_experts(self, experts: Experts, routes: str, gate: str, up: str) -> None:
         """The experts' gate and up from one tensor, each expert's gate before its up."""

@@ -14,16 +14,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gguf_tools.calibration_file import CalibrationFile
+from gguf_tools.feedback.moments import Moments
 from gguf_tools.quants.quanttype import Bytes
 from runtime.layerwise import LayerwiseModel
+from runtime.program import Floats
 from runtime.quality.attention_moments import AttentionMoments, find_attention
 from runtime.quality.evaluation import Ids, with_bos
 from runtime.quality.first_tokens import FirstTokens
+from runtime.quality.foldable import Group, foldable_groups
 from runtime.quality.moments import (
     FEW,
     SHRINK,
     Collector,
     Inputs,
+    Key,
     Sums,
     in_passes,
     shared_inputs,
@@ -75,6 +79,7 @@ class Calibration:
         chosen = windows.reshape(-1)[:: -(-windows.size // FIRST_TOKENS)] if bos is None else [bos]
         self._firsts = np.concatenate([model.embed([token]) for token in chosen])
         self._alone = FirstTokens(model.program)
+        self._foldable: list[Group] = foldable_groups(model.program) if rounding.scales else []
 
     def run(self, work: CalibrationFile) -> Iterator[Step]:
         """Add to the work file the layers that it has not yet."""
@@ -86,8 +91,8 @@ class Calibration:
             layer = _Layer(index)
             for share in self._calibrate(layer):
                 yield Step(index + share, self._n_layers)
-            types = self._rounding.types
-            tensors = [(name, types[name], blocks) for name, blocks in layer.blocks.items()]
+            type_of = self._rounding.type_of
+            tensors = [(name, type_of(name), blocks) for name, blocks in layer.blocks.items()]
             work.append(tensors, {"unseen": layer.unseen, "few": layer.few})
 
     def _calibrate(self, layer: _Layer) -> Iterator[float]:
@@ -99,15 +104,35 @@ class Calibration:
         ]
         whole = self._rounding.needs_moments
         passes = list(in_passes(groups, MOMENTS_BYTES)) if whole and groups else [groups]
+        rounding = self._rounding
+        if len(passes) > 1 and rounding.scales:  # no pass knows all that scales depend on
+            collector = Collector(groups)
+            yield from (0.0 for _ in self._read(layer.index, collector, None, onward=False))
+            rounding = self._scaled(layer, groups, collector)
         for number, chosen in enumerate(passes):
             collector = Collector(chosen, whole=whole)
             attention = self._attention(layer.index, chosen) if whole else None
             onward = number == len(passes) - 1
             for share in self._read(layer.index, collector, attention, onward=onward):
                 yield (number + share / 2) / len(passes)
+            if len(passes) == 1 and rounding.scales:
+                rounding = self._scaled(layer, groups, collector)
             for place, group in enumerate(chosen, 1):
-                self._round(layer, group, collector.sums[group.members[0]], attention)
+                sums = collector.sums[group.members[0]]
+                self._round(layer, rounding, group, sums, attention)
                 yield (number + 0.5 + place / len(chosen) / 2) / len(passes)
+        for name in sorted(rounding.factors.keys() - rounding.types.keys()):  # norms, biases...
+            rounding.round((name, None), Known(None), layer.blocks)
+
+    def _scaled(self, layer: _Layer, groups: Sequence[Inputs], collector: Collector) -> Rounding:
+        """How the layer is rounded, its channels scaled."""
+        importance: dict[Key, Floats] = {}
+        for group in groups:
+            sums = collector.sums[group.members[0]]
+            if sums.importance is not None and sums.n_tokens >= FEW:
+                importance |= dict.fromkeys(group.members, sums.importance)
+        foldable = [group for group in self._foldable if group.layer == layer.index]
+        return self._rounding.scaled(foldable, importance)
 
     def _read(
         self,
@@ -140,21 +165,32 @@ class Calibration:
         return AttentionMoments(self._model.program, index, found, room=MOMENTS_BYTES)
 
     def _round(
-        self, layer: _Layer, group: Inputs, sums: Sums, attention: AttentionMoments | None
+        self,
+        layer: _Layer,
+        rounding: Rounding,
+        group: Inputs,
+        sums: Sums,
+        attention: AttentionMoments | None,
     ) -> None:
         """Round the matrices that have these inputs."""
-        moments = None
+
+        def moments_of(sum_: Floats, share: float) -> Moments:
+            return Moments(rounding.divided(group.members[0], shrunk(sum_, share)))
+
+        importance, moments = sums.importance, None
+        if importance is not None:
+            importance = rounding.divided(group.members[0], importance)
         for name, index in group.members:
-            if name not in self._rounding.types:
+            if name not in rounding.types:
                 continue
             if index is not None and sums.n_tokens < FEW:
                 told = layer.few if sums.n_tokens else layer.unseen
                 told.append(f"{name}[{index}]")
-            known = Known(sums.importance)
+            known = Known(importance)
             by_heads = attention.of(name) if attention is not None else None
             if by_heads is not None:
-                known = Known(sums.importance, tuple(shrunk(h, SHRINK) for h in by_heads))
+                known = Known(importance, tuple(moments_of(h, SHRINK) for h in by_heads))
             elif sums.weighted is not None:
-                moments = sums.moments() if moments is None else moments
-                known = Known(sums.importance, (moments,))
-            self._rounding.round((name, index), known, layer.blocks)
+                moments = moments or moments_of(sums.weighted, sums.shrinking)
+                known = Known(importance, (moments,))
+            rounding.round((name, index), known, layer.blocks)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gguf_tools.errors import FormatError, printable
 from runtime.program import (
     ExpertMatMul,
     Floats,
@@ -116,10 +117,10 @@ class Sums:
         importance: Floats = self.squares / np.float32(self.n_tokens)
         return importance
 
-    def moments(self) -> Floats:
-        """(n_columns, n_columns), shrunk; the diagonal alone where few tokens came."""
-        assert self.weighted is not None
-        return shrunk(self.weighted, SHRINK if self.n_tokens >= FEW else 1.0)
+    @property
+    def shrinking(self) -> float:
+        """How far the moments are shrunk: to the diagonal where few tokens came."""
+        return SHRINK if self.n_tokens >= FEW else 1.0
 
 
 class Collector:
@@ -149,13 +150,23 @@ class Collector:
 
         What is not needed any more is forgotten.
         """
-        for sums in self.sums.values():
+        for key, sums in self.sums.items():
+            _check_finite(key, sums)
             if sums.text is not None:
                 sums.text *= np.float32(1 / n_tokens)
                 if sums.first is not None:
                     sums.first *= np.float32(SINK / n_first)
                     sums.text += sums.first
             sums.weighted, sums.text, sums.first = sums.text, None, None
+
+
+def _check_finite(key: Key, sums: Sums) -> None:
+    first = 0.0 if sums.first is None else np.trace(sums.first)
+    if not np.isfinite(sums.squares).all() or not np.isfinite(first):
+        raise FormatError(
+            f"tensor {printable(key[0])} is multiplied with what is no number (NaN or infinity): "
+            "the model's weights are damaged, or too large for this computation"
+        )
 
 
 def _added(sum_: Floats | None, inputs: Floats) -> Floats:

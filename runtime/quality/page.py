@@ -11,6 +11,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -83,7 +84,8 @@ def write_page(path: Path, page: str) -> None:
             file.write(page)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            part.unlink(missing_ok=True)
         raise OutputError(
             f"{printable(path, limit=1000)}: cannot be written: {error.strerror or error}"
         ) from error

@@ -23,9 +23,9 @@ from runtime.quality.answers import Answers
 from runtime.quality.product_errors import Inputs, ProductErrors, product_errors
 from runtime.quality.trial_types import TrialTypes
 
-WINDOW = 256  # tokens
+WINDOW = 128  # tokens: texts differ more than places in one, so that many short ones say more
 # What measuring may take, about: tokens times weights that they are multiplied with.
-WORK = 8e12
+WORK = 20e12
 LEAST_TOKENS, MOST_TOKENS = 256, 2048
 LEAST_GROUPS = 4  # of the layers, however large the model is
 ANSWER_BYTES = 384 << 20  # of the source's answers that are kept to be held against
@@ -97,16 +97,17 @@ class Sensitivity:
         costs: dict[str, dict[str, float]] = {}
         for number, group in enumerate(groups, 2):
             self._trial.types = {name: tried[name] for name in group.names}
-            total = 0.0
-            for window, answer in enumerate(answers):
-                x = states[max(group.layer, 0)][window]
-                if group.layer < 0:
-                    x = self._model.embed(windows[window].tolist())
-                for layer in range(max(group.layer, 0), self._n_layers):
-                    x = self._model.layer(layer, x)
-                total += float(answer.divergences(self._model.head(x[scored])).mean())
+            hidden = states[max(group.layer, 0)]
+            if group.layer < 0:
+                hidden = [self._model.embed(ids.tolist()) for ids in windows]
+            for layer in range(max(group.layer, 0), self._n_layers):
+                hidden = [self._model.layer(layer, x) for x in hidden]
+            kl = [
+                answer.divergences(self._model.head(x[scored])).mean()
+                for answer, x in zip(answers, hidden, strict=True)
+            ]
             self._trial.forget()
-            costs |= shared_costs(group, total / len(answers), tried, errors)
+            costs |= shared_costs(group, float(np.mean(kl)), tried, errors)
             yield Step(number, 1 + len(groups))
         self._trial.types = {}
         yield Costs(costs)

@@ -147,7 +147,7 @@ TENSOR_WAYS = [
 @pytest.mark.parametrize(("name", "capability"), TENSOR_WAYS, ids=str)
 def test_tensor_cores(name: str, capability: tuple[int, int]) -> None:
     """The instructions of each generation, over columns that share a scale; machine code."""
-    way = way_of_tiles(capability, name)
+    way = way_of_tiles(capability, name, 256)
     tiles = {**TILES, **TENSOR_TILES[way]}
     columns = BLOCKS[name].per_scale
     launch = product_launch(name, TILE, tiles)
@@ -157,6 +157,17 @@ def test_tensor_cores(name: str, capability: tuple[int, int]) -> None:
     text = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
     assert ptx.count(text) == ptx.count("mma.sync") == 4 * each
     assert "dp4a" not in ptx and "call" not in ptx
+    check_machine_code(ptx, capability)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("F16", (8, 0)), ("BF16", (12, 0))], ids=str)
+def test_tensor_cores_of_16_bits(name: str, capability: tuple[int, int]) -> None:
+    tiles = {**TILES, **TENSOR_TILES["ampere"]}
+    ptx = compiled(product_launch(name, TILE, tiles), capability)
+    kind = name.lower()
+    text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    assert ptx.count(text) == ptx.count("mma.sync") > 0
+    assert f"cvt.rn.{kind}x2.f32" in ptx and "call" not in ptx
     check_machine_code(ptx, capability)
 
 

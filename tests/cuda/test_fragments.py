@@ -67,6 +67,28 @@ def test_what_the_tensor_cores_are_given() -> None:
             assert [int(value) for value in made] == [expected[pair] for pair in pairs]
 
 
+def test_floats_of_16_bits() -> None:
+    """The same words are those of mma.m16n8k16 with .f16, two columns in each."""
+    rng = np.random.default_rng(8)
+    left = rng.integers(-9, 9, (16, 64)).astype(np.float16)
+    right = rng.integers(-9, 9, (8, 64)).astype(np.float16)
+    words, others = np.zeros((16, tensor.WORDS), np.int32), np.zeros((8, tensor.WORDS), np.int32)
+    words[:, :32], others[:, :32] = left.view(np.int32), right.view(np.int32)
+    found_left, found_right = np.zeros((16, 16)), np.zeros((8, 16))
+    for lane in LANES:
+        group, member = lane >> 2, lane % 4
+        at = group * tensor.WORDS + 16 + member  # columns from 32 on
+        a = np.array(tensor.rows_32(words.reshape(-1), at), np.int32).view(np.float16)
+        b = np.array(tensor.tokens_32(others.reshape(-1), at), np.int32).view(np.float16)
+        for i in range(8):
+            row = group if i < 2 or 4 <= i < 6 else group + 8
+            found_left[row, member * 2 + (i & 1) + (8 if i >= 4 else 0)] = a[i]
+        for i in range(4):
+            found_right[group, member * 2 + (i & 1) + (8 if i >= 2 else 0)] = b[i]
+    assert np.array_equal(found_left, left[:, 32:48])
+    assert np.array_equal(found_right, right[:, 32:48])
+
+
 def tile(name: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
     """64 rows times 64 tokens as the warps of a block make it, (tokens, rows)."""
     form = BLOCKS[name]

@@ -45,6 +45,16 @@ def to_half(value):
         return np.float32(value).astype(np.float16).view(np.uint16)
 
 
+def two_halves(low, high):
+    """The bits of the nearest float16 of both; low in the low half of the word."""
+    return _wrapped(int(to_half(low)) | int(to_half(high)) << 16)
+
+
+def two_bfloats(low, high):
+    """The bits of the nearest bfloat16 of both."""
+    return _wrapped(_bfloat(low) | _bfloat(high) << 16)
+
+
 def as_float(bits):
     """The float32 of these bits."""
     return np.float32(struct.unpack("<f", struct.pack("<I", _unsigned(bits)))[0])
@@ -84,6 +94,11 @@ def load1(array, at):
     return struct.unpack_from("<B", array, at)[0]
 
 
+def _bfloat(value):
+    bits = int(np.float32(value).view(np.uint32))
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
+
+
 def _int8s(word):
     return _BYTES.unpack(_UNSIGNED.pack(int(word) & LOW_32))
 
@@ -111,6 +126,10 @@ CONVERSIONS = {  # PTX, its operands, the types of argument and result
     to_half: ("cvt.rn.f16.f32 $0, $1;", "=h,f", types.float32, types.uint16),
     as_float: ("mov.b32 $0, $1;", "=f,r", types.int32, types.float32),
     nearest: ("cvt.rni.s32.f32 $0, $1;", "=r,f", types.float32, types.int32),
+}
+PAIRS = {
+    two_halves: "cvt.rn.f16x2.f32 $0, $2, $1;",
+    two_bfloats: "cvt.rn.bf16x2.f32 $0, $2, $1;",
 }
 LOADS = {  # PTX and its operands
     load16: ("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l"),
@@ -155,6 +174,19 @@ def _conversion(function, form, intrinsic, overload):
         return lambda value: emitted(source(value))
 
 
+def _pair(function, text, intrinsic, overload):
+    @intrinsic
+    def emitted(typingctx, low, high):
+        def generate(context, builder, signature, arguments):
+            return _assembly(builder, text, "=r,f,f", _WORD, arguments)
+
+        return types.int32(types.float32, types.float32), generate
+
+    @overload(function)
+    def typed(low, high):
+        return lambda low, high: emitted(types.float32(low), types.float32(high))
+
+
 def _load(function, form, intrinsic, overload, cgutils):
     text, constraints = form
     n_words = constraints.count("=")
@@ -193,5 +225,7 @@ if not config.ENABLE_CUDASIM:
         _on_words(_operation, _text, intrinsic, overload)
     for _converter, _conversion_form in CONVERSIONS.items():
         _conversion(_converter, _conversion_form, intrinsic, overload)
+    for _packer, _text in PAIRS.items():
+        _pair(_packer, _text, intrinsic, overload)
     for _loader, _load_form in LOADS.items():
         _load(_loader, _load_form, intrinsic, overload, cgutils)

@@ -11,6 +11,10 @@ each other, and each lane holds words of 4 bytes: of group = lane // 4 and membe
 lane)` takes the words of 32 columns as (row, row + 8, the same of the next 16), (token, the next),
 or of 16 columns half of them, and gives the four products: row with both tokens, row + 8 with both.
 The Python body is what the simulator runs.
+
+Of float16 and bfloat16 a word holds two, and 32 bytes are 16 columns: the lanes' words are the same
+ones (mma.m16n8k16 with .f16 and .bf16). `multiply_add(rows, tokens, sums, lane)` adds the products
+to four float32.
 """
 
 from typing import Any
@@ -18,12 +22,15 @@ from typing import Any
 from llvmlite import ir
 from numba import config, cuda, types
 
-from runtime.kernels.cuda.primitives import dp4a
+from runtime.kernels.cuda.primitives import as_float, dp4a, half
 
 ALL = 0xFFFFFFFF
 _WORD = ir.IntType(32)
 
 _INT8 = "row.col.s32.s8.s8.s32"
+_HALF = "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+HALVES = f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {_HALF}"
+BFLOATS = f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {_HALF}"
 _8_ROWS = f"mma.sync.aligned.m8n8k16.{_INT8}"
 AMPERE_16 = (
     f"mma.sync.aligned.m16n8k16.{_INT8} {{$0,$1,$2,$3}}, {{$4,$5}}, {{$6}}, {{$7,$7,$7,$7}};"
@@ -51,13 +58,13 @@ def _make_multiply(text: str, n_words: int) -> Any:
         group, member = lane // 4, lane % 4
         mine = [cuda.shfl_sync(ALL, rows, 4 * group + i) for i in range(4)]
         products = []
-        for half in range(2):
+        for side in range(2):
             for token in (2 * member, 2 * member + 1):
                 theirs = [cuda.shfl_sync(ALL, tokens, 4 * token + i) for i in range(4)]
                 total = 0
                 for i in range(4):
                     for j in range(n_words):
-                        total = dp4a(mine[i][2 * j + half], theirs[i][j], total)
+                        total = dp4a(mine[i][2 * j + side], theirs[i][j], total)
                 products.append(total)
         return tuple(products)
 
@@ -100,4 +107,82 @@ MULTIPLY = {  # by the GPU's generation and the columns at a time
     ("ampere", 32): _make_multiply(AMPERE_32, 2),
     ("turing", 16): _make_multiply(TURING_16, 1),
     ("turing", 32): _make_multiply(TURING_32, 2),
+}
+
+
+def _low_half(word):
+    return half(word & 0xFFFF)
+
+
+def _high_half(word):
+    return half(word >> 16 & 0xFFFF)
+
+
+def _low_bfloat(word):
+    return as_float(word << 16)
+
+
+def _high_bfloat(word):
+    return as_float(word & -65536)
+
+
+def _make_multiply_add(text: str, low: Any, high: Any) -> Any:
+    """The same of words of two floats."""
+
+    def multiply_add(rows, tokens, sums, lane):
+        group, member = lane // 4, lane % 4
+        mine = [cuda.shfl_sync(ALL, rows, 4 * group + i) for i in range(4)]
+        made = []
+        for row in range(2):
+            for j, token in enumerate((2 * member, 2 * member + 1)):
+                theirs = [cuda.shfl_sync(ALL, tokens, 4 * token + i) for i in range(4)]
+                total = sums[2 * row + j]
+                for i in range(4):
+                    for n in range(2):
+                        a, b = mine[i][2 * n + row], theirs[i][n]
+                        total += low(a) * low(b) + high(a) * high(b)
+                made.append(total)
+        return tuple(made)
+
+    if config.ENABLE_CUDASIM:
+        return cuda.jit(device=True)(multiply_add)
+    _emit_add(multiply_add, text)
+    return multiply_add
+
+
+def _emit_add(multiply_add: Any, text: str) -> None:
+    from numba.cuda import cgutils
+    from numba.cuda.extending import intrinsic, overload
+
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    given = (
+        types.UniTuple(types.int32, 4),
+        types.UniTuple(types.int32, 2),
+        types.UniTuple(types.float32, 4),
+    )
+
+    @intrinsic
+    def emitted(typingctx, rows, tokens, sums):
+        def generate(context, builder, signature, arguments):
+            parts = [
+                builder.extract_value(argument, i)
+                for argument, kind in zip(arguments, given, strict=True)
+                for i in range(kind.count)
+            ]
+            result = ir.LiteralStructType([ir.FloatType()] * 4)
+            kind = ir.FunctionType(result, [part.type for part in parts])
+            assembly = ir.InlineAsm(kind, text, constraints, side_effect=True)
+            made = builder.call(assembly, parts, attrs=("convergent",))
+            return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
+
+        return types.UniTuple(types.float32, 4)(*given), generate
+
+    @overload(multiply_add)
+    def typed(rows, tokens, sums, lane):
+        return lambda rows, tokens, sums, lane: emitted(rows, tokens, sums)
+
+
+MULTIPLY_ADD = {
+    "F16": _make_multiply_add(HALVES, _low_half, _high_half),
+    "BF16": _make_multiply_add(BFLOATS, _low_bfloat, _high_bfloat),
 }

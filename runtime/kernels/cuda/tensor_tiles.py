@@ -1,22 +1,27 @@
 """The products of tiles.py on tensor cores: int8 in, int32 out, a warp for 32 rows and 16 tokens.
 
 A block makes the same 64 x 64 results of the same tiles. Columns are multiplied 32 at a time where
-32 weights share a scale, else 16 (tensor_cores.py); then a lane scales its products.
+32 weights share a scale, else 16 (tensor_cores.py); then a lane scales its products. Weights of
+16 bits are multiplied as they are, with activations rounded to the same format: rows must begin
+where 16 bytes can be loaded.
 """
 
 from typing import Any
 
+import numpy as np
 from numba import cuda, types
 from numpy import float32
 
 from gguf_tools.jit import jit
+from runtime.kernels.cuda.primitives import as_float, load16, two_bfloats, two_halves
 from runtime.kernels.cuda.products import BLOCKS
-from runtime.kernels.cuda.tensor_cores import MULTIPLY
+from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD
 from runtime.kernels.cuda.tiles import (
     ALL_RUNS,
     ROWS,
     RUNS,
     STEP,
+    THREADS,
     TOKENS,
     Tiles,
     make_loader,
@@ -27,6 +32,8 @@ from runtime.kernels.cuda.unpacking import Unpacking
 WORDS = STEP // 4 + 4  # of a row in shared memory: the lanes of a fragment are in 32 banks
 ALL_WORDS = ROWS * WORDS
 GENERATIONS = ("ampere", "turing")
+HALVES = STEP // 2  # columns of 16 bits at a time
+LARGEST_HALF = np.float32(65504)
 
 
 @jit
@@ -158,6 +165,78 @@ def _tensor_tile(name: str, unpacking: Unpacking, generation: str) -> Any:
     return tile
 
 
+@jit
+def packed_halves(low, high):
+    """Two activations as float16; what is too large becomes the largest."""
+    low = max(min(low, LARGEST_HALF), -LARGEST_HALF)
+    high = max(min(high, LARGEST_HALF), -LARGEST_HALF)
+    return two_halves(low, high)
+
+
+@jit
+def packed_bfloats(low, high):
+    return two_bfloats(low, high)
+
+
+def _half_tile(name: str, packed: Any) -> Any:
+    multiply_add = MULTIPLY_ADD[name]
+
+    @cuda.jit(device=True)
+    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+        weights = cuda.shared.array(ALL_WORDS, types.int32)
+        others = cuda.shared.array(ALL_WORDS, types.int32)
+        sums = cuda.local.array((4, 4), types.float32)
+        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+        first_row, first_token, row, token, column, pair = places(warp, lane)
+        block_row = cuda.blockIdx.x * ROWS
+        is_needed = block_row + first_row < n_rows and y_at[first_token] >= 0
+        for i in range(4):
+            for j in range(4):
+                sums[i, j] = float32(0)
+        for start in range(0, k, HALVES):
+            # Eight columns at a time, of a row and of a token.
+            for item in range(cuda.threadIdx.x, ROWS * HALVES // 8, THREADS):
+                line, here = item // (HALVES // 8), start + 8 * (item % (HALVES // 8))
+                at = line * WORDS + 4 * (item % (HALVES // 8))
+                a, b, c, d = 0, 0, 0, 0
+                if block_row + line < n_rows and here < k:
+                    a, b, c, d = load16(w, base + (block_row + line) * row_bytes + 2 * here)
+                weights[at], weights[at + 1] = a, b
+                weights[at + 2], weights[at + 3] = c, d
+                a, b, c, d = 0, 0, 0, 0
+                if x_at[line] >= 0 and here < k:
+                    e, f, g, h = load16(xq, 4 * (x_at[line] + here))
+                    a, b = packed(as_float(e), as_float(f)), packed(as_float(g), as_float(h))
+                    e, f, g, h = load16(xq, 4 * (x_at[line] + here) + 16)
+                    c, d = packed(as_float(e), as_float(f)), packed(as_float(g), as_float(h))
+                others[at], others[at + 1] = a, b
+                others[at + 2], others[at + 3] = c, d
+            cuda.syncthreads()
+            if is_needed:
+                for at in range(column, HALVES // 2, 8):
+                    near = tokens_32(others, token * WORDS + at)
+                    far = tokens_32(others, (token + 8) * WORDS + at)
+                    for m in range(2):
+                        mine = rows_32(weights, (row + 16 * m) * WORDS + at)
+                        for n in range(2):
+                            products = (
+                                sums[2 * m, 2 * n],
+                                sums[2 * m, 2 * n + 1],
+                                sums[2 * m + 1, 2 * n],
+                                sums[2 * m + 1, 2 * n + 1],
+                            )
+                            theirs = near if n == 0 else far
+                            products = multiply_add(mine, theirs, products, lane)
+                            sums[2 * m, 2 * n] = products[0]
+                            sums[2 * m, 2 * n + 1] = products[1]
+                            sums[2 * m + 1, 2 * n] = products[2]
+                            sums[2 * m + 1, 2 * n + 1] = products[3]
+            cuda.syncthreads()
+        store(sums, y, y_at, n_rows, row, pair)
+
+    return tile
+
+
 @cuda.jit(device=True)
 def store(sums, y, y_at, n_rows, row, pair):
     """What a lane has of 32 rows and 16 tokens."""
@@ -177,4 +256,7 @@ def _make(generation: str) -> dict[str, Tiles]:
 
 
 TENSOR_TILES = {generation: _make(generation) for generation in GENERATIONS}
+for _name, _packed in (("F16", packed_halves), ("BF16", packed_bfloats)):
+    _tiles = make_tiles(f"{_name}_ampere", _half_tile(_name, _packed))
+    TENSOR_TILES["ampere"][_name] = _tiles
 assert ROWS == TOKENS == 64  # eight warps: two of rows, four of tokens

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numba import config, cuda
 
 from gguf_tools.quants import by_name
 from runtime.backends import cuda_check
@@ -15,7 +16,11 @@ from tests.cuda.device.check_formats import product
 from tests.programs import mixture, random_matrix
 
 CAPABILITIES = {"ampere": (8, 0), "turing": (7, 5)}
-WAYS = [("ampere", name) for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")] + [("turing", "Q5_1")]
+WAYS = [("ampere", name) for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")] + [
+    ("turing", "Q5_1"),
+    ("ampere", "F16"),
+    ("ampere", "BF16"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +29,17 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check, "_verdicts", {})
 
 
+def need(generation: str) -> None:
+    """Skip what the GPU has not; the simulator has everything."""
+    found = cuda.get_current_device().compute_capability
+    if not config.ENABLE_CUDASIM and (found[0], found[1]) < CAPABILITIES[generation]:
+        pytest.skip(f"this GPU has no tensor cores like {generation}'s")
+
+
 @pytest.mark.parametrize(("generation", "name"), WAYS)
 def test_the_same_as_without(generation: str, name: str, rng: np.random.Generator) -> None:
     """A short last step of columns, two warps of rows and all of tokens, and edges of both."""
+    need(generation)
     matrix = random_matrix(rng, 35, 256 if by_name(name).block_size == 256 else 160, name)
     assert cuda_check.why_wrong(TENSOR_TILES[generation][name], TILES[name], matrix) == ""
 
@@ -39,6 +52,7 @@ def prompt(program: Program, capability: tuple[int, int]) -> tuple[np.ndarray, t
 
 @pytest.mark.parametrize("generation", CAPABILITIES)
 def test_a_prompt(generation: str, rng: np.random.Generator) -> None:
+    need(generation)
     program = product("Q4_1", 6, 64, rng)
     (plain, _), (fast, notes) = prompt(program, (6, 1)), prompt(program, CAPABILITIES[generation])
     assert notes == ()
@@ -47,6 +61,7 @@ def test_a_prompt(generation: str, rng: np.random.Generator) -> None:
 
 
 def test_experts(rng: np.random.Generator) -> None:
+    need("ampere")
     program = mixture(rng, dim=32, ffn_dim=64, n_experts=3, n_used=2, quant="Q4_1")
     (plain, _), (fast, notes) = prompt(program, (6, 1)), prompt(program, (9, 0))
     assert notes == () and np.abs(fast - plain).max() <= INT8 * np.abs(plain).max()
