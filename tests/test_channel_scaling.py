@@ -13,9 +13,10 @@ from gguf_tools.recipes import find_file_type
 from gguf_tools.self_check import Source
 from runtime.model import Model
 from runtime.program import Floats
-from runtime.quality.channel_scaling import MOST, Reader, find_factors, find_scale, sampled
+from runtime.quality.channel_scaling import MOST, Factors, Reader, find_factors, find_scale, sampled
 from runtime.quality.foldable import Columns, Elements, Group, Rows
-from runtime.quality.rounding import Known
+from runtime.quality.rounding import Rounding
+from runtime.sources import PlannedWeights
 from tests.checkpoints import STORIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,17 +130,19 @@ def test_factors_of_vectors_stacks_and_their_biases() -> None:
     assert np.array_equal(found["down"].apply(ones["down"][3:7], 3), expected["down"][3:7])
 
 
-def test_what_is_known_of_inputs_is_scaled_with_them() -> None:
+def test_moments_of_inputs_are_scaled_with_them() -> None:
     inputs = np.random.default_rng(6).normal(size=(50, 8)).astype(np.float32)
-    columns = np.exp(np.random.default_rng(7).normal(size=8)).astype(np.float32)
-    known = Known((inputs**2).mean(axis=0), (inputs.T @ inputs, 2 * inputs.T @ inputs))
-    got = known.of_scaled(columns)
-    divided = inputs / columns
-    assert got.importance is not None
-    assert np.allclose(got.importance, (divided**2).mean(axis=0), rtol=1e-5)
-    for moments, factor in zip(got.moments, (1, 2), strict=True):
-        assert np.allclose(moments, factor * divided.T @ divided, rtol=1e-4, atol=1e-4)
-    assert Known(None).of_scaled(columns).importance is None
+    columns = np.exp(np.random.default_rng(7).normal(size=(2, 8))).astype(np.float32)
+    factors = {"a_exps": Factors(np.ones(8, np.float32), columns)}
+    nothing = PlannedWeights(Path(), (), {})
+    rounding = Rounding(nothing, {}, "best", 1, factors=factors)
+    for index in (0, 1):
+        divided = inputs / columns[index]
+        squares = rounding.divided(("a_exps", index), (inputs**2).mean(axis=0))
+        assert np.allclose(squares, (divided**2).mean(axis=0), rtol=1e-5)
+        moments = rounding.divided(("a_exps", index), inputs.T @ inputs)
+        assert np.allclose(moments, divided.T @ divided, rtol=1e-4, atol=1e-4)
+    assert rounding.divided(("another", None), squares) is squares
 
 
 def made_by(method: str, text: Path, target: Path) -> Path:

@@ -220,6 +220,19 @@ def test_a_wrong_tensor_of_a_layer_that_is_not_run(
     assert problem.startswith("the blk.2.") and "a sample of its rows is" in problem
 
 
+def test_weights_that_were_scaled_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels scaled by a calibration make other weights of the same function."""
+    path = tmp_path / "x.gguf"
+    options = ("--calibrate", "default", "--method", "awq", "--calibrate-windows", "4")
+    done = run_convert(tmp_path, STORIES, "--type", "Q4_0", "-o", path, "--no-check", *options)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("runtime.logits_check.WHOLE_WEIGHTS", 1000)
+    found = logits_finding(STORIES, path)
+    assert found.problems == () and "rows of" not in found.text
+
+
 @pytest.mark.parametrize("file_type", ["F16", "Q4_0"])
 def test_nothing_is_compiled_for_the_check(
     file_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

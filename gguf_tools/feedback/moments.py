@@ -70,28 +70,10 @@ def prepare(moments: Floats, levels: Levels) -> Feedback:
     Damping of 0.01 of the mean diagonal keeps U bounded; columns that had no data get it alone.
     More is added, tenfold each time, while the matrix is not positive definite.
     """
+    n = len(moments)
     order = order_columns(moments.diagonal(), levels)
-    ordered = moments[np.ix_(order, order)].astype(np.float64)
-    n = len(ordered)
-    diagonal = ordered.diagonal().copy()
-    mean = diagonal.mean()
-    if mean > 0:
-        ordered /= mean
-    else:
-        ordered = np.eye(n)
-    damping = DAMPING
-    diagonal = ordered.diagonal().copy()
-    while True:
-        np.fill_diagonal(ordered, diagonal + damping)
-        try:
-            # H = R R^T with R upper triangular is the Cholesky factor from the other end; U = R^-1.
-            factor: Array = np.linalg.cholesky(ordered[::-1, ::-1])
-            upper = invert_upper(factor[::-1, ::-1])
-            break
-        except np.linalg.LinAlgError:
-            damping *= 10
-            if damping > MOST_DAMPING:
-                raise ValueError("second moments are far from positive definite") from None
+    # Nothing but the factor is kept: of a wide matrix each of these is half a gigabyte.
+    upper = invert_upper(factor_from_the_end(moments[np.ix_(order, order)].astype(np.float64)))
     group, n_groups = levels.group, n // levels.group
     strips = upper.reshape(n, n_groups, group).transpose(1, 0, 2)
     pivots = 1 / upper.diagonal()
@@ -105,6 +87,28 @@ def prepare(moments: Floats, levels: Levels) -> Feedback:
         pivots.astype(np.float32),
         ones.reshape(n).astype(np.float32),
     )
+
+
+def factor_from_the_end(moments: Doubles) -> Doubles:
+    """R, upper triangular, with R R^T = moments / mean of the diagonal, damped; U is its inverse.
+
+    `moments` is not as it was afterwards.
+    """
+    mean = moments.diagonal().mean()
+    if mean > 0:
+        moments /= mean
+    else:
+        moments = np.eye(len(moments))
+    diagonal = moments.diagonal().copy()
+    damping = DAMPING
+    while damping <= MOST_DAMPING:
+        np.fill_diagonal(moments, diagonal + damping)
+        try:
+            factor: Array = np.linalg.cholesky(moments[::-1, ::-1])
+            return factor[::-1, ::-1]
+        except np.linalg.LinAlgError:
+            damping *= 10
+    raise ValueError("second moments are far from positive definite")
 
 
 def order_columns(diagonal: Floats, levels: Levels) -> Order:

@@ -99,11 +99,11 @@ def test_attention_over_several_chunks(rng: np.random.Generator) -> None:
     assert worst(program, (130, 1), n_ctx=140) <= FLOAT
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (4, 2, 40, 72)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("shape", [(1, 1, 16, 16), (2, 1, 40, 36)], ids=["narrow", "wide"])
 def test_a_cache_of_8_bits(shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     """Near the reference; and what attention makes of the very numbers that the cache keeps."""
     program = attention_program(shape, rng, window=5, sinks=True)
-    assert worst(program, (9, 1), n_ctx=600, kv_type="q8_0") <= INT8
+    assert worst(program, (9, 1), n_ctx=300, kv_type="q8_0") <= INT8
     step = next(step for step in program.layers[0] if isinstance(step, Attend))
     stage, memory = whole(program), DeviceMemory()
     room = make_room(stage, memory, n_ctx=16, n_batch=9, kv_type="q8_0")
