@@ -162,9 +162,13 @@ def measure(
     """
     run.use_threads(threads)
     parts: list[Differences] = []
+    places = _compared_positions(len(run.read[0]))
+    compared: list[Floats] = []  # the file's answers at these places of the first window
     with run.run_as(file) as model:
         for ids, window, expected in zip(run.read, run.windows, run.ends, strict=True):
             found = run_layers(model, model.embed(ids))
+            if not compared:
+                compared.append(log_probabilities(model.head(found[places])))
             parts += _compare(run.model, expected, model, found, window)
     apart = distance(parts)
     said = perplexity(np.concatenate([part.nll for part in parts]))
@@ -186,18 +190,21 @@ def measure(
     n_tried = TRIED if run.n_weights <= SMALL else TRIED_LARGE
     if sheet.is_cliff:
         n_tried = TRIED_ON_CLIFF
-    return replace(sheet, costs=costs(run, file, n_tried))
+    return replace(sheet, costs=costs(run, file, n_tried, compared[0]))
 
 
-def costs(run: SourceRun, file: Source, n_tried: int) -> tuple[Cost, ...]:
-    """What the tensors that are likely to cost most do cost, each alone, the largest first."""
+def costs(run: SourceRun, file: Source, n_tried: int, compared: Floats) -> tuple[Cost, ...]:
+    """What the tensors that are likely to cost most do cost, each alone, the largest first.
+
+    `compared` has the file's log-probabilities at `_compared_positions` of the first window.
+    """
     estimates = dict(_estimates(run, file))
     likely = sorted(estimates, key=lambda name: (-estimates[name], name))[:n_tried]
     if not likely:
         return ()
     places = _compared_positions(len(run.read[0]))
     answers = log_probabilities(run.model.head(run.states[-1][places]))
-    everything = _divergence(run, file, set(file.tensors), answers, places)
+    everything = _mean_kl(answers, compared)
     found = []
     for name in likely:
         share = _divergence(run, file, {name}, answers, places) / max(everything, 1e-12)
@@ -260,7 +267,11 @@ def _divergence(
     with run.run_as(mixed, range(max(first, 0), n_layers)) as model:
         x = run.states[first] if first >= 0 else model.embed(run.read[0])
         log_q = log_probabilities(model.head(run_layers(model, x)[places]))
-    kl = (np.exp(answers) * (answers - log_q)).sum(axis=1, dtype=np.float64)
+    return _mean_kl(answers, log_q)
+
+
+def _mean_kl(log_p: Floats, log_q: Floats) -> float:
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
     return mean_of(kl).value
 
 
