@@ -106,6 +106,11 @@ def calibrate(
     # Refuses a path that cannot become the file, before the work of hours.
     GGUFWriter(output, metadata=plan.metadata, tensors=plan.specs, force=force)
     types = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_rounded(tensor)}
+    if not types:
+        raise GGUFError(
+            f"--calibrate has nothing to round: no matrix of a layer is quantised in a file of "
+            f"type {plan.file_type.name}; choose a --type with fewer bits"
+        )
     others = {}
     if settings.method in SCALING:
         others = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_plain(tensor)}

@@ -6,7 +6,7 @@ No more than a few bands are in memory, however large a tensor is.
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,6 +37,7 @@ from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.quants.multiples import keep_multiples
 from gguf_tools.safetensors_file import READABLE, Floats, LazyTensor
+from gguf_tools.values import MetadataValue
 from gguf_tools.vocab import read_vocab
 from gguf_tools.writer import GGUFWriter
 
@@ -113,13 +114,14 @@ def convert(
     threads: int,
     force: bool = False,
     begun: Callable[[Path], None] | None = None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path], Mapping[str, MetadataValue]] | None = None,
     journal: Journal | None = None,
 ) -> Generator[Progress, None, None]:
     """Write the file; what is yielded has been written. The file appears when all is done.
 
     `begun` is called with the file as soon as its metadata is there, which do not change any more;
-    `check` with the finished file before it gets its name; if one raises, no file is left.
+    `check` with the finished file before it gets its name: it gives what is put into the room that
+    the metadata has (RESERVE_KEY); if one raises, no file is left.
     With a journal, what an earlier run with the same inputs wrote is kept, and what this one wrote
     is kept for the next if it is stopped; an error then says so.
     """
@@ -140,7 +142,9 @@ def convert(
             if journal is not None:
                 journal.confirm_inputs()
             if check is not None:
-                check(writer.part)
+                found = check(writer.part)
+                if found:
+                    writer.fill_room(found)
     except GGUFError as error:
         if journal is None or not journal.kept:
             raise

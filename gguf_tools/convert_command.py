@@ -4,7 +4,7 @@ Everything heavy is imported inside: `--help` answers at once.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gguf_tools.losses import Losses
     from gguf_tools.overrides import Overrides
     from gguf_tools.plan import Plan
-    from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.values import MetadataValue
 
 # Options that leave the bytes of the output as they are; any other starts a conversion over.
 DECIDE_NO_BYTE = (
@@ -90,6 +90,24 @@ def convert(
             "--no-check",
             help="Leave out the self-check of the finished file: its tokenizer against the "
             "checkpoint's, its chat template, its logits against the source's weights.",
+        ),
+    ] = False,
+    quality: Annotated[
+        bool | None,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Measure what quantising costs: a short text, read by the file and by the "
+            "source's weights. The figures are shown, and kept in the file. By default of models "
+            "with less than 1 B parameters, as a part of the self-check.",
+            show_default=False,
+        ),
+    ] = None,
+    raise_cliff: Annotated[
+        bool,
+        typer.Option(
+            "--raise-cliff",
+            help="Where that shows a precision cliff, give the tensors that cost most more bits, "
+            "and convert again (twice at most).",
         ),
     ] = False,
     check_details: Annotated[
@@ -252,9 +270,19 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
     import time
+    from functools import partial
 
-    from gguf_tools.calibration import ROOM, read_settings, remove_work
+    from gguf_tools.calibration import ROOM, SCALING, read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
+    from gguf_tools.cliffs import (
+        ATTEMPTS,
+        ROOM_IN_FILE,
+        raised_types,
+        raising_lines,
+        request_sheet,
+        with_room,
+        with_types,
+    )
     from gguf_tools.conversion import plan_conversion, protect_input, refuse_output
     from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
@@ -271,9 +299,9 @@ def convert(
     from gguf_tools.quants.blocks import import_compilers
     from gguf_tools.reader import GGUFFile
     from gguf_tools.recipes import find_file_type
-    from gguf_tools.report import closing_rows, loss_notes, plan_lines
+    from gguf_tools.report import closing_rows, loss_notes, plan_lines, quality_rows
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
-    from gguf_tools.self_check import SelfCheck, Source
+    from gguf_tools.self_check import CliffFoundError, SelfCheck, Source
     from gguf_tools.target_bar import settle_with_bar
     from gguf_tools.target_options import read_target
     from gguf_tools.target_size import BEFORE
@@ -305,6 +333,15 @@ def convert(
     matrix = read_importance_matrix(imatrix) if imatrix is not None else None
     if lora_only and (matrix or overrides != NO_OVERRIDES):
         raise typer.BadParameter("--lora-only takes neither --imatrix nor types by name")
+    if raise_cliff:
+        excluded = {
+            "--calibrate": settings,
+            "--lora-only": lora_only,
+            "--no-quality": quality is False,
+            "--target-size and --target-bpw": wanted,
+        }
+        for other in (option for option, given in excluded.items() if given):
+            raise typer.BadParameter(f"--raise-cliff and {other} exclude each other")
     model_dir = find_with_bar(find_adapter if lora_only else find_checkpoint, model_dir)
     base = find_with_bar(find_config, base) if base is not None else None
     adapters = [read_scaled(t, lambda name: find_with_bar(find_adapter, name)) for t in lora or ()]
@@ -313,15 +350,19 @@ def convert(
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
     n_threads = threads or default_threads()
+    new_check = partial(SelfCheck, threads=n_threads, strict=strict, checks=not no_check)
     checked = None
     if not dry_run:
         import_compilers()
-        if not no_check and not lora_only:
-            checked = context.with_resource(SelfCheck(threads=n_threads, strict=strict))
+        if not lora_only and (not no_check or quality or raise_cliff):
+            checked = context.with_resource(new_check())
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
-    journal = Journal((*inputs, *files, *merged), options=options, resume=not no_resume)
+    new_journal = partial(
+        Journal, (*inputs, *files, *merged), options=options, resume=not no_resume
+    )
+    journal = new_journal()
 
     def plan_for(file_type: "FileType", overrides: "Overrides") -> "Plan":
         if lora_only:
@@ -342,7 +383,16 @@ def convert(
     target = output if output is not None else Path(named)
     for path in (*(file.paths if file else ()), model_dir, *merged, *files):
         protect_input(path, target)
+    request = partial(
+        request_sheet,
+        asked=True if raise_cliff else quality,
+        checks=not no_check,
+        compiles=bool(quality),
+        is_scaled=settings is not None and settings.method in SCALING,
+    )
+    sheet = None if lora_only else request(plan)
     seconds = calibrated = settled = None
+    raised: list[str] = []
     losses = Losses()
     made_from = Source(
         model_dir,
@@ -359,9 +409,12 @@ def convert(
             overrides,
             plan_for,
             TypeTrials(made_from, text=wanted.text, imatrix=imatrix, threads=n_threads),
-            room=ROOM if settings else 0,
+            room=(ROOM if settings else 0) + (ROOM_IN_FILE if sheet else 0),
         )
         plan = settled.plan
+        sheet = request(plan) if sheet else None
+    if sheet:
+        plan = with_room(plan)
     if strict:
         refuse_fallbacks(plan)
     if dry_run:
@@ -382,20 +435,35 @@ def convert(
             )
             plan = calibrated.plan
             journal.add_option(calibrated.digest)
-        losses = _write(
-            plan,
-            target,
-            made_from,
-            threads=n_threads,
-            force=force,
-            check=checked,
-            journal=journal,
-        )
+        for attempt in range(ATTEMPTS):
+            begun = None
+            if checked:
+                raises = raise_cliff and attempt < ATTEMPTS - 1
+                begun = partial(
+                    checked.begin, source=made_from, output=target, sheet=sheet, raises=raises
+                )
+            try:
+                losses = _write(
+                    plan,
+                    target,
+                    threads=n_threads,
+                    force=force,
+                    begun=begun,
+                    check=checked.end if checked else None,
+                    journal=journal,
+                )
+                break
+            except CliffFoundError as cliff:
+                types = raised_types(cliff.sheet, plan, steps=2 * attempt)
+                raised += raising_lines(cliff.sheet, plan, types)
+                plan = with_types(plan, types)
+                checked = context.with_resource(new_check())
+                journal = new_journal()
         if calibrated:
             remove_work(calibrated)
         seconds = time.monotonic() - start
     self_check = "" if dry_run else "left out, as --no-check asks"
-    if checked is not None:
+    if checked is not None and not no_check:
         self_check = checked.line
     elif lora_only and not dry_run:
         self_check = "left out: an adapter does not run without its base"
@@ -403,7 +471,8 @@ def convert(
     for line in settled.lines if settled else ():
         print(line)
     rows = list(closing_rows(plan, target, seconds, self_check, calibration=said))
-    _print_pairs([*rows, ("target", settled.line)] if settled else rows)
+    rows += [("target", settled.line)] if settled else []
+    _print_pairs([*rows, *quality_rows(checked, sheet, raised)])
     for detail in checked.details if checked and check_details else ():
         print(detail)
     sys.stdout.flush()
@@ -426,16 +495,15 @@ def _is_list(value: object) -> bool:
 def _write(
     plan: "Plan",
     target: Path,
-    source: "Source",
     *,
     threads: int,
     force: bool,
-    check: "SelfCheck | None",
+    begun: "Callable[[Path], None] | None",
+    check: "Callable[[Path], Mapping[str, MetadataValue]] | None",
     journal: "Journal",
 ) -> "Losses":
     """Convert, with a progress bar on a terminal. Of what is kept of a stopped run, say so."""
     from contextlib import closing
-    from functools import partial
 
     from rich.console import Console
     from rich.progress import (
@@ -470,8 +538,8 @@ def _write(
         target,
         threads=threads,
         force=force,
-        begun=partial(check.begin, source=source, output=target) if check else None,
-        check=check.end if check else None,
+        begun=begun,
+        check=check,
         journal=journal,
     )
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gguf_tools.errors import printable
+from gguf_tools.quality_sheet import describe_sheet, from_metadata, sheet_lines
 from gguf_tools.reader import GGUFFile, TensorInfo
 
 SHOWN_ITEMS = 6  # of a long array, on the terminal
@@ -36,6 +37,7 @@ SPECIAL_TOKENS = {  # the key's middle part, and how people call the token
 def describe(file: GGUFFile) -> dict[str, Any]:
     """Everything about `file` in the types of JSON: the object that `gguf info --json` prints."""
     parts = {} if len(file.paths) == 1 else {"parts": describe_parts(file)}
+    sheet = from_metadata(file.metadata)
     return {
         "architecture": architecture(file),
         "parameters": count_parameters(file),
@@ -43,6 +45,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         **parts,
         "bits_per_weight": bits_per_weight(file),
         "types": count_types(file),
+        **({} if sheet is None else {"quality": describe_sheet(sheet)}),
         "tensors": [describe_tensor(file, tensor) for tensor in file.tensors.values()],
         "metadata": {key: to_json(value) for key, value in file.metadata.items()},
     }
@@ -138,6 +141,7 @@ def summarise(file: GGUFFile) -> Iterator[tuple[str, str]]:
     yield from _summarise_types(file)
     yield from _summarise_target(metadata)
     yield from _summarise_calibration(metadata)
+    yield from _summarise_quality(metadata)
     yield from _summarise_sizes(metadata, arch)
     yield from _summarise_tokenizer(metadata)
     yield "chat template", _summarise_template(metadata)
@@ -240,6 +244,13 @@ def _summarise_calibration(metadata: dict[str, Any]) -> Iterator[tuple[str, str]
     if method is not None:
         text, tokens = (show_value(metadata.get(CALIBRATION + key)) for key in ("text", "tokens"))
         yield "calibrated", f"{show_value(method)} on {text}, {tokens} tokens"
+
+
+def _summarise_quality(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What quantising cost, where the file says so."""
+    sheet = from_metadata(metadata)
+    for number, line in enumerate(sheet_lines(sheet) if sheet is not None else ()):
+        yield "" if number else "quality", line
 
 
 def _summarise_sizes(metadata: dict[str, Any], arch: str | None) -> Iterator[tuple[str, str]]:

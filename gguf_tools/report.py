@@ -4,7 +4,7 @@ Names come from the checkpoint and are made fit for a terminal here.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gguf_tools.describe import short_size
@@ -12,6 +12,8 @@ from gguf_tools.errors import printable
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.losses import Losses
 from gguf_tools.plan import Plan, TensorPlan, kind_of_name
+from gguf_tools.quality_sheet import sheet_lines
+from gguf_tools.self_check import SelfCheck, SheetRequest
 
 Row = tuple[str, str]  # label and text
 
@@ -58,6 +60,21 @@ def closing_rows(
         yield "self-check", self_check
     if seconds is not None:
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
+
+
+def quality_rows(
+    checked: SelfCheck | None, wanted: SheetRequest | None, raised: Sequence[str]
+) -> Iterator[Row]:
+    """The quality sheet, or why there is none where it was wanted; and what was raised for it."""
+    if checked is None or wanted is None:
+        return
+    if checked.sheet is None:
+        yield "quality", f"not measured: {checked.no_sheet}"
+        return
+    for number, line in enumerate(sheet_lines(checked.sheet)):
+        yield "" if number else "quality", line
+    for number, line in enumerate(raised):
+        yield "" if number else "raised", line
 
 
 def loss_notes(plan: Plan, losses: Losses) -> Iterator[str]:

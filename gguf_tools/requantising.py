@@ -1,7 +1,8 @@
 """A GGUF file as the source of another: what llama-quantize does, to the byte.
 
-Metadata is carried over as it is, but for the two keys that say how the file is quantised and for
-what describes parts of a split model. Tensors that no file type quantises keep their type.
+Metadata is carried over as it is, but for the two keys that say how the file is quantised, what
+that cost, and what describes parts of a split model. Tensors that no file type quantises keep their
+type.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from gguf_tools.file_types import FILE_TYPES, FileType, RecipeFacts
 from gguf_tools.imatrix import ImportanceMatrix
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import PLAIN, QUANTIZATION_VERSION, Plan, TensorPlan, plan_tensors
+from gguf_tools.quality_sheet import PREFIX as SHEET
 from gguf_tools.reader import GGUFFile, TensorInfo
 from gguf_tools.recipes import is_quantisable
 from gguf_tools.safetensors_file import Bytes, Floats, LazyTensor
@@ -78,7 +80,11 @@ def plan_requantisation(
         **(matrix.metadata() if matrix is not None else {}),
     }
     replaced = {*DROPPED, *own}
-    carried = {key: file.encoded(key) for key in file.metadata if key not in replaced}
+    carried = {
+        key: file.encoded(key)
+        for key in file.metadata
+        if key not in replaced and not key.startswith(SHEET)
+    }
     return Plan(file_type, tensors, {**carried, **own}, _notes(tensors), matrix, facts=facts)
 
 

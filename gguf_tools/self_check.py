@@ -2,18 +2,20 @@
 
 The file is read again: its tokenizer encodes a set of texts as the checkpoint's own does
 (gguf_tools/vocab/agreement.py); a dialogue through its chat template begins with one BOS, and ends
-with a token of the stop set; a few tokens give the logits that the source's weights give. That is
-done in the runtime, which nothing here imports: it is a process of its own, and what becomes of it
-cannot hurt the conversion.
+with a token of the stop set; a few tokens give the logits that the source's weights give. A short
+text tells what quantising cost (gguf_tools/quality_sheet.py). That is done in the runtime, which
+nothing here imports: it is a process of its own, and what becomes of it cannot hurt the conversion.
 """
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from gguf_tools.errors import OutputError, printable
+from gguf_tools.quality_sheet import Sheet, cliff_warning, fitting, sheet_of_json
+from gguf_tools.values import MetadataValue
 from gguf_tools.vocab.agreement import ask_for_encodings, read_encodings
 from gguf_tools.vocab.trial import FAILURES, Encodings, Question
 
@@ -42,6 +44,23 @@ class Source:
     encodings: Encodings | None = None  # of the test texts, by its tokenizer, where known already
 
 
+@dataclass(frozen=True)
+class SheetRequest:
+    """What the quality sheet is to be of."""
+
+    bits: int  # of the file's type
+    compiles: bool  # kernels that are not there yet; without, NumPy takes the place of them
+    names_tensors: bool = True  # off where no tensor of the file is the source's alone
+
+
+class CliffFoundError(Exception):
+    """A precision cliff, in a file that is to be made again with more bits for some tensors."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        super().__init__("the file lies beyond a precision cliff")
+        self.sheet = sheet
+
+
 class SelfCheck:
     """The check as a step of a conversion; with `strict`, what is wrong is an error.
 
@@ -49,8 +68,14 @@ class SelfCheck:
     and to look at the file when `begin` names it.
     """
 
-    def __init__(self, *, threads: int, strict: bool) -> None:
+    def __init__(self, *, threads: int, strict: bool, checks: bool = True) -> None:
+        """Without `checks` the quality sheet is all that is made, where one is asked for."""
         self.findings: tuple[Finding, ...] = ()
+        self.sheet: Sheet | None = None
+        self.no_sheet = ""  # why there is none, where one was asked for
+        self._checks = checks
+        self._wanted: SheetRequest | None = None
+        self._raises = False
         self._threads, self._strict = threads, strict
         self._source: Source | None = None
         self._output = Path()
@@ -70,10 +95,23 @@ class SelfCheck:
             if question is not None:
                 question.close()
 
-    def begin(self, part: Path, *, source: Source, output: Path) -> None:
-        """Start with `part`, which is to become `output` and has its metadata already."""
+    def begin(
+        self,
+        part: Path,
+        *,
+        source: Source,
+        output: Path,
+        sheet: SheetRequest | None = None,
+        raises: bool = False,
+    ) -> None:
+        """Start with `part`, which is to become `output` and has its metadata already.
+
+        With `sheet` it has room for a quality sheet, too. With `raises`, a cliff in which some
+        tensors stand out is a CliffFoundError.
+        """
         self._source, self._output = source, output
-        if source.is_checkpoint and source.encodings is None:
+        self._wanted, self._raises = sheet, raises
+        if self._checks and source.is_checkpoint and source.encodings is None:
             self._tokenizer = ask_for_encodings(source.path)
         self._running.tell(
             {
@@ -82,21 +120,32 @@ class SelfCheck:
                 "is_checkpoint": source.is_checkpoint,
                 "adapters": source.adapters,
                 "threads": self._threads,
+                "checks": self._checks,
+                "sheet": None if sheet is None else asdict(sheet),
             }
         )
 
-    def end(self, file: Path) -> None:
-        """Wait for what comes of it: the file is finished, its metadata is what it was."""
+    def end(self, file: Path) -> Mapping[str, MetadataValue]:
+        """Wait for what comes of it: the file is finished, its metadata is what it was.
+
+        Gives what is to be put into the file's room for a quality sheet.
+        """
         self.findings = self._run()
+        if self.sheet is not None and self.sheet.is_cliff:
+            if self._raises and self.sheet.outstanding:
+                raise CliffFoundError(self.sheet)
+            cliff = Finding("", (cliff_warning(self.sheet),))
+            self.findings = (cliff, *self.findings)  # first: it says what to do
         if self._strict and self.problems:
             raise OutputError(
                 f"{printable(self._output, limit=1000)} was not written, as --strict asks: "
                 f"{self.problems[0]}"
             )
+        return {} if self.sheet is None else fitting(self.sheet)
 
     @property
     def line(self) -> str:
-        return ", ".join(finding.text for finding in self.findings)
+        return ", ".join(finding.text for finding in self.findings if finding.text)
 
     @property
     def problems(self) -> list[str]:
@@ -114,11 +163,16 @@ class SelfCheck:
             encodings = read_encodings(self._tokenizer)
         self._running.tell(None if encodings is None else asdict(encodings))
         try:
-            return _read(self._running.answer(seconds=TIME_LIMIT))
+            answer = self._running.answer(seconds=TIME_LIMIT)
+            if self._wanted is not None:
+                self.sheet = sheet_of_json(answer["sheet"])
+                self.no_sheet = str(answer["no_sheet"])
+            return _read(answer["findings"])
         except subprocess.TimeoutExpired:
             failure = f"it took longer than {TIME_LIMIT:.0f} seconds"
         except (*FAILURES, TypeError, KeyError):
             failure = "the process that was to run it ended early"
+        self.sheet, self.no_sheet = None, failure
         return (Finding("model not run", (f"the model could not be run: {failure}",)),)
 
 

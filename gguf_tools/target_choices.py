@@ -33,7 +33,6 @@ TRIED = tuple(type_ for type_ in WRITTEN if type_ not in ("F32", "BF16"))
 MAX_TEXT_NAME = 127  # bytes, as of other names that files keep
 
 Types = Mapping[str, str]  # of tensors, by name
-Costs = Mapping[str, Mapping[str, float]]  # of tensors, by name and type
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,10 @@ class Choices:
         """The mixture of least cost that fits, with what the file tells of it."""
         options = {
             name: [
-                Option(type_, self._n_bytes(tensor, type_), cost) for type_, cost in costs.items()
+                Option(type_, self._n_bytes(tensor, type_), cost)
+                for type_, cost in measured.costs[name].items()
             ]
-            for (name, tensor), costs in zip(
-                self._free.items(), (measured.costs[name] for name in self._free), strict=True
-            )
+            for name, tensor in self._free.items()
         }
         closest = self.best_recipe(measured) or self._smallest_recipe()
         budget = self._budget
@@ -113,7 +111,7 @@ class Choices:
             patterns = (*self._overrides.patterns, *_patterns(types))
             metadata = self._metadata(measured, closest, patterns)
             mixture = Mixture(
-                closest.file_type, types, self._total(types, metadata), patterns, metadata
+                closest.file_type, types, self._exactly(types, metadata), patterns, metadata
             )
             excess = (
                 mixture.n_bytes
@@ -146,7 +144,7 @@ class Choices:
             if file_type.is_mix and not needs:
                 choices = choose_types(file_type, shapes, facts=facts, overrides=self._overrides)
                 types = {name: choices[name].type for name in self._free}
-                yield Mixture(file_type, types, self._total(types, {}))
+                yield Mixture(file_type, types, self._total(types))
 
     @property
     def _budget(self) -> int:
@@ -167,8 +165,13 @@ class Choices:
             sum(self._n_bytes(self._free[n], type_) for n, type_ in types.items()) <= self._budget
         )
 
-    def _total(self, types: Types, metadata: Mapping[str, MetadataValue]) -> int:
-        """Bytes of the file."""
+    def _total(self, types: Types) -> int:
+        """Bytes of the file, but for what it tells of a choice."""
+        sizes = (_with_type(self._free[name], type_).nbytes for name, type_ in types.items())
+        return self._others - self._room + sum(map(_padded, sizes))
+
+    def _exactly(self, types: Types, metadata: Mapping[str, MetadataValue]) -> int:
+        """Bytes of the file with these metadata; its whole header is encoded for that."""
         free = {name: _with_type(self._free[name], type_) for name, type_ in types.items()}
         specs = [free[t.name].spec if t.name in free else t.spec for t in self._base.tensors]
         return file_size({**self._base.metadata, **metadata}, specs)
@@ -178,7 +181,7 @@ class Choices:
         free = sum(tensor.nbytes for tensor in self._free.values())
         n_bytes = sum(t.nbytes for t in self._base.tensors) - free
         n_bytes += sum(_with_type(self._free[n], type_).nbytes for n, type_ in types.items())
-        total = self._total(types, {})
+        total = self._total(types)
         bits = 8 * n_bytes / max(self._base.n_parameters, 1)
         return f"{total:,} bytes ({short_size(total)}, {bits:.2f} bits per weight)"
 

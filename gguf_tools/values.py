@@ -20,6 +20,7 @@ VERSION = 3  # written; 2 is read as well and differs in nothing we use
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
 ALIGNMENT_KEY = "general.alignment"
+RESERVE_KEY = "gguf_tools.reserve"  # zeros, which later changes shrink and grow
 
 STRING_ID = 8
 ARRAY_ID = 9

@@ -30,6 +30,7 @@ from gguf_tools.values import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMS,
+    RESERVE_KEY,
     SCALAR_BY_NAME,
     STRING_ID,
     VERSION,
@@ -49,6 +50,7 @@ __all__ = ["Array", "GGUFWriter", "MetadataValue", "TensorSpec", "Value", "file_
 MAX_TENSOR_NAME = 63  # bytes; llama.cpp keeps names in 64 with the final zero
 MAX_KEY = 65535  # bytes
 LOCK_ATTEMPTS = 100
+N_ENTRIES_AT = 16  # bytes: where the header counts its metadata
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class GGUFWriter:
         self._alignment = alignment
         self._force = force
         self._header = _encode_header(metadata, self._tensors, alignment)
+        self._n_entries = len(metadata)
+        self._room = b""  # what of the header may be filled later
+        if RESERVE_KEY in metadata:
+            self._room = encode_string(RESERVE_KEY) + encode_value(metadata[RESERVE_KEY])
+        self._changes: list[tuple[int, bytes]] = []  # of the header: where, and what
         padded = [_padded(tensor.nbytes, alignment) for tensor in self._tensors]
         self.total_size = len(self._header) + sum(padded)
         # On Windows it is the removal of an old .part that tells whether somebody writes it.
@@ -179,6 +186,23 @@ class GGUFWriter:
         except OSError as error:
             raise self._output_error(error) from error
 
+    def fill_room(self, entries: Mapping[str, MetadataValue]) -> None:
+        """Put new keys where the zeros of RESERVE_KEY are; what is left of those stays.
+
+        Nothing moves. It is done when all else is on the disk: a run that goes on from what this
+        one has left finds the header as it was.
+        """
+        data = b"".join(encode_string(key) + encode_value(value) for key, value in entries.items())
+        empty = encode_string(RESERVE_KEY) + encode_value(Array("u8", b""))
+        left = len(self._room) - len(data) - len(empty)
+        if left < 0:
+            raise ValueError(f"{len(data)} bytes of metadata do not fit into the room for them")
+        zeros = Array("u8", np.zeros(left, np.uint8))
+        data += encode_string(RESERVE_KEY) + encode_value(zeros)
+        count = struct.pack("<Q", self._n_entries + len(entries))
+        # The room is the last that looks like it: after it come names of tensors alone.
+        self._changes = [(N_ENTRIES_AT, count), (self._header.rindex(self._room), data)]
+
     @property
     def _shown(self) -> str:
         return printable(self.path, limit=1000)
@@ -253,6 +277,11 @@ class GGUFWriter:
             )
         try:
             os.fsync(self._fd)
+            for offset, data in self._changes:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                self._write_all(data)
+            if self._changes:
+                os.fsync(self._fd)
         except OSError as error:  # what is read back now may never reach the disk: keep nothing
             raise OutputError(
                 f"{self._shown}: the disk failed: {error.strerror}; the incomplete file was removed"

@@ -1,7 +1,7 @@
 """convert's self-check of a file: a process of its own.
 
 It takes a request as JSON and answers with a list of findings, of the tokenizer, of the chat
-template and of the logits. See gguf_tools/self_check.py.
+template and of the logits, and with the quality sheet. See gguf_tools/self_check.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gguf_tools.conversion import match_checkpoint
 from gguf_tools.errors import GGUFError, UnsupportedModelError
 from gguf_tools.lora_merging import read_scaled
 from gguf_tools.plan import model_metadata
+from gguf_tools.quality_sheet import Sheet
 from gguf_tools.reader import GGUFFile, UnfinishedFile
 from gguf_tools.self_check import Finding
 from gguf_tools.values import Value
@@ -32,6 +34,7 @@ from runtime.logits_check import (
     choose_layers,
     run_source,
 )
+from runtime.quality.sheet import SourceRun, measure
 from runtime.sources import PlannedWeights, Source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
@@ -46,29 +49,91 @@ def main(arguments: Sequence[str]) -> int:
     request = sys.stdin.readline()
     if not request:  # the conversion ended before there was a file
         return 1
-    findings = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
-    sys.stdout.write(json.dumps([asdict(finding) for finding in findings]))
+    answer = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
+    sys.stdout.write(json.dumps(asdict(answer)))
     return 0
 
 
-def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None]) -> list[Finding]:
-    """The findings about the file, in the order of the line."""
+@dataclass(frozen=True)
+class Answer:
+    """What there is to say of a file."""
+
+    findings: list[Finding]  # in the order of the line
+    sheet: Sheet | None = None
+    no_sheet: str = ""  # why there is none
+
+
+def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None]) -> Answer:
+    """What the request asks for of the file. `wait` returns when it is finished."""
     begun = UnfinishedFile(Path(request["file"]))
     try:
         tokenizer = Tokenizer(begun.metadata)
     except GGUFError as error:
         wait()
-        return [Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))]
-    with ThreadPoolExecutor(1) as executor:
-        template = executor.submit(check_template, begun.metadata, tokenizer)
-        made = _run_source(request, tokenizer)
-        findings = [template.result()]
-    encodings = wait()
-    findings.insert(0, _check_tokenizer(tokenizer, encodings))
-    if isinstance(made, Finding):
-        return [*findings, made]
-    with GGUFFile(request["file"], begun=begun) as file:
-        return [*findings, check_logits(made, file, threads=request["threads"])]
+        finding = Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))
+        return Answer([finding], no_sheet="its tokenizer cannot be used")
+    findings: list[Finding] = []
+    made: Expected | Finding | None = None
+    with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
+        source = _open_or_say(request)
+        if request.get("checks", True):
+            template = executor.submit(check_template, begun.metadata, tokenizer)
+            made = source if isinstance(source, Finding) else _run_source(source, tokenizer)
+            findings = [template.result()]
+        run = _run_text(request, source, tokenizer, stack)
+        encodings = wait()
+        if request.get("checks", True):
+            findings.insert(0, _check_tokenizer(tokenizer, encodings))
+        if isinstance(made, Finding):
+            findings.append(made)
+        file = stack.enter_context(GGUFFile(request["file"], begun=begun))
+        if isinstance(made, Expected):
+            findings.append(check_logits(made, file, threads=request["threads"]))
+        if isinstance(run, str):
+            return Answer(findings, no_sheet=run)
+        try:
+            return Answer(findings, _measure(run, file, request))
+        except GGUFError as error:
+            return Answer(findings, no_sheet=str(error))
+
+
+def _open_or_say(request: dict[str, Any]) -> Source | Finding:
+    """The source, or why it cannot be run."""
+    try:
+        source = open_source(request)
+    except GGUFError as error:
+        return Finding("logits not compared", (f"the source cannot be run: {error}",))
+    return source if source.tensors else Finding("no weights to run")
+
+
+def _run_text(
+    request: dict[str, Any], source: Source | Finding, tokenizer: Tokenizer, stack: ExitStack
+) -> SourceRun | str:
+    """What the source makes of the quality sheet's text, or why that cannot be known."""
+    wanted = request.get("sheet")
+    if wanted is None:
+        return ""
+    if isinstance(source, Finding):
+        return source.problems[0] if source.problems else source.text
+    try:
+        # One thread: the conversion has the others.
+        run = SourceRun(source, tokenizer, threads=1, compiles=wanted["compiles"])
+    except UnsupportedModelError:
+        return "its architecture cannot be run yet"
+    except GGUFError as error:
+        return str(error)
+    return stack.enter_context(run)
+
+
+def _measure(run: SourceRun, file: Source, request: dict[str, Any]) -> Sheet:
+    wanted = request["sheet"]
+    return measure(
+        run,
+        file,
+        bits=wanted["bits"],
+        threads=request["threads"],
+        names_tensors=wanted["names_tensors"],
+    )
 
 
 def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> Finding:
@@ -84,12 +149,9 @@ def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> 
     return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
-def _run_source(request: dict[str, Any], tokenizer: Tokenizer) -> Expected | Finding:
+def _run_source(source: Source, tokenizer: Tokenizer) -> Expected | Finding:
     """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
-        source = open_source(request)
-        if not source.tensors:
-            return Finding("no weights to run")
         # One thread: the conversion has the others.
         return run_source(source, _ids(tokenizer, source), threads=1, layers=choose_layers(source))
     except UnsupportedModelError:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.calibration import SCALING
+from gguf_tools.describe import CALIBRATION
 from gguf_tools.errors import GGUFError
 from gguf_tools.self_check import Finding
 from runtime.layerwise import LayerwiseModel
@@ -199,9 +201,10 @@ def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
                 own = model.layer(index, own)
             found = model.head(own)
     run = {part.name for part in parts}
-    for number in range(count_layers(file)):
-        if f"layer {number}" not in run:
-            parts.append(sample_layer(expected.source, file, number))
+    if file.metadata.get(f"{CALIBRATION}method") not in SCALING:  # else its weights are others
+        for number in range(count_layers(file)):
+            if f"layer {number}" not in run:
+                parts.append(sample_layer(expected.source, file, number))
     if not whole:
         return Comparison(len(ids), tuple(parts))
     same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())

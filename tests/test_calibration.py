@@ -172,8 +172,9 @@ def steps_of(
     windows: int = 4,
     source: Path = STORIES,
     method: str = "imatrix",
+    file_type: str = "Q4_0",
 ) -> Iterator[object]:
-    plan = plan_conversion(source, find_file_type("Q4_0"))
+    plan = plan_conversion(source, find_file_type(file_type))
     return calibrate(
         plan,
         Source(source, is_checkpoint=True),
@@ -307,6 +308,8 @@ def test_errors_are_one_sentence(text: Path, tmp_path: Path) -> None:
     latin.write_bytes("na\xefve ".encode("latin-1") * 5000)
     with pytest.raises(GGUFError, match="expected UTF-8"):
         list(steps_of(latin, output))
+    with pytest.raises(GGUFError, match="nothing to round"):
+        list(steps_of(text, output, file_type="F16"))
     output.write_text("here already")
     with pytest.raises(OutputError, match="exists already"):
         list(steps_of(text, output))

@@ -42,7 +42,15 @@ def test_an_importance_matrix(tmp_path: Path) -> None:
     plain = plan_conversion(STORIES, find_file_type("Q4_0"))
     path = make_matrix(tmp_path / "matrix.gguf", plain, without="blk.2.attn_k")
     ended = run_convert(
-        tmp_path, STORIES, "--type", "Q4_0", "--imatrix", "matrix.gguf", "-o", "o.gguf"
+        tmp_path,
+        STORIES,
+        "--type",
+        "Q4_0",
+        "--imatrix",
+        "matrix.gguf",
+        "-o",
+        "o.gguf",
+        "--no-quality",
     )
     assert ended.returncode == 0, ended.stderr
     assert fields(ended.stdout)["importance"].startswith("29 of 30 tensors that can make use of it")

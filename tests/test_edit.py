@@ -24,8 +24,7 @@ from gguf_tools.tools.edit import (
     plan_change,
     recover,
 )
-from gguf_tools.tools.edit_values import RESERVE_KEY
-from gguf_tools.values import Array, Value
+from gguf_tools.values import RESERVE_KEY, Array, Value
 from tests.gguf_bytes import ARR, STR, U32, Parts, array_key, key, string, text_key, u32, u64
 from tests.test_splitting import gguf, split_in
 from tests.tiny import llama_file

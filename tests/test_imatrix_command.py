@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from gguf_tools.command import describe_os_error
@@ -51,7 +51,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: str | Path, folder: Path) -> Result:
+def run(*arguments: str | Path, folder: Path) -> Any:
     """`gguf imatrix` in this process, with `folder` as the current one."""
     before = Path.cwd()
     os.chdir(folder)

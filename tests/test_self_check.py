@@ -178,7 +178,7 @@ def test_architecture_without_decoder_is_no_problem(
     path = converted(STORIES, tmp_path / "x.gguf")
     monkeypatch.delitem(DECODERS, "llama")
     request = {"file": path, "source": STORIES, "is_checkpoint": True, "adapters": []}
-    found = check({**request, "threads": 1}, wait=lambda: None)
+    found = check({**request, "threads": 1}, wait=lambda: None).findings
     assert found == [
         Finding("tokenizer carried over"),
         Finding("no chat template"),
@@ -189,7 +189,7 @@ def test_architecture_without_decoder_is_no_problem(
 def test_source_that_is_gone(tmp_path: Path) -> None:
     path = converted(STORIES, tmp_path / "x.gguf")
     request = {"file": path, "source": tmp_path / "gone", "is_checkpoint": True, "adapters": []}
-    *_, found = check({**request, "threads": 1}, wait=lambda: None)
+    *_, found = check({**request, "threads": 1}, wait=lambda: None).findings
     assert found.text == "logits not compared" and "no such folder" in found.problems[0]
 
 
@@ -218,6 +218,19 @@ def test_a_wrong_tensor_of_a_layer_that_is_not_run(
     monkeypatch.setattr("runtime.logits_check.WHOLE_WEIGHTS", 1000)
     (problem,) = logits_finding(STORIES, path).problems
     assert problem.startswith("the blk.2.") and "a sample of its rows is" in problem
+
+
+def test_weights_that_were_scaled_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels scaled by a calibration make other weights of the same function."""
+    path = tmp_path / "x.gguf"
+    options = ("--calibrate", "default", "--method", "awq", "--calibrate-windows", "4")
+    done = run_convert(tmp_path, STORIES, "--type", "Q4_0", "-o", path, "--no-check", *options)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("runtime.logits_check.WHOLE_WEIGHTS", 1000)
+    found = logits_finding(STORIES, path)
+    assert found.problems == () and "rows of" not in found.text
 
 
 @pytest.mark.parametrize("file_type", ["F16", "Q4_0"])

@@ -9,7 +9,7 @@ import pytest
 
 from gguf_tools.conversion import convert as write_file
 from gguf_tools.conversion import plan_conversion
-from gguf_tools.describe import bits_per_weight
+from gguf_tools.describe import bits_per_weight, short_size
 from gguf_tools.errors import GGUFError
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan
@@ -101,6 +101,8 @@ def test_from_measuring_to_the_same_file_again(tmp_path: Path) -> None:
     shown = run_convert(tmp_path, "info", "o.gguf", command=("-m", "gguf_tools")).stdout
     assert f"for {size} bytes: mean KL {found['kl']:.7g} ({found['file_type']}: " in shown
     assert found["command"] in shown
+    closest = plan_conversion(STORIES, find_file_type(found["file_type"]))
+    assert f"{short_size(closest.total_size)}: " in closing["target"]
     # The command of the file makes it without measuring.
     command = shlex.split(found["command"])
     assert command[:2] == ["convert", "MODEL"]

@@ -24,9 +24,9 @@ import numpy as np
 
 from gguf_tools.errors import FormatError, OutputError, printable
 from gguf_tools.reader import UNDO_MAGIC, GGUFFile, undo_path
-from gguf_tools.tools.edit_values import RESERVE_KEY, check_change, parse_value
+from gguf_tools.tools.edit_values import check_change, parse_value
 from gguf_tools.tools.splitting import copy_tensors
-from gguf_tools.values import ALIGNMENT_KEY, MAGIC, Array, MetadataValue, Value
+from gguf_tools.values import ALIGNMENT_KEY, MAGIC, RESERVE_KEY, Array, MetadataValue, Value
 from gguf_tools.writer import GGUFWriter, TensorSpec, encode_string, encode_value, open_locked
 
 UNDO = struct.Struct("<8sQQ32s")  # magic, offset, length, SHA-256 of the bytes that follow

@@ -11,6 +11,7 @@ from gguf_tools.errors import FormatError, GGUFError, printable
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import (
     ALIGNMENT_KEY,
+    RESERVE_KEY,
     SCALAR_BY_NAME,
     SCALARS,
     Array,
@@ -22,7 +23,6 @@ from gguf_tools.writer import encode_value
 
 TYPES = ("str", *(scalar.name for scalar in SCALARS))
 TOKENIZER = "tokenizer."
-RESERVE_KEY = "gguf_tools.reserve"  # zeros, which later changes shrink and grow
 GUARDED = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens")
 MAX_TEXT = 1 << 24  # of a string; longer ones are not read either
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")

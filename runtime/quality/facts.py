@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf_tools.describe import show_value
 from gguf_tools.file_types import FILE_TYPES
-from gguf_tools.tools.edit_values import RESERVE_KEY
+from gguf_tools.values import RESERVE_KEY
 from runtime.sources import Source
 
 NOTES = ("gguf_tools.", "quantize.")  # keys that tell how a file was made and what it cost
