@@ -17,6 +17,7 @@ from runtime.quality.channel_scaling import MOST, Factors, Reader, find_factors,
 from runtime.quality.foldable import Columns, Elements, Group, Rows
 from runtime.quality.rounding import Rounding
 from runtime.sources import PlannedWeights
+from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,17 @@ def test_nothing_is_scaled_where_it_saves_nothing() -> None:
     assert find_scale(group, [], threads=1) is None
 
 
+def test_weights_that_were_trained_for_their_type_stay_as_they_are() -> None:
+    """They lose nothing, whatever their inputs: scaled, they would not be what they were."""
+    rng = np.random.default_rng(9)
+    levels = rng.integers(-8, 8, (96, K // 32, 32))
+    levels[::2, :, 0] = -8  # some blocks reach that far, others need not
+    weights = levels * rng.uniform(0.01, 0.02, (96, K // 32, 1)).astype(np.float16)
+    trained = weights.reshape(96, K).astype(np.float32)
+    reader = reader_of("Q4_0", loud(K), trained)
+    assert find_scale(group_of(np.arange(K)), [reader], threads=1) is None
+
+
 def test_silent_channels_and_outliers_stay_within_bounds() -> None:
     inputs = np.ones(K, np.float32)
     inputs[:8], inputs[-1] = 0, 1e6
@@ -152,7 +164,7 @@ def made_by(method: str, text: Path, target: Path) -> Path:
         plan,
         Source(STORIES, is_checkpoint=True),
         path,
-        Settings(text, method, 8),
+        Settings(text, method, 4),
         inputs=[STORIES],
         threads=1,
         force=False,
@@ -170,22 +182,25 @@ def test_files_differ_less_from_their_source(tmp_path: Path) -> None:
     text = tmp_path / "prose.txt"
     prose = (ROOT / "tests" / "data" / "prose.txt").read_text()
     text.write_text(prose * 8)
-    plain, scaled = (made_by(method, text, tmp_path) for method in ("imatrix", "awq"))
+    methods = ("imatrix", "awq", "best")
+    plain, scaled, best = (made_by(method, text, tmp_path) for method in methods)
     whole = tmp_path / "whole.gguf"
     for _ in convert(plan_conversion(STORIES, find_file_type("F32")), whole, threads=1):
         pass
-    ids = np.random.default_rng(8).integers(3, 500, 256).tolist()
+    with GGUFFile(whole) as file:
+        ids = Tokenizer(file.metadata).encode(prose)[:256]
     logits = {}
-    for path in (whole, plain, scaled):
+    for path in (whole, plain, scaled, best):
         with GGUFFile(path) as file, Model.load(file, n_ctx=256, threads=1) as model:
             logits[path] = model.forward(ids, all_logits=True)
-    errors = [np.abs(logits[path] - logits[whole]).mean() for path in (plain, scaled)]
-    assert errors[1] < 0.9 * errors[0]
+    errors = [np.abs(logits[path] - logits[whole]).mean() for path in (plain, scaled, best)]
+    assert errors[1] < errors[0] and errors[2] < 0.9 * errors[0], errors
     name = "blk.0.attn_norm.weight"
-    with GGUFFile(plain) as first, GGUFFile(scaled) as second:
+    with GGUFFile(plain) as first, GGUFFile(scaled) as second, GGUFFile(best) as third:
         assert second.metadata["gguf_tools.calibration.method"] == "awq"
         assert np.allclose(first.load("output_norm.weight"), second.load("output_norm.weight"))
         assert not np.allclose(first.load(name), second.load(name))
+        assert np.allclose(second.load(name), third.load(name))
         types = [
             [(t.name, t.quant.name) for t in file.tensors.values()] for file in (first, second)
         ]
