@@ -30,7 +30,7 @@ from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
 
 RUNTIME = "runtime.calibrating"  # a module with a main that answers with lines of JSON
-METHODS = ("gptq", "awq", "best", "imatrix")  # the first is the default
+METHODS = ("best", "gptq", "awq", "imatrix")  # the first is the default
 SCALING = ("awq", "best")  # methods that scale channels: norms and biases change, too
 DEFAULT_TEXT = "default"  # stands for the text that ships
 WINDOWS = 58  # of 512 tokens

@@ -221,10 +221,10 @@ def convert(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="How --calibrate rounds: gptq (the default: what rounding a weight does is made "
-            "up for by those rounded later), imatrix (columns weighed, as with --imatrix), awq "
-            "(the same of channels that are scaled first; what they feed undoes it), or best "
-            "(gptq of scaled channels).",
+            help="How --calibrate rounds: imatrix (columns weighed, as with --imatrix), awq (the "
+            "same of channels that are scaled first; what they feed undoes it), gptq (what "
+            "rounding a weight does is made up for by those rounded later), or best (gptq of "
+            "scaled channels: the default).",
             show_default=False,
         ),
     ] = None,
