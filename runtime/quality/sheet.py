@@ -60,19 +60,17 @@ class SourceRun:
     def __init__(
         self, source: Source, tokenizer: Tokenizer, *, threads: int, compiles: bool
     ) -> None:
-        """Runs the layers. GGUFError where there is no decoder for the model, where it knows other
-        tokens, and, unless it `compiles` kernels, where a large model would need them.
+        """Runs the layers. GGUFError where there is no decoder for the model, or where it knows
+        other tokens. Kernels that are missing are compiled if it `compiles` them, and for a model
+        that NumPy would take too long for.
         """
-        self.source, self._threads, self._compiles = source, threads, compiles
+        self.source, self._threads = source, threads
         self.n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
+        self._compiles = compiles or self.n_weights > SMALL
         self.windows = cut(tokenizer, source, n_windows=2 if self.n_weights <= SMALL else 1)
         self.model = self.run_as(source)
         try:
             if not self.model.is_compiled:
-                if self.n_weights > SMALL:
-                    raise GGUFError(
-                        "the kernels for it are not compiled yet: --quality compiles them, once"
-                    )
                 self.windows = self.windows[:1, :NUMPY_WINDOW]
             bos = tokenizer.bos_id if tokenizer.add_bos else None
             self.read = [with_bos(window, bos).tolist() for window in self.windows]
