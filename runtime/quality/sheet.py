@@ -21,7 +21,7 @@ from gguf_tools.quality_sheet import Cost, Sheet
 from gguf_tools.recipes import block_number
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
-from runtime.quality.evaluation import LOGITS_BYTES, Ids, with_bos
+from runtime.quality.evaluation import Ids, with_bos
 from runtime.quality.likely_costs import (
     Probes,
     estimate,
@@ -48,7 +48,9 @@ SHORTEST = 64
 WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
 SMALL = 200_000_000  # weights; models with more read one window
 NUMPY_WINDOW = 128  # tokens, where kernels are not compiled
-COMPARED = 64  # tokens whose answers to a single tensor's change are compared
+ROWS_BYTES = 8 << 20  # of the rows of logits that are compared at a time
+COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
+COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
 TRIED, TRIED_ON_CLIFF = 3, 8  # tensors that are measured alone
 TRIED_LARGE = 2  # of a model that is not small
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -160,7 +162,7 @@ def measure(
     """
     run.use_threads(threads)
     parts: list[Differences] = []
-    places = _compared_positions(len(run.read[0]))
+    places = _compared_positions(run)
     compared: list[Floats] = []  # the file's answers at these places of the first window
     with run.run_as(file) as model:
         for ids, window, expected in zip(run.read, run.windows, run.ends, strict=True):
@@ -200,7 +202,7 @@ def costs(run: SourceRun, file: Source, n_tried: int, compared: Floats) -> tuple
     likely = sorted(estimates, key=lambda name: (-estimates[name], name))[:n_tried]
     if not likely:
         return ()
-    places = _compared_positions(len(run.read[0]))
+    places = _compared_positions(run)
     answers = log_probabilities(run.model.head(run.states[-1][places]))
     everything = _mean_kl(answers, compared)
     found = []
@@ -215,7 +217,7 @@ def _compare(
 ) -> Iterator[Differences]:
     """How the answers to hidden states differ, a few rows of logits at a time."""
     n_vocab = model.config.n_vocab
-    step = max(1, LOGITS_BYTES // (4 * n_vocab))
+    step = max(1, ROWS_BYTES // (4 * n_vocab))
     last = len(window) - 1
     for first in range(min(SKIPPED, last // 2), last, step):
         rows = slice(first, min(first + step, last))
@@ -273,10 +275,12 @@ def _mean_kl(log_p: Floats, log_q: Floats) -> float:
     return mean_of(kl).value
 
 
-def _compared_positions(n_tokens: int) -> npt.NDArray[np.intp]:
-    """Of a window's scored tokens as many as are compared, evenly spread."""
+def _compared_positions(run: SourceRun) -> npt.NDArray[np.intp]:
+    """Of the first window's scored tokens as many as are compared, evenly spread."""
+    n_tokens = len(run.read[0])
     first = min(SKIPPED, (n_tokens - 1) // 2)
-    count = min(COMPARED, n_tokens - 1 - first)
+    affordable = max(1, COMPARED_BYTES // (4 * run.model.config.n_vocab))
+    count = min(COMPARED, affordable, n_tokens - 1 - first)
     return np.linspace(first, n_tokens - 2, count).astype(np.intp)
 
 
