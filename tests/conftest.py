@@ -1,6 +1,7 @@
 """Models that tests share."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Under nohup it is ignored, also by programs that are started here, and some tests send it to them.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,8 @@ WINDOW = 256  # tokens
 SKIPPED = 32  # at a window's start, after which nobody could say much of what comes
 SHORTEST = 64
 WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
-SMALL = 200_000_000  # weights; models with more read one window
-NUMPY_WINDOW = 128  # tokens, where kernels are not compiled
+SMALL = 200_000_000  # weights; models with more read one short window
+SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
 ROWS_BYTES = 8 << 20  # of the rows of logits that are compared at a time
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
 COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
@@ -69,11 +69,13 @@ class SourceRun:
         self.source, self._threads = source, threads
         self.n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
         self._compiles = compiles or self.n_weights > SMALL
-        self.windows = cut(tokenizer, source, n_windows=2 if self.n_weights <= SMALL else 1)
+        self.windows = cut(tokenizer, source, n_windows=2)
+        if self.n_weights > SMALL:
+            self.windows = self.windows[:1, :SHORT_WINDOW]
         self.model = self.run_as(source)
         try:
             if not self.model.is_compiled:
-                self.windows = self.windows[:1, :NUMPY_WINDOW]
+                self.windows = self.windows[:1, :SHORT_WINDOW]
             bos = tokenizer.bos_id if tokenizer.add_bos else None
             self.read = [with_bos(window, bos).tolist() for window in self.windows]
             if max(map(max, self.read)) >= self.model.config.n_vocab:
