@@ -72,7 +72,7 @@ def converted(checkpoint: Path, file_type: str, folder: Path) -> Path:
     import sys
 
     path = folder / f"{checkpoint.name}-{file_type}.gguf"
-    command = [sys.executable, "-m", "gguf_tools", "convert", str(checkpoint)]
+    command = [sys.executable, "-m", "gguf_tools", "convert", str(checkpoint), "--no-quality"]
     subprocess.run([*command, "--type", file_type, "-o", str(path)], check=True, cwd=ROOT)
     return path
 
