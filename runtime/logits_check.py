@@ -233,7 +233,8 @@ def sample_layer(source: Source, file: Source, layer: int) -> PartError:
         expected, made = (_sample(where, name) for where in (source, file))
         lightest, limit = lightest_type(file, name)
         found.append(PartError(name, _off(expected, made), lightest, limit))
-    return max(found, key=lambda part: part.error / part.limit)
+    # What is no number is neither more nor less than another: it is wrong, and comes first.
+    return max(found, key=lambda part: (part.is_wrong, part.error / part.limit))
 
 
 def _sample(source: Source, name: str) -> Floats:

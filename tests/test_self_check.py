@@ -77,6 +77,15 @@ def rolled(name: str) -> Tamper:
     return change
 
 
+def no_numbers(name: str) -> Tamper:
+    """A tensor of NaN."""
+
+    def change(blocks: dict[str, np.ndarray]) -> None:
+        blocks[name] = np.full_like(blocks[name], 255)
+
+    return change
+
+
 def without_permutation(part: str, head_dim: int) -> Tamper:
     """Rows of q or k in Hugging Face's order, as a converter leaves them that forgets."""
 
@@ -130,10 +139,7 @@ def test_a_wrong_tensor_is_caught(change: Tamper, file_type: str, tmp_path: Path
 
 
 def test_weights_that_are_no_numbers_are_caught(tmp_path: Path) -> None:
-    def change(blocks: dict[str, np.ndarray]) -> None:
-        blocks["blk.2.attn_norm.weight"] = np.full_like(blocks["blk.2.attn_norm.weight"], 255)
-
-    path = tampered(converted(STORIES, tmp_path / "x.gguf"), change)
+    path = tampered(converted(STORIES, tmp_path / "x.gguf"), no_numbers("blk.2.attn_norm.weight"))
     found = logits_finding(STORIES, path)
     assert "the layer 2 of the file is not that" in found.problems[0]
     assert found.text.endswith("KL inf")
@@ -212,7 +218,12 @@ def test_large_models_are_run_in_part(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "change", [without_permutation("blk.2.attn_q", 8), rolled("blk.2.ffn_norm.weight")]
+    "change",
+    [
+        without_permutation("blk.2.attn_q", 8),
+        rolled("blk.2.ffn_norm.weight"),
+        no_numbers("blk.2.ffn_norm.weight"),
+    ],
 )
 def test_a_wrong_tensor_of_a_layer_that_is_not_run(
     change: Tamper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
