@@ -5,11 +5,13 @@ No more than a few bands are in memory, however large a tensor is.
 """
 
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from gguf_tools.quants.multiples import keep_multiples
 from gguf_tools.safetensors_file import READABLE, Floats, LazyTensor
 from gguf_tools.values import MetadataValue
 from gguf_tools.vocab import read_vocab
+from gguf_tools.vocab.trial import RunningTrial
 from gguf_tools.writer import GGUFWriter
 
 BAND = 1 << 20  # weights that are read and quantised together
@@ -51,6 +54,11 @@ class Band:
 
     blocks: npt.NDArray[np.uint8]
     loss: Loss | None = None
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of the blocks."""
+        return zlib.crc32(np.ascontiguousarray(self.blocks).reshape(-1).data)
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,18 @@ def plan_conversion(
     *,
     overrides: Overrides = NO_OVERRIDES,
     matrix: ImportanceMatrix | None = None,
+    trial: RunningTrial | None = None,
 ) -> Plan:
     """Read everything but the weights, and say what the file will hold.
 
-    The adapters are merged into the weights.
+    The adapters are merged into the weights. The tokenizer may be in a `trial` already: see
+    `begin_trial`.
     """
     model, merged = match_checkpoint(folder, adapters)
     checkpoint = model.checkpoint
-    vocab = read_vocab(checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab)
+    vocab = read_vocab(
+        checkpoint.folder, checkpoint.config, n_vocab=model.facts.n_vocab, trial=trial
+    )
     plan = build_plan(
         model,
         file_type=file_type,
@@ -135,7 +147,7 @@ def convert(
                 begun(writer.part)
             yield from _kept_bands(plan, writer.position)
             for progress, band in _quantised_bands(plan, threads, writer.position):
-                writer.write(progress.tensor.name, band.blocks)
+                writer.write(progress.tensor.name, band.blocks, band.checksum)
                 loss = band.loss
                 del band
                 yield replace(progress, loss=loss)
@@ -208,7 +220,7 @@ def _quantised_bands(
             for first in range(begin, tensor.source.n_rows, step):
                 last = min(first + step, tensor.source.n_rows)
                 n_bytes = (last - first) * tensor.quant.row_bytes(tensor.source.row_length)
-                future = executor.submit(quantise_band, tensor, first, last)
+                future = executor.submit(_checked_band, tensor, first, last)
                 waiting.append((Progress(tensor, index, last, n_bytes), future))
                 if len(waiting) > threads + 1:
                     progress, done = waiting.popleft()
@@ -218,6 +230,13 @@ def _quantised_bands(
             yield progress, done.result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _checked_band(tensor: TensorPlan, first: int, last: int) -> Band:
+    """What `quantise_band` gives, its checksum taken by the thread that made it."""
+    band = quantise_band(tensor, first, last)
+    band.checksum  # noqa: B018 - takes it
+    return band
 
 
 def rows_per_band(tensor: TensorPlan) -> int:

@@ -269,8 +269,23 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a GGUF file, to a GGUF file of another type."""
-    import time
     from functools import partial
+
+    from gguf_tools.cores import default_threads
+    from gguf_tools.self_check import CliffFoundError, SelfCheck, Source
+    from gguf_tools.vocab import begin_trial
+
+    # Two processes, which take a while to load: before all else.
+    n_threads = threads or default_threads()
+    new_check = partial(SelfCheck, threads=n_threads, strict=strict, checks=not no_check)
+    checked = None
+    trials = []
+    if not dry_run and not lora_only:
+        if not no_check or quality or raise_cliff:
+            checked = context.with_resource(new_check())
+        trials.append(context.with_resource(begin_trial(model_dir)))
+
+    import time
 
     from gguf_tools.calibration import ROOM, SCALING, read_settings, remove_work
     from gguf_tools.calibration_bar import calibrate_with_bar
@@ -284,7 +299,6 @@ def convert(
         with_types,
     )
     from gguf_tools.conversion import plan_conversion, protect_input, refuse_output
-    from gguf_tools.cores import default_threads
     from gguf_tools.download_bar import find_with_bar
     from gguf_tools.imatrix import read_importance_matrix
     from gguf_tools.journal import Journal
@@ -301,7 +315,6 @@ def convert(
     from gguf_tools.recipes import find_file_type
     from gguf_tools.report import closing_rows, loss_notes, plan_lines, quality_rows
     from gguf_tools.requantising import is_gguf, plan_requantisation, source_name
-    from gguf_tools.self_check import CliffFoundError, SelfCheck, Source
     from gguf_tools.target_bar import settle_with_bar
     from gguf_tools.target_options import read_target
     from gguf_tools.target_size import BEFORE
@@ -349,13 +362,8 @@ def convert(
     file = GGUFFile(model_dir) if not lora_only and is_gguf(model_dir) else None
     if file and adapters:
         raise typer.BadParameter("a GGUF file takes no --lora: merge it into the checkpoint")
-    n_threads = threads or default_threads()
-    new_check = partial(SelfCheck, threads=n_threads, strict=strict, checks=not no_check)
-    checked = None
     if not dry_run:
         import_compilers()
-        if not lora_only and (not no_check or quality or raise_cliff):
-            checked = context.with_resource(new_check())
     options, files = _deciding_options(context)
     merged = [scaled.adapter.folder for scaled in adapters]
     inputs = file.paths if file else (model_dir,)
@@ -375,7 +383,14 @@ def convert(
                 overrides=overrides,
                 matrix=matrix,
             )
-        return plan_conversion(model_dir, file_type, adapters, overrides=overrides, matrix=matrix)
+        return plan_conversion(
+            model_dir,
+            file_type,
+            adapters,
+            overrides=overrides,
+            matrix=matrix,
+            trial=trials.pop() if trials else None,
+        )
 
     plan = plan_for(chosen, overrides)
     end = wanted.name if wanted else chosen.name

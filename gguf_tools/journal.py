@@ -98,12 +98,9 @@ class Journal:
             names = ", ".join(printable(path, limit=1000) for path in self._inputs)
             raise CheckpointError(f"{names} changed while it was converted; convert it again")
 
-    def append(self, *pieces: bytes | memoryview) -> None:
-        """`pieces`, one after the other, have been appended to the .part."""
-        checksum = 0
-        for piece in pieces:
-            checksum = zlib.crc32(piece, checksum)
-        self._end += sum(map(len, pieces))
+    def append(self, n_bytes: int, checksum: int) -> None:
+        """So many bytes with this CRC-32 have been appended to the .part."""
+        self._end += n_bytes
         line = f"{self._end} {checksum:08x}".encode("ascii")
         self._write(line + b" %08x\n" % zlib.crc32(line))
 

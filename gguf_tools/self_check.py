@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from gguf_tools.child import FAILURES, Question
 from gguf_tools.errors import OutputError, printable
 from gguf_tools.quality_sheet import Sheet, cliff_warning, fitting, sheet_of_json
 from gguf_tools.values import MetadataValue
 from gguf_tools.vocab.agreement import ask_for_encodings, read_encodings
-from gguf_tools.vocab.trial import FAILURES, Encodings, Question
+from gguf_tools.vocab.trial import Encodings
 
 RUNTIME = "runtime.file_check"  # a module with a main that answers with Findings
 TIME_LIMIT = (

@@ -12,6 +12,7 @@ import shutil
 import stat
 import struct
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -152,10 +153,11 @@ class GGUFWriter:
         """The index of the tensor to be written next, and how many bytes of it are written."""
         return self._current, self._written
 
-    def write(self, name: str, data: np.ndarray) -> None:
+    def write(self, name: str, data: np.ndarray, checksum: int | None = None) -> None:
         """Append `data`, the uint8 bytes of tensor `name` or of its next band of rows.
 
-        Tensors come in the order in which they were announced.
+        Tensors come in the order in which they were announced. `checksum` is the CRC-32 of the
+        bytes, where it is known already.
         """
         if self._fd < 0:
             raise ValueError("the file is not open: write inside the with block")
@@ -178,7 +180,8 @@ class GGUFWriter:
             self._write_all(band)
             self._write_all(padding)
             if self._journal is not None:
-                self._journal.append(band, padding)
+                checksum = zlib.crc32(band) if checksum is None else checksum
+                self._journal.append(len(band) + len(padding), zlib.crc32(padding, checksum))
             self._written += data.size
             if data.size == left:
                 self._current += 1

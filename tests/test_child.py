@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from gguf_tools.child import python_command
+from gguf_tools.child import Question, python_command
 
 MODULE = "tests.child_echo"
 
@@ -23,3 +23,13 @@ def test_working_directory_is_not_searched(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run().returncode == 0
+
+
+def test_a_question_that_nobody_waits_for_ends() -> None:
+    question = Question("time", [])
+    with question:
+        process = question._process
+        assert process is not None
+    assert process.returncode is not None and process.returncode != 0
+    with pytest.raises(ValueError, match="closed"):
+        question.answer(seconds=1.0)

@@ -9,7 +9,7 @@ import pytest
 from gguf_tools.errors import CheckpointError, UnsupportedModelError
 from gguf_tools.pretokenizers import GPT2, PRETOKENIZERS, SPLITS
 from gguf_tools.values import Array, Value
-from gguf_tools.vocab import Vocab, read_vocab
+from gguf_tools.vocab import Vocab, begin_trial, read_vocab
 from gguf_tools.vocab.presplit import known_split
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from tests.tokenizer_files import (
@@ -326,6 +326,26 @@ def test_trial_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     data = byte_level(pre_tokenizer=step("Sequence", pretokenizers=[step("Whitespace"), BYTES]))
     with pytest.raises(UnsupportedModelError, match="cannot be run"):
         vocab_of(data, tmp_path)
+
+
+def test_a_trial_that_has_begun_is_used(tmp_path: Path) -> None:
+    data = byte_level("qwen2")
+    vocab = vocab_of(data, tmp_path)
+    with begin_trial(tmp_path) as trial:
+        assert trial is not None
+        again = read_vocab(tmp_path, {}, n_vocab=n_tokens(data), trial=trial)
+        assert again == vocab
+        with pytest.raises(CheckpointError, match="cannot load"):  # its process has ended
+            trial.result()
+
+
+def test_nothing_is_tried_out_in_vain(tmp_path: Path) -> None:
+    fallback, model, none = (tmp_path / name for name in ("fallback", "model", "none"))
+    write_folder(fallback, tokenizer__json=byte_fallback())
+    write_folder(model, tokenizer__json=byte_level(), tokenizer__model=sentencepiece_model())
+    for folder in (fallback, model, none):
+        with begin_trial(folder) as trial:
+            assert trial is None
 
 
 # Special ids from all the places.

@@ -5,6 +5,7 @@ say about special tokens, templates and sampling is gathered from wherever they 
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gguf_tools.vocab.pieces import (
     read_slow_added_tokens,
     sentencepiece_pieces,
 )
-from gguf_tools.vocab.presplit import begin_trial, find_pre, uses_nfc
+from gguf_tools.vocab.presplit import find_pre, splits_to_try, uses_nfc
 from gguf_tools.vocab.sentencepiece_model import parse_model
 from gguf_tools.vocab.settings import added_ends, chat_templates, sampling_defaults
 from gguf_tools.vocab.slow_files import read_slow_files
@@ -34,15 +35,17 @@ from gguf_tools.vocab.special import KEYS, find_special, special_texts
 from gguf_tools.vocab.table import AddedToken, check_unique, read_added_tokens
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
 from gguf_tools.vocab.tokenizer_json import TokenizerJson, parse_tokenizer
-from gguf_tools.vocab.trial import Encodings
+from gguf_tools.vocab.trial import Encodings, RunningTrial
 
-__all__ = ["Vocab", "read_vocab"]
+__all__ = ["Vocab", "begin_trial", "read_vocab"]
 
 MODEL_NAME = "tokenizer.model"
 CONFIG_NAME = "tokenizer_config.json"
 MAP_NAME = "special_tokens_map.json"
 ADDED_NAME = "added_tokens.json"
 GENERATION_NAME = "generation_config.json"
+
+BYTE_LEVEL = b'"ByteLevel"'  # is in any tokenizer.json that has to be tried out
 
 PREFIX = "tokenizer.ggml."
 
@@ -57,13 +60,40 @@ class Vocab:
     encodings: Encodings | None = None  # of the test texts, where they came up
 
 
-def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Vocab:
-    """The vocabulary of a checkpoint; `n_vocab` is the number of rows of its embedding."""
+def begin_trial(folder: Path) -> AbstractContextManager[RunningTrial | None]:
+    """Begin to try out the folder's tokenizer.json, which takes a while, for `read_vocab`.
+
+    Nothing is begun where that will not ask for it.
+    """
+    model, data = (read_bytes(folder, name) for name in (MODEL_NAME, JSON_NAME))
+    if data is None or BYTE_LEVEL not in data or _comes_first(model, data):
+        return nullcontext()
+    return RunningTrial(folder / JSON_NAME)
+
+
+def read_vocab(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    n_vocab: int,
+    trial: RunningTrial | None = None,
+) -> Vocab:
+    """The vocabulary of a checkpoint; `n_vocab` is the number of rows of its embedding.
+
+    Of a tokenizer.json that is being tried out already, `trial` is that.
+    """
+    with begin_trial(folder) if trial is None else trial as running:
+        return _read_vocab(folder, config, n_vocab, running)
+
+
+def _read_vocab(
+    folder: Path, config: Mapping[str, Any], n_vocab: int, trial: RunningTrial | None
+) -> Vocab:
     tokenizer_config = read_json(folder, CONFIG_NAME)
     special_map = read_json(folder, MAP_NAME)
     generation = read_json(folder, GENERATION_NAME)
     data = read_json(folder, JSON_NAME)
-    source, pieces, pre, encodings = _main_file(folder, data, tokenizer_config, n_vocab)
+    source, pieces, pre, encodings = _main_file(folder, data, tokenizer_config, n_vocab, trial)
     warnings = pieces.warnings
 
     add_tokens(pieces, _added_tokens(folder, source, tokenizer_config, pieces), n_vocab)
@@ -110,16 +140,20 @@ def read_vocab(folder: Path, config: Mapping[str, Any], *, n_vocab: int) -> Voca
 
 
 def _main_file(
-    folder: Path, data: dict[str, Any] | None, config: Mapping[str, Any] | None, n_vocab: int
+    folder: Path,
+    data: dict[str, Any] | None,
+    config: Mapping[str, Any] | None,
+    n_vocab: int,
+    running: RunningTrial | None,
 ) -> tuple[TokenizerJson | None, Pieces, str, Encodings | None]:
     """The file that holds the vocabulary, its tokens, the value of `pre`, and what it encodes."""
     model = read_bytes(folder, MODEL_NAME)
-    if model is not None and not (data is not None and _is_tiktoken(model)):
+    if model is not None and _comes_first(model, data):
         pieces = sentencepiece_pieces(parse_model(model, MODEL_NAME), n_vocab, MODEL_NAME)
         return _parse_beside(data, pieces), pieces, "default", None
-    path: Path | None = folder / JSON_NAME
+    is_json = data is not None
     if data is None:
-        path, data = None, read_slow_files(folder, config)
+        data = read_slow_files(folder, config)
     if data is None:
         found = ", ".join(sorted(p.name for p in folder.glob("*token*"))[:8]) or "none"
         raise CheckpointError(
@@ -128,12 +162,13 @@ def _main_file(
         )
     source = parse_tokenizer(data)
     if source.byte_level:
-        with begin_trial(source, path) as running:  # beside the work that comes first here
-            pieces = byte_level_pieces(source, n_vocab)
-            trial = running.result() if running is not None else None
-            pre, warnings = find_pre(source, trial, tried=running is not None)
+        if running is not None:
+            running.ask(splits_to_try(source))
+        pieces = byte_level_pieces(source, n_vocab)
+        trial = running.result() if running is not None else None
+        pre, warnings = find_pre(source, trial, tried=running is not None)
         pieces.warnings += warnings
-        if path is not None and uses_nfc(source) != PRETOKENIZERS[pre].nfc:
+        if is_json and uses_nfc(source) != PRETOKENIZERS[pre].nfc:
             pieces.nfc = uses_nfc(source)
         return source, pieces, pre, Encodings(JSON_NAME, trial.ids) if trial is not None else None
     return source, byte_fallback_pieces(source, n_vocab), "default", None
@@ -217,7 +252,12 @@ def _switches(
     return switches
 
 
-def _is_tiktoken(data: bytes) -> bool:
-    """Whether a `tokenizer.model` is a list of base64 tokens and ranks, not SentencePiece."""
-    first = data[:200].split(b"\n", 1)[0].split(b" ")
-    return len(first) == 2 and first[1].strip().isdigit() and len(first[0]) % 4 == 0
+def _comes_first(model: bytes | None, data: object | None) -> bool:
+    """Whether the vocabulary is that of tokenizer.model; `data` is what tokenizer.json holds.
+
+    A `tokenizer.model` may be a list of base64 tokens and ranks, not SentencePiece.
+    """
+    if model is None or data is None:
+        return model is not None
+    first = model[:200].split(b"\n", 1)[0].split(b" ")
+    return not (len(first) == 2 and first[1].strip().isdigit() and len(first[0]) % 4 == 0)

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from gguf_tools.child import FAILURES, Question, limit_memory
 from gguf_tools.encoders import TextEncoder, read_vocabulary
 from gguf_tools.errors import GGUFError, printable
 from gguf_tools.reader import UnfinishedFile
@@ -21,13 +22,7 @@ from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.slow_files import MERGES_NAME, VOCAB_NAME, read_slow_files
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
-from gguf_tools.vocab.trial import (
-    FAILURES,
-    MEMORY_LIMIT,
-    Encodings,
-    Question,
-    limit_memory,
-)
+from gguf_tools.vocab.trial import Encodings
 
 MODEL_NAME, CONFIG_NAME = "tokenizer.model", "tokenizer_config.json"
 TIME_LIMIT = 60.0  # seconds; the largest tokenizers take about six
@@ -120,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     """Encode with the checkpoint in the folder that the argument is; write JSON."""
     answer: dict[str, Any] = {"source": "", "ids": [], "failure": ""}
     try:
-        limit_memory(MEMORY_LIMIT)
+        limit_memory()
         answer["source"], encode = source_encoder(Path(arguments[0]))
         answer["ids"] = [encode(text) for text in TEST_TEXTS]
     except GGUFError as error:

@@ -7,17 +7,13 @@ A structure that is not known takes the split that encodes most of the test text
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from gguf_tools.errors import UnsupportedModelError, printable
 from gguf_tools.pretokenizers import DIGIT, DIGITS, GPT2, PRETOKENIZERS, SPLITS, PreTokenizer
 from gguf_tools.vocab.fingerprints import NAMES
 from gguf_tools.vocab.tokenizer_json import NAME, TokenizerJson
-from gguf_tools.vocab.trial import NFC, RunningTrial, Trial
-
-Running: TypeAlias = RunningTrial | None
+from gguf_tools.vocab.trial import NFC, Trial
 
 SMALLEST_AGREEMENT = 0.8  # of the test texts, for the split nearest to an unknown structure
 
@@ -30,12 +26,9 @@ OTHER_SPELLINGS: dict[tuple[str, ...], str] = {
 }
 
 
-def begin_trial(source: TokenizerJson, path: Path | None) -> AbstractContextManager[Running]:
-    """Begin to try the file out, for `find_pre`; where there is no tokenizer.json, do nothing."""
-    if path is None:
-        return nullcontext()
-    keys = sorted({p.split + end for p in _fitting(source) for end in ("", NFC)})
-    return RunningTrial(path, keys)
+def splits_to_try(source: TokenizerJson) -> list[str]:
+    """What `find_pre` wants to know of, as a trial names splits."""
+    return sorted({p.split + end for p in _fitting(source) for end in ("", NFC)})
 
 
 def find_pre(source: TokenizerJson, trial: Trial | None, *, tried: bool) -> tuple[str, list[str]]:

@@ -6,26 +6,22 @@ the answer, one line of JSON.
 """
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gguf_tools.child import python_command
+from gguf_tools.child import FAILURES, Question, limit_memory
 from gguf_tools.errors import CheckpointError
 from gguf_tools.pretokenizers import SPLITS
 from gguf_tools.vocab.corpus import TEST_TEXTS
 from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
 
 TIME_LIMIT = 15.0  # seconds; the largest tokenizers take about two
-MEMORY_LIMIT = 4 << 30  # bytes of address space, where the system can limit it
 NFC = "+nfc"
-FAILURES = (OSError, ValueError, subprocess.SubprocessError)  # of a process that is asked
 
 
 @dataclass(frozen=True)
@@ -49,71 +45,15 @@ class Trial:
     ids: Sequence[Sequence[int]]  # what the texts are encoded as
 
 
-class Question:
-    """`main(arguments)` of a module, running in a process of its own from now on.
+class RunningTrial:
+    """A tokenizer.json that is being tried out; for a `with` block.
 
-    To be closed, by the end of a `with` block: the process ends there if it has not yet.
+    Its process loads it at once, beside whatever comes first, and waits to be asked.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], *, waits: bool = False) -> None:
-        """With `waits` its standard input stays open until the answer is asked for."""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._failure: OSError | None = None
-        try:
-            self._process = subprocess.Popen(
-                python_command(module, arguments),
-                stdin=subprocess.PIPE if waits else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                # Threads of these libraries would wait for each other by spinning.
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
-            )
-        except OSError as error:  # no process can be had: that is the answer
-            self._failure = error
-
-    def __enter__(self) -> "Question":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def tell(self, line: object) -> None:
-        """Write a line of JSON to its standard input; if it is gone, `answer` will say so."""
-        if self._process is not None and self._process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps(line).encode() + b"\n")
-                self._process.stdin.flush()
-
-    def answer(self, *, seconds: float) -> Any:
-        """The JSON that it writes, waited for so long.
-
-        Raises one of FAILURES, subprocess.TimeoutExpired among them.
-        """
-        if self._process is None:
-            raise self._failure or ValueError("the question is closed")
-        written, _ = self._process.communicate(timeout=seconds)  # closes standard input
-        if self._process.returncode != 0:
-            raise subprocess.CalledProcessError(self._process.returncode, self._process.args)
-        return json.loads(written)
-
-    def close(self) -> None:
-        if self._process is not None:
-            with self._process as process:
-                process.kill()
-            self._process = None
-
-
-class RunningTrial:
-    """A tokenizer.json that is being tried out with the splits `keys`; for a `with` block."""
-
-    def __init__(self, path: Path, keys: Iterable[str]) -> None:
-        self._path = path
-        self._question = Question("gguf_tools.vocab.trial", [str(path.resolve()), *keys])
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._question = Question("gguf_tools.vocab.trial", [str(path.resolve())], waits=True)
 
     def __enter__(self) -> "RunningTrial":
         return self
@@ -126,6 +66,10 @@ class RunningTrial:
     ) -> None:
         self._question.close()
 
+    def ask(self, keys: Iterable[str]) -> None:
+        """Let it be tried out with these splits in the place of its own."""
+        self._question.tell(list(keys))
+
     def result(self) -> Trial | None:
         """None when it took too long."""
         try:
@@ -134,12 +78,14 @@ class RunningTrial:
             return None
         except (*FAILURES, TypeError) as error:
             raise CheckpointError(
-                f"{self._path.name}: the tokenizers library cannot load it or fails to run it"
+                f"{self.path.name}: the tokenizers library cannot load it or fails to run it"
             ) from error
 
 
-def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
-    """Encode the test texts with the file as it is and with each of these splits in its place."""
+def try_tokenizer(path: str, ask: Callable[[], Sequence[str]]) -> Trial:
+    """Encode the test texts with the file as it is, and with each of the splits that come of `ask`
+    in its place.
+    """
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     tokenizer: Any = Tokenizer.from_file(path)
@@ -151,7 +97,7 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
     merges_matter = len(TEST_TEXTS) - _count_equal(_encode_all(tokenizer), expected)
     tokenizer.model.ignore_merges = plain
     same_ids, same_words = {}, {}
-    for key in keys:
+    for key in ask():
         patterns = SPLITS[key.removesuffix(NFC)]
         tokenizer.normalizer = normalizers.NFC() if key.endswith(NFC) else normalizers.Sequence([])
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -164,21 +110,11 @@ def try_tokenizer(path: str, keys: Sequence[str]) -> Trial:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try the file and the splits that the arguments are."""
-    limit_memory(MEMORY_LIMIT)
-    sys.stdout.write(json.dumps(vars(try_tokenizer(arguments[0], arguments[1:]))))
+    """Try the file that the argument is; the splits come as JSON on standard input."""
+    limit_memory()
+    trial = try_tokenizer(arguments[0], lambda: json.loads(sys.stdin.readline() or "[]"))
+    sys.stdout.write(json.dumps(vars(trial)))
     return 0
-
-
-def limit_memory(n_bytes: int) -> None:
-    """Let this process have no more address space than this, where the system can limit it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = n_bytes if hard == resource.RLIM_INFINITY else min(n_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _encode_all(tokenizer: Any) -> list[list[int]]:

@@ -19,7 +19,7 @@ from runtime.program import Floats, Matrix
 from runtime.sources import Source
 
 PROBED = 32  # tokens, spread over a window; the first is its first
-RUNS, RUN = 6, 32  # rows of a matrix: so many runs of so many
+RUNS, RUN = 4, 32  # rows of a matrix: so many runs of so many
 MATRICES = 4  # of a stack of experts
 FIRST_TOKEN = 0.03  # how much its error counts
 SHARE_POWER = 0.25  # of the part that a product becomes: fitted to measured costs, as is the other

@@ -48,7 +48,7 @@ SHORTEST = 64
 WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
 SMALL = 200_000_000  # weights; models with more read one short window
 SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
-ROWS_BYTES = 8 << 20  # of the rows of logits that are compared at a time
+ROWS_BYTES = 16 << 20  # of the rows of logits that are compared at a time
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
 COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
 TRIED, TRIED_ON_CLIFF = 3, 8  # tensors that are measured alone
@@ -164,13 +164,9 @@ def measure(
     """
     run.use_threads(threads)
     parts: list[Differences] = []
-    places = _compared_positions(run)
-    compared: list[Floats] = []  # the file's answers at these places of the first window
     with run.run_as(file) as model:
         for ids, window, expected in zip(run.read, run.windows, run.ends, strict=True):
             found = run_layers(model, model.embed(ids))
-            if not compared:
-                compared.append(log_probabilities(model.head(found[places])))
             parts += _compare(run.model, expected, model, found, window)
     apart = distance(parts)
     said = perplexity(np.concatenate([part.nll for part in parts]))
@@ -192,13 +188,16 @@ def measure(
     n_tried = TRIED if run.n_weights <= SMALL else TRIED_LARGE
     if sheet.is_cliff:
         n_tried = TRIED_ON_CLIFF
-    return replace(sheet, costs=costs(run, file, n_tried, compared[0]))
+    kl = np.concatenate([part.kl for part in parts])  # of the first window's tokens first
+    places = _compared_positions(run)
+    everything = mean_of(kl[places - _first_scored(run.windows[0])]).value
+    return replace(sheet, costs=costs(run, file, n_tried, everything))
 
 
-def costs(run: SourceRun, file: Source, n_tried: int, compared: Floats) -> tuple[Cost, ...]:
+def costs(run: SourceRun, file: Source, n_tried: int, everything: float) -> tuple[Cost, ...]:
     """What the tensors that are likely to cost most do cost, each alone, the largest first.
 
-    `compared` has the file's log-probabilities at `_compared_positions` of the first window.
+    `everything` is the mean divergence of the file, at `_compared_positions` of the first window.
     """
     estimates = dict(_estimates(run, file))
     likely = sorted(estimates, key=lambda name: (-estimates[name], name))[:n_tried]
@@ -206,7 +205,6 @@ def costs(run: SourceRun, file: Source, n_tried: int, compared: Floats) -> tuple
         return ()
     places = _compared_positions(run)
     answers = log_probabilities(run.model.head(run.states[-1][places]))
-    everything = _mean_kl(answers, compared)
     found = []
     for name in likely:
         share = _divergence(run, file, {name}, answers, places) / max(everything, 1e-12)
@@ -221,7 +219,7 @@ def _compare(
     n_vocab = model.config.n_vocab
     step = max(1, ROWS_BYTES // (4 * n_vocab))
     last = len(window) - 1
-    for first in range(min(SKIPPED, last // 2), last, step):
+    for first in range(_first_scored(window), last, step):
         rows = slice(first, min(first + step, last))
         log_p = log_probabilities(model.head(expected[rows]))
         log_q = log_probabilities(other.head(found[rows]))
@@ -268,6 +266,7 @@ def _divergence(
     mixed = Overlay(run.source, file, names)
     with run.run_as(mixed, range(max(first, 0), n_layers)) as model:
         x = run.states[first] if first >= 0 else model.embed(run.read[0])
+        x = x[: places[-1] + 1]  # no token sees a later one
         log_q = log_probabilities(model.head(run_layers(model, x)[places]))
     return _mean_kl(answers, log_q)
 
@@ -277,13 +276,18 @@ def _mean_kl(log_p: Floats, log_q: Floats) -> float:
     return mean_of(kl).value
 
 
+def _first_scored(window: Ids) -> int:
+    """The first token whose answer is compared."""
+    return min(SKIPPED, (len(window) - 1) // 2)
+
+
 def _compared_positions(run: SourceRun) -> npt.NDArray[np.intp]:
-    """Of the first window's scored tokens as many as are compared, evenly spread."""
-    n_tokens = len(run.read[0])
-    first = min(SKIPPED, (n_tokens - 1) // 2)
+    """Of the scored tokens in the first window's first half as many as are compared."""
+    window = run.windows[0]
+    first, last = _first_scored(window), max(SHORTEST, len(window) // 2) - 2
     affordable = max(1, COMPARED_BYTES // (4 * run.model.config.n_vocab))
-    count = min(COMPARED, affordable, n_tokens - 1 - first)
-    return np.linspace(first, n_tokens - 2, count).astype(np.intp)
+    count = min(COMPARED, affordable, last + 1 - first)
+    return np.linspace(first, last, count).astype(np.intp)
 
 
 def _short(value: float) -> float:
