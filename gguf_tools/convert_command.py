@@ -1,4 +1,4 @@
-"""`convert`: its options, and what it shows while it works and when it is done.
+"""`convert`: its options. What it does is a job (gguf_tools/convert_job.py).
 
 Everything heavy is imported inside: `--help` answers at once.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gguf_tools.convert_options import ContradictionError, Options, refuse_contradictions
+from gguf_tools.shared_options import Force, Threads
 
 
 def convert(
@@ -44,15 +45,8 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", min=1, max=1024, help="By default the physical cores.", show_default=False
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output if it exists.")
-    ] = False,
+    threads: Threads = None,
+    force: Force = False,
     no_resume: Annotated[
         bool,
         typer.Option(
