@@ -30,8 +30,8 @@ def convert(
             "--type",
             metavar="TYPE",
             help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q5_K_S, Q5_1, Q5_0, Q4_K_M, Q4_K_S, Q4_1, "
-            "Q4_0, IQ4_XS, IQ4_NL, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K or Q2_K_S (with --imatrix); "
-            "upper or lower case.",
+            "Q4_0, IQ4_XS, IQ4_NL, Q3_K_L, Q3_K_M, Q3_K_S, Q2_K or Q2_K_S (with --imatrix "
+            "or --calibrate); upper or lower case.",
         ),
     ] = "Q8_0",
     output: Annotated[

@@ -98,10 +98,11 @@ class Inputs:
         self,
         file_type: FileType,
         overrides: Overrides,
-        matrix: ImportanceMatrix | None,
+        wishes: Wishes,
         trial: RunningTrial | None,
     ) -> Plan:
         """What a file of these types would hold; `trial` is of the checkpoint's tokenizer."""
+        matrix, calibrates = wishes.matrix, wishes.settings is not None
         if self.options.lora_only:
             return plan_adapter(open_adapter(self.model), file_type, self.base)
         if self.file:
@@ -111,9 +112,16 @@ class Inputs:
                 allow_requantize=self.options.allow_requantize,
                 overrides=overrides,
                 matrix=matrix,
+                calibrates=calibrates,
             )
         return plan_conversion(
-            self.model, file_type, self.adapters, overrides=overrides, matrix=matrix, trial=trial
+            self.model,
+            file_type,
+            self.adapters,
+            overrides=overrides,
+            matrix=matrix,
+            calibrates=calibrates,
+            trial=trial,
         )
 
     def source(self, plan: Plan) -> Source:

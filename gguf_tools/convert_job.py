@@ -112,7 +112,7 @@ class Job:
 
     def _plan(self, file_type: FileType, overrides: Overrides) -> Plan:
         trial = self._processes.take_trial()
-        return self._inputs.plan(file_type, overrides, self._wishes.matrix, trial)
+        return self._inputs.plan(file_type, overrides, self._wishes, trial)
 
     def _request_sheet(self, plan: Plan) -> SheetRequest | None:
         options, settings = self._options, self._wishes.settings

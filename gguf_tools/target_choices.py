@@ -140,8 +140,8 @@ class Choices:
         assert facts is not None
         shapes = {tensor.name: tensor.shape for tensor in self._base.tensors}
         for file_type in available():
-            needs = file_type.name in NEED_IMPORTANCE and self._base.matrix is None
-            if file_type.is_mix and not needs:
+            lacks = not (facts.has_importance or facts.is_calibrated)
+            if file_type.is_mix and not (lacks and file_type.name in NEED_IMPORTANCE):
                 choices = choose_types(file_type, shapes, facts=facts, overrides=self._overrides)
                 types = {name: choices[name].type for name in self._free}
                 yield Mixture(file_type, types, self._total(types))
