@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gguf_tools.calibration import ROOM, SCALING, Calibrated, remove_work
+from gguf_tools.calibration import COST_LEFT, ROOM, SCALING, Calibrated, remove_work
 from gguf_tools.calibration_bar import calibrate_with_bar
 from gguf_tools.cliffs import (
     ATTEMPTS,
@@ -139,7 +139,15 @@ class Job:
             threads=self._processes.n_threads,
         )
         room = (ROOM if wishes.settings else 0) + (ROOM_IN_FILE if has_sheet else 0)
-        return settle_with_bar(wishes.target, plan, wishes.overrides, self._plan, trials, room=room)
+        return settle_with_bar(
+            wishes.target,
+            plan,
+            wishes.overrides,
+            self._plan,
+            trials,
+            room=room,
+            cost_left=COST_LEFT[wishes.settings.method] if wishes.settings else 1.0,
+        )
 
     # --- writing it -----------------------------------------------------------------------------
 

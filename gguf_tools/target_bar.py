@@ -21,6 +21,7 @@ def settle_with_bar(
     trials: TypeTrials,
     *,
     room: int,
+    cost_left: float = 1.0,
 ) -> Settled:
     """What `settle` gives in the end, with the time that is left on the way."""
     console = Console(stderr=True, highlight=False)
@@ -30,7 +31,7 @@ def settle_with_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    steps = settle(target, base, overrides, plan_for, trials, room=room)
+    steps = settle(target, base, overrides, plan_for, trials, room=room, cost_left=cost_left)
     doing = ""
     with (
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,

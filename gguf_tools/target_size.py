@@ -16,6 +16,7 @@ from gguf_tools.errors import printable
 from gguf_tools.file_types import FileType
 from gguf_tools.overrides import Overrides
 from gguf_tools.plan import Plan, TensorPlan, kind_of_name
+from gguf_tools.recipes import block_number
 from gguf_tools.target_choices import Choices, Mixture, expected, prefixed
 from gguf_tools.target_options import Target
 from gguf_tools.type_trials import Doing, Measured, TypeTrials
@@ -43,17 +44,20 @@ def settle(
     trials: TypeTrials,
     *,
     room: int = 0,
+    cost_left: float = 1.0,
 ) -> Generator[Doing, None, Settled]:
     """Measure, choose, compare; returns the plan.
 
     `base` is the plan of any file type with these overrides, `plan_for` makes that of others;
-    `room` are bytes that the file will need besides.
+    `room` are bytes that the file will need besides. Where layers are to be calibrated, `cost_left`
+    is the part of their matrices' costs that stays: the embedding's and the head's are not reduced.
     GGUFError where the target is too small, too large, or the model cannot be measured.
     """
     task = Choices(target, base, overrides, room)
     task.check()
     with trials:
-        measured = yield from trials.measure(task.types, task.tried())
+        found = yield from trials.measure(task.types, task.tried())
+        measured = _calibrated(found, cost_left)
         mixture = task.solve(measured)
         recipe = task.best_recipe(measured)
         asked = [mixture.types] if recipe is None else [mixture.types, recipe.types]
@@ -65,10 +69,10 @@ def settle(
         )
         return Settled(plan_for(recipe.file_type, overrides), (), line)
     made = plan_for(mixture.file_type, replace(overrides, patterns=mixture.patterns))
-    found = {"kl": Value("f32", kl[0]), "kl_tokens": Value("u32", n_tokens)}
+    figures = {"kl": Value("f32", kl[0]), "kl_tokens": Value("u32", n_tokens)}
     if recipe is not None:
-        found["file_type_kl"] = Value("f32", kl[1])
-    metadata = {**made.metadata, **mixture.metadata, **prefixed(found)}
+        figures["file_type_kl"] = Value("f32", kl[1])
+    metadata = {**made.metadata, **mixture.metadata, **prefixed(figures)}
     plan = replace(made, metadata=metadata)
     line = f"mean KL {kl[0]:.5f} on {n_tokens:,} tokens"
     if recipe is not None:
@@ -77,6 +81,19 @@ def settle(
             f"{kl[0] / kl[1]:.2f} of it"
         )
     return Settled(plan, tuple(_table(plan, mixture, measured)), line)
+
+
+def _calibrated(measured: Measured, cost_left: float) -> Measured:
+    """The costs when the layers' matrices have only this part of theirs."""
+
+    def left(name: str) -> float:
+        return cost_left if block_number(name) >= 0 else 1.0
+
+    costs = {
+        name: {type_: cost * left(name) for type_, cost in types.items()}
+        for name, types in measured.costs.items()
+    }
+    return replace(measured, costs=costs)
 
 
 def _table(plan: Plan, mixture: Mixture, measured: Measured) -> Iterator[str]:

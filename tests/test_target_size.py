@@ -189,7 +189,7 @@ class ToldTrials(TypeTrials):
         return [self.kl(types) for types in mixtures], 2048
 
 
-def settled(trials: TypeTrials, **target: object) -> Settled:
+def settled(trials: TypeTrials, *, cost_left: float = 1.0, **target: object) -> Settled:
     def plan_for(file_type: object, overrides: Overrides) -> Plan:
         return plan_conversion(STORIES, file_type, overrides=overrides)
 
@@ -199,6 +199,7 @@ def settled(trials: TypeTrials, **target: object) -> Settled:
         NO_OVERRIDES,
         plan_for,
         trials,
+        cost_left=cost_left,
     )
     while True:
         try:
@@ -224,6 +225,17 @@ def test_never_worse_than_the_file_type() -> None:
     better = settled(trials, n_bytes=recipe.total_size + 5000)
     assert better.plan.metadata["gguf_tools.target.kl"].value == 0.2
     assert better.plan.total_size <= recipe.total_size + 5000
+
+
+def test_what_is_calibrated_needs_fewer_bits() -> None:
+    """Bits go where calibrating does not reach."""
+
+    def bits_of_embedding(cost_left: float) -> float:
+        found = settled(ToldTrials(lambda types: 0.5), cost_left=cost_left, bits_per_weight=7.5)
+        types = {tensor.name: tensor.quant.name for tensor in found.plan.tensors}
+        return bits_of(types["token_embd.weight"])
+
+    assert bits_of_embedding(0.1) > bits_of_embedding(1.0)
 
 
 def test_smaller_than_every_file_type() -> None:
