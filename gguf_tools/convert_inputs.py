@@ -65,6 +65,21 @@ def read_wishes(options: Options) -> Wishes:
     return Wishes(file_type, overrides, target, settings, matrix)
 
 
+def repeating(options: Options, settings: Settings | None, threads: int) -> list[str]:
+    """The options that decide bytes, but for those on types and their importance: for the command
+    that makes the file again.
+    """
+    words = [word for text in options.lora for word in ("--lora", text)]
+    words += ["--allow-requantize"] if options.allow_requantize else []
+    if settings and options.calibrate is not None:
+        words += ["--calibrate", options.calibrate, "--method", settings.method]
+        words += ["--calibrate-windows", str(settings.windows)]
+        words += ["--threads", str(threads)]  # sums of another order differ in their last bits
+    if options.quality is not None or options.no_check:  # whether there is a quality sheet
+        words.append("--quality" if options.quality else "--no-quality")
+    return words
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Where the weights come from. Models that are named by the hub's names are here by now."""

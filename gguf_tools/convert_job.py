@@ -22,7 +22,7 @@ from gguf_tools.cliffs import (
     with_types,
 )
 from gguf_tools.conversion import refuse_output
-from gguf_tools.convert_inputs import find_inputs, read_wishes
+from gguf_tools.convert_inputs import find_inputs, read_wishes, repeating
 from gguf_tools.convert_options import Options
 from gguf_tools.convert_processes import Processes
 from gguf_tools.file_types import FileType
@@ -139,7 +139,15 @@ class Job:
             threads=self._processes.n_threads,
         )
         room = (ROOM if wishes.settings else 0) + (ROOM_IN_FILE if has_sheet else 0)
-        return settle_with_bar(wishes.target, plan, wishes.overrides, self._plan, trials, room=room)
+        return settle_with_bar(
+            wishes.target,
+            plan,
+            wishes.overrides,
+            self._plan,
+            trials,
+            room=room,
+            others=repeating(options, wishes.settings, self._processes.n_threads),
+        )
 
     # --- writing it -----------------------------------------------------------------------------
 
