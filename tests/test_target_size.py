@@ -160,9 +160,10 @@ def make_adapter(folder: Path) -> None:
 def test_the_command_names_all_that_decides_bytes(tmp_path: Path) -> None:
     make_adapter(tmp_path / "adapter")
     prose = (ROOT / "tests" / "data" / "prose.txt").read_text()
-    (tmp_path / "a text.txt").write_text(prose * 4)
-    given = ("--lora", "adapter:0.5", "--calibrate", "a text.txt", "--method", "gptq")
-    options = ("--target-size", "300000", "--target-text", "a text.txt", *given, "--threads", "1")
+    (tmp_path / "a text.txt").write_text(prose * 8)
+    (tmp_path / "short.txt").write_text(prose * 4)
+    given = ("--lora", "adapter:0.5", "--calibrate", "a text.txt", "--method", "imatrix")
+    options = ("--target-size", "300000", "--target-text", "short.txt", *given, "--threads", "1")
     ended = run_convert(tmp_path, STORIES, *options, "--no-check", "-o", "o.gguf")
     assert ended.returncode == 0, ended.stderr
     metadata = metadata_of(tmp_path / "o.gguf")
