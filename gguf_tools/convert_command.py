@@ -86,7 +86,7 @@ def convert(
         typer.Option(
             "--raise-cliff",
             help="Where that shows a precision cliff, give the tensors that cost most more bits, "
-            "and convert again (twice at most).",
+            "and convert again (twice at most), calibrated again, too, with --calibrate.",
         ),
     ] = False,
     check_details: Annotated[

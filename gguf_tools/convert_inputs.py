@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gguf_tools.calibration import Settings, read_settings
+from gguf_tools.calibration import SCALING, Settings, read_settings
 from gguf_tools.conversion import plan_conversion, protect_input
 from gguf_tools.convert_options import ContradictionError, Options
 from gguf_tools.download_bar import find_with_bar
@@ -45,7 +45,7 @@ class Wishes:
 
 
 def read_wishes(options: Options) -> Wishes:
-    """GGUFError says which option cannot be."""
+    """GGUFError says which option cannot be, ContradictionError which two of them."""
     target = read_target(options.target_size, options.target_bpw, options.target_text)
     name = options.file_type
     if target:
@@ -61,8 +61,28 @@ def read_wishes(options: Options) -> Wishes:
         keep=options.keep,
     )
     settings = read_settings(options.calibrate, options.method, options.calibrate_windows)
+    if options.raise_cliff and settings and settings.method in SCALING:
+        raise ContradictionError(
+            f"--raise-cliff and --method {settings.method} exclude each other: where channels are "
+            "scaled, what a tensor costs cannot be measured alone; choose --method gptq or imatrix"
+        )
     matrix = None if options.imatrix is None else read_importance_matrix(options.imatrix)
     return Wishes(file_type, overrides, target, settings, matrix)
+
+
+def repeating(options: Options, settings: Settings | None, threads: int) -> list[str]:
+    """The options that decide bytes, but for those on types and their importance: for the command
+    that makes the file again.
+    """
+    words = [word for text in options.lora for word in ("--lora", text)]
+    words += ["--allow-requantize"] if options.allow_requantize else []
+    if settings and options.calibrate is not None:
+        words += ["--calibrate", options.calibrate, "--method", settings.method]
+        words += ["--calibrate-windows", str(settings.windows)]
+        words += ["--threads", str(threads)]  # sums of another order differ in their last bits
+    if options.quality is not None or options.no_check:  # whether there is a quality sheet
+        words.append("--quality" if options.quality else "--no-quality")
+    return words
 
 
 @dataclass(frozen=True)

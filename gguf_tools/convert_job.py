@@ -22,7 +22,7 @@ from gguf_tools.cliffs import (
     with_types,
 )
 from gguf_tools.conversion import refuse_output
-from gguf_tools.convert_inputs import find_inputs, read_wishes
+from gguf_tools.convert_inputs import find_inputs, read_wishes, repeating
 from gguf_tools.convert_options import Options
 from gguf_tools.convert_processes import Processes
 from gguf_tools.file_types import FileType
@@ -147,21 +147,22 @@ class Job:
             trials,
             room=room,
             cost_left=COST_LEFT[wishes.settings.method] if wishes.settings else 1.0,
+            others=repeating(options, wishes.settings, self._processes.n_threads),
         )
 
     # --- writing it -----------------------------------------------------------------------------
 
     def _make(self, draft: Draft, journal: Journal) -> Made:
-        plan, calibrated = draft.plan, self._calibrate(draft)
-        if calibrated:
-            plan = calibrated.plan
-            journal.add_option(calibrated.digest)
+        plan = draft.plan
         raised: list[str] = []
-        losses = Losses()
         for attempt in range(ATTEMPTS):
+            calibrated = self._calibrate(plan, draft)
+            if calibrated:
+                journal.add_option(calibrated.digest)
+            rounded = calibrated.plan if calibrated else plan
             raises = self._options.raise_cliff and attempt < ATTEMPTS - 1
             try:
-                losses = self._write(plan, draft, journal, raises=raises)
+                losses = self._write(rounded, draft, journal, raises=raises)
                 break
             except CliffFoundError as cliff:
                 types = raised_types(cliff.sheet, plan, steps=2 * attempt)
@@ -171,14 +172,14 @@ class Job:
                 journal = self._new_journal()
         if calibrated:
             remove_work(calibrated)
-        return Made(plan, time.monotonic() - self._start, losses, calibrated, tuple(raised))
+        return Made(rounded, time.monotonic() - self._start, losses, calibrated, tuple(raised))
 
-    def _calibrate(self, draft: Draft) -> Calibrated | None:
+    def _calibrate(self, plan: Plan, draft: Draft) -> Calibrated | None:
         options, settings = self._options, self._wishes.settings
         if settings is None:
             return None
         return calibrate_with_bar(
-            draft.plan,
+            plan,
             draft.source,
             draft.output,
             settings,

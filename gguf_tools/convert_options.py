@@ -16,7 +16,6 @@ EXCLUDE_EACH_OTHER = (
     ("--type", "a target"),
     ("--calibrate", "--lora-only"),
     ("--calibrate", "--imatrix"),
-    ("--raise-cliff", "--calibrate"),
     ("--raise-cliff", "--lora-only"),
     ("--raise-cliff", "--no-quality"),
     ("--raise-cliff", "--target-size and --target-bpw"),
