@@ -25,6 +25,7 @@ from gguf_tools.describe import CALIBRATION
 from gguf_tools.errors import GGUFError, OutputError, printable
 from gguf_tools.identity import digest_inputs, digest_program
 from gguf_tools.plan import PLAIN, Plan, TensorPlan
+from gguf_tools.recipes import needs_importance
 from gguf_tools.self_check import Source
 from gguf_tools.values import MetadataValue, Value
 from gguf_tools.writer import GGUFWriter
@@ -109,7 +110,8 @@ def calibrate(
     """Round the plan's matrices; last comes the plan that has them.
 
     `inputs` are the files that weights come from. GGUFError says what went wrong; what has been
-    done until then is kept in the work file.
+    done until then is kept in the work file. UnsupportedQuantError, before any work: a tensor has a
+    type that needs an importance, and no layer multiplies with it.
     """
     # Refuses a path that cannot become the file, before the work of hours.
     GGUFWriter(output, metadata=plan.metadata, tensors=plan.specs, force=force)
@@ -119,6 +121,7 @@ def calibrate(
             f"--calibrate has nothing to round: no matrix of a layer is quantised in a file of "
             f"type {plan.file_type.name}; choose a --type with fewer bits"
         )
+    needing = [name for name in types if needs_importance(plan.file_type, name, types[name])]
     others = {}
     if settings.method in SCALING:
         others = {tensor.name: tensor.quant.name for tensor in plan.tensors if _is_plain(tensor)}
@@ -133,6 +136,7 @@ def calibrate(
         "resume": resume,
         "types": types,
         "others": others,
+        "needing": needing,
         "method": settings.method,
         "windows": settings.windows,
         "text": None if settings.text is None else str(settings.text.resolve()),

@@ -5,7 +5,6 @@ Everything heavy is imported inside the commands: `--help` answers at once.
 
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,18 +12,14 @@ import typer
 from gguf_tools.command import run_command
 from gguf_tools.convert_command import convert
 from gguf_tools.file_commands import COMMANDS
+from gguf_tools.shared_options import ModelFile
 
 if TYPE_CHECKING:
     from gguf_tools.reader import GGUFFile
 
 
 def info(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
-        ),
-    ],
+    file: ModelFile,
     json: Annotated[
         bool,
         typer.Option(

@@ -84,11 +84,13 @@ def plan_conversion(
     *,
     overrides: Overrides = NO_OVERRIDES,
     matrix: ImportanceMatrix | None = None,
+    calibrates: bool = False,
     trial: RunningTrial | None = None,
 ) -> Plan:
     """Read everything but the weights, and say what the file will hold.
 
-    The adapters are merged into the weights. The tokenizer may be in a `trial` already: see
+    The adapters are merged into the weights. A file that is to be calibrated is planned with
+    `calibrates`: see `build_plan`. The tokenizer may be in a `trial` already: see
     `begin_trial`.
     """
     model, merged = match_checkpoint(folder, adapters)
@@ -103,6 +105,7 @@ def plan_conversion(
         sampling=vocab.sampling,
         overrides=overrides,
         matrix=matrix,
+        calibrates=calibrates,
     )
     notes = (*merged, *plan.notes, *vocab.warnings)
     return replace(plan, notes=notes, encodings=vocab.encodings)

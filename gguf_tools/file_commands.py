@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gguf_tools.command import undisturbed_ending
+from gguf_tools.shared_options import Force, ModelFile
 
 if TYPE_CHECKING:
     from gguf_tools.reader import GGUFFile
     from gguf_tools.tools.edit import Change
 
-ModelFile = Annotated[
-    Path,
-    typer.Argument(metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
 def diff(

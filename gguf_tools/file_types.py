@@ -18,6 +18,7 @@ class RecipeFacts:
     n_kv_heads: int
     n_experts: int = 0
     has_importance: bool = False  # an importance matrix is at hand
+    is_calibrated: bool = False  # a text is to tell the importance of what layers multiply with
 
     @property
     def sharing(self) -> int:

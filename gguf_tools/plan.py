@@ -137,8 +137,13 @@ def build_plan(
     sampling: Mapping[str, MetadataValue],
     overrides: Overrides = NO_OVERRIDES,
     matrix: ImportanceMatrix | None = None,
+    calibrates: bool = False,
 ) -> Plan:
-    """Types, sizes and metadata of the output file."""
+    """Types, sizes and metadata of the output file.
+
+    With `calibrates` types that need an importance are fine without a matrix: it is the plan of a
+    file to be calibrated (gguf_tools/calibration.py), which refuses what it cannot give it to.
+    """
     facts = model.facts
     recipe_facts = RecipeFacts(
         model.architecture.name,
@@ -147,6 +152,7 @@ def build_plan(
         facts.n_kv_heads,
         facts.n_experts or 0,
         has_importance=matrix is not None,
+        is_calibrated=calibrates,
     )
     tensors = plan_tensors(
         {tensor.name: (tensor.source, tensor.transform) for tensor in model.tensors},
@@ -197,7 +203,10 @@ def plan_tensors(
         (source, transform), choice = sources[name], choices[name]
         weighed = None
         if source.dtype != choice.type:  # others are copied
-            weighed = _importance(name, source.shape, choice.type, file_type, matrix)
+            weighed = _importance(name, source.shape, choice.type, matrix)
+            needs = needs_importance(file_type, name, choice.type)
+            if needs and weighed is None and not facts.is_calibrated:
+                raise _lacks_importance(name, choice.type, file_type, matrix)
         tensors.append(TensorPlan(name, source, transform, by_name(choice.type), choice, weighed))
     return tuple(tensors)
 
@@ -229,26 +238,23 @@ def _kept_type(name: str, source: LazyTensor, overrides: Overrides) -> str:
 
 
 def _importance(
-    name: str,
-    shape: tuple[int, ...],
-    type_: str,
-    file_type: FileType,
-    matrix: ImportanceMatrix | None,
+    name: str, shape: tuple[int, ...], type_: str, matrix: ImportanceMatrix | None
 ) -> Importance | None:
-    """Of a tensor whose type makes use of it; an error if it is a must and missing."""
-    if type_ in NOTHING_TO_WEIGH:
-        return None
-    found = matrix.find(name, shape) if matrix is not None else None
-    if found is None and needs_importance(file_type, name, type_):
-        if matrix is None:
-            what = "needs an importance matrix: give one with --imatrix"
-        else:
-            what = f"needs its importance, which {printable(matrix.path, limit=1000)} has not"
-        raise UnsupportedQuantError(
-            f"tensor {printable(name)} as {type_} of a {file_type.name} file {what}, or choose "
-            "Q2_K, which needs none"
-        )
-    return found
+    """What the matrix has of a tensor whose type makes use of it."""
+    return None if matrix is None or type_ in NOTHING_TO_WEIGH else matrix.find(name, shape)
+
+
+def _lacks_importance(
+    name: str, type_: str, file_type: FileType, matrix: ImportanceMatrix | None
+) -> UnsupportedQuantError:
+    if matrix is None:
+        what = "needs an importance matrix: give one with --imatrix, --calibrate the file"
+    else:
+        what = f"needs its importance, which {printable(matrix.path, limit=1000)} has not"
+    return UnsupportedQuantError(
+        f"tensor {printable(name)} as {type_} of a {file_type.name} file {what}, or choose Q2_K, "
+        "which needs none"
+    )
 
 
 def _second_quantisation(scheme: str, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:

@@ -62,6 +62,13 @@ def closing_rows(
         yield "time", f"{seconds:.1f} s ({size / 1e6 / max(seconds, 1e-9):,.0f} MB/s)"
 
 
+def aligned(rows: Sequence[Row]) -> Iterator[str]:
+    """The lines of a table of labels and texts."""
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        yield f"{label:<{width}}  {text}"
+
+
 def quality_rows(
     checked: SelfCheck | None, wanted: SheetRequest | None, raised: Sequence[str]
 ) -> Iterator[Row]:

@@ -6,6 +6,7 @@ type.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,16 @@ def plan_requantisation(
     allow_requantize: bool = False,
     overrides: Overrides = NO_OVERRIDES,
     matrix: ImportanceMatrix | None = None,
+    calibrates: bool = False,
 ) -> Plan:
     """What the new file will hold. `file` must stay open until it is written.
+
+    A file that is to be calibrated is planned with `calibrates`: see `build_plan`.
 
     Weights that are quantised already are an error unless `allow_requantize`: then they are
     dequantised first, and both errors add up.
     """
-    facts = _read_facts(file, has_importance=matrix is not None)
+    facts = replace(_read_facts(file), has_importance=matrix is not None, is_calibrated=calibrates)
     tensors = plan_tensors(
         {name: (_lazy(file, tensor), None) for name, tensor in file.tensors.items()},
         file_type=file_type,
@@ -132,7 +136,7 @@ def _lazy(file: GGUFFile, tensor: TensorInfo) -> LazyTensor:
     return LazyTensor(tensor.name, tensor.shape, name, load, raw, "" if name in PLAIN else name)
 
 
-def _read_facts(file: GGUFFile, *, has_importance: bool) -> RecipeFacts:
+def _read_facts(file: GGUFFile) -> RecipeFacts:
     """What the rules of file types ask, from the metadata."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
@@ -159,5 +163,4 @@ def _read_facts(file: GGUFFile, *, has_importance: bool) -> RecipeFacts:
         n_heads,
         number("attention.head_count_kv", n_heads),
         number("expert_count", 0),
-        has_importance=has_importance,
     )

@@ -1,5 +1,6 @@
 """What measuring for a target draws on standard error: a bar on a terminal, otherwise lines."""
 
+from collections.abc import Sequence
 from contextlib import closing
 
 from rich.console import Console
@@ -21,6 +22,7 @@ def settle_with_bar(
     trials: TypeTrials,
     *,
     room: int,
+    others: Sequence[str],
 ) -> Settled:
     """What `settle` gives in the end, with the time that is left on the way."""
     console = Console(stderr=True, highlight=False)
@@ -30,7 +32,7 @@ def settle_with_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    steps = settle(target, base, overrides, plan_for, trials, room=room)
+    steps = settle(target, base, overrides, plan_for, trials, room=room, others=others)
     doing = ""
     with (
         Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,

@@ -49,8 +49,17 @@ class Mixture:
 class Choices:
     """A target for one model: which tensors can have which types, and what that comes to."""
 
-    def __init__(self, target: Target, base: Plan, overrides: Overrides, room: int = 0) -> None:
-        """`base` is the plan of any file type; `room` are bytes that the file needs besides."""
+    def __init__(
+        self,
+        target: Target,
+        base: Plan,
+        overrides: Overrides,
+        room: int = 0,
+        others: Sequence[str] = (),
+    ) -> None:
+        """`base` is the plan of any file type; `room` are bytes that the file needs besides;
+        `others` are options that decide bytes, beside those on types and their importance.
+        """
         self._target, self._base, self._overrides = target, base, overrides
         self._free = {t.name: t for t in base.tensors if _is_free(t, base, overrides)}
         self.types: dict[str, list[str]] = {
@@ -58,7 +67,7 @@ class Choices:
             for name, tensor in self._free.items()
         }
         taken = sum(_padded(tensor.nbytes) for tensor in self._free.values())
-        self._room = room
+        self._room, self._options = room, others
         self._others = base.total_size + room - taken  # what no choice changes
 
     def check(self) -> None:
@@ -140,8 +149,8 @@ class Choices:
         assert facts is not None
         shapes = {tensor.name: tensor.shape for tensor in self._base.tensors}
         for file_type in available():
-            needs = file_type.name in NEED_IMPORTANCE and self._base.matrix is None
-            if file_type.is_mix and not needs:
+            lacks = not (facts.has_importance or facts.is_calibrated)
+            if file_type.is_mix and not (lacks and file_type.name in NEED_IMPORTANCE):
                 choices = choose_types(file_type, shapes, facts=facts, overrides=self._overrides)
                 types = {name: choices[name].type for name in self._free}
                 yield Mixture(file_type, types, self._total(types))
@@ -196,6 +205,7 @@ class Choices:
         words = ["convert", "MODEL", "--type", closest.file_type.name]
         for pattern in patterns:
             words += ["--tensor-type", f"{pattern.regex.pattern}={pattern.type}"]
+        words += self._options
         for option, value in (
             ("--output-type", self._overrides.output),
             ("--embedding-type", self._overrides.embedding),

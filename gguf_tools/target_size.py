@@ -8,7 +8,7 @@ the file: with them it is made again without measuring.
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gguf_tools.describe import short_size
@@ -43,14 +43,16 @@ def settle(
     trials: TypeTrials,
     *,
     room: int = 0,
+    others: Sequence[str] = (),
 ) -> Generator[Doing, None, Settled]:
     """Measure, choose, compare; returns the plan.
 
     `base` is the plan of any file type with these overrides, `plan_for` makes that of others;
-    `room` are bytes that the file will need besides.
+    `room` are bytes that the file will need besides, `others` the options that decide bytes and
+    not types, as the command that makes the file again has them.
     GGUFError where the target is too small, too large, or the model cannot be measured.
     """
-    task = Choices(target, base, overrides, room)
+    task = Choices(target, base, overrides, room, others)
     task.check()
     with trials:
         measured = yield from trials.measure(task.types, task.tried())

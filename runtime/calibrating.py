@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from gguf_tools.calibration_file import CalibrationFile
 from gguf_tools.conversion import plan_conversion
-from gguf_tools.errors import GGUFError, printable
+from gguf_tools.errors import GGUFError, UnsupportedQuantError, printable
 from gguf_tools.feedback.rounding import needed_kernels
 from gguf_tools.jit import compile_kernels
 from gguf_tools.lora_merging import read_scaled
@@ -32,6 +32,7 @@ from runtime.decoders import check_architecture
 from runtime.layerwise import LayerwiseModel
 from runtime.quality.calibration import Calibration
 from runtime.quality.evaluation import Ids
+from runtime.quality.moments import shared_inputs
 from runtime.quality.rounding import Rounding
 from runtime.quality.texts import read_text
 from runtime.sources import PlannedWeights, Source
@@ -76,18 +77,19 @@ def calibrate(request: Event, *, on_compile: Callable[[int, int], None]) -> Iter
         check_architecture(source)
         text = read_text(None if request["text"] is None else Path(request["text"]))
         windows, bos = _windows(source, text.content, request["windows"])
-        digest = _digest(request, windows, bos)
-        work = stack.enter_context(
-            CalibrationFile(Path(request["work"]), digest, resume=request["resume"])
-        )
-        if work.parts:
-            yield {"remark": f"going on from {printable(work.path, limit=1000)}"}
         n_windows, n_tokens = windows.shape
         model = stack.enter_context(
             LayerwiseModel(
                 source, n_tokens=n_tokens, threads=request["threads"], on_compile=on_compile
             )
         )
+        check_reached(model, request["needing"], request["types"])
+        digest = _digest(request, windows, bos)
+        work = stack.enter_context(
+            CalibrationFile(Path(request["work"]), digest, resume=request["resume"])
+        )
+        if work.parts:
+            yield {"remark": f"going on from {printable(work.path, limit=1000)}"}
         rounding = Rounding(
             source,
             request["types"],
@@ -118,6 +120,19 @@ def _open(request: Event, stack: ExitStack) -> Source:
     adapters = [read_scaled(text) for text in request["adapters"]]
     plan = plan_conversion(path, find_file_type("F32"), adapters)
     return PlannedWeights(path, plan.tensors, plan.metadata)
+
+
+def check_reached(model: LayerwiseModel, needing: Sequence[str], types: Mapping[str, str]) -> None:
+    """UnsupportedQuantError if a tensor that needs an importance gets none: nothing tells of it."""
+    groups = [group for layer in model.program.layers for group in shared_inputs(layer)]
+    reached = {name for group in groups for name, _ in group.members}
+    for name in needing:
+        if name not in reached:
+            raise UnsupportedQuantError(
+                f"tensor {printable(name)} as {types[name]} of such a file needs its importance, "
+                "which --calibrate cannot give: no layer multiplies with the tensor as it is; give "
+                "it another type with --tensor-type, or choose Q2_K, which needs none"
+            )
 
 
 def _windows(source: Source, text: str, wanted: int) -> tuple[Ids, int | None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from gguf_tools.errors import printable
+from gguf_tools.shared_options import Threads, Windows
 from runtime.tokenize_command import decode
 
 if TYPE_CHECKING:
@@ -100,16 +101,8 @@ def evaluate(
     ctx: Annotated[
         int, typer.Option("--ctx", "-c", metavar="N", min=1, help="Tokens in a window of the text.")
     ] = DEFAULT_CONTEXT,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Read so many windows; by default all.", show_default=False
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="By default the physical cores.", show_default=False),
-    ] = None,
+    windows: Windows = None,
+    threads: Threads = None,
     plot: Annotated[
         Path | None,
         typer.Option(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gguf_tools.errors import OutputError, printable
+from gguf_tools.shared_options import Force, Threads, Windows
 
 if TYPE_CHECKING:
     from runtime.quality.evaluation import Ids
@@ -57,12 +58,7 @@ def imatrix(
     ctx: Annotated[
         int, typer.Option("--ctx", "-c", metavar="N", min=8, help="Tokens in a window of the text.")
     ] = DEFAULT_CONTEXT,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Read so many windows; by default all.", show_default=False
-        ),
-    ] = None,
+    windows: Windows = None,
     process_output: Annotated[
         bool,
         typer.Option(
@@ -83,19 +79,14 @@ def imatrix(
             help="Save after so many windows. The same command goes on from what is saved.",
         ),
     ] = DEFAULT_GROUP,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="By default the physical cores.", show_default=False),
-    ] = None,
+    threads: Threads = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the importance matrices up, into one.")
     ] = False,
     show_statistics: Annotated[
         bool, typer.Option("--show-statistics", help="Show what an importance matrix says.")
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output if it exists.")
-    ] = False,
+    force: Force = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print what was made, or the statistics, as JSON.")
     ] = False,

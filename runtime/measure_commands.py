@@ -9,18 +9,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from gguf_tools.shared_options import ModelFile
+
 
 def sweep(help: str) -> Any:
     return typer.Option(help=help, metavar="LIST", show_default=False)
 
 
 def bench(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
-        ),
-    ],
+    file: ModelFile,
     prompt: Annotated[
         str | None,
         sweep("Tokens of a prompt to read, such as 128,512, or none. (default: 512)"),
@@ -93,12 +90,7 @@ def bench(
 
 
 def tune(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE", help="A GGUF file, or the name of a model.", show_default=False
-        ),
-    ],
+    file: ModelFile,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt as you have them.", min=1)] = 256,
     answer: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 128,
     threads: Annotated[

@@ -24,8 +24,13 @@ from gguf_tools.calibration_file import (
     read_rows,
     work_path,
 )
-from gguf_tools.conversion import convert, plan_conversion
-from gguf_tools.errors import GGUFError, OutputError, UnsupportedModelError
+from gguf_tools.conversion import convert, plan_conversion, quantise_band
+from gguf_tools.errors import (
+    GGUFError,
+    OutputError,
+    UnsupportedModelError,
+    UnsupportedQuantError,
+)
 from gguf_tools.feedback.rounding import needed_kernels
 from gguf_tools.jit import CACHE_FOLDER
 from gguf_tools.reader import GGUFFile
@@ -34,6 +39,7 @@ from gguf_tools.requantising import plan_requantisation
 from gguf_tools.self_check import Source
 from gguf_tools.values import Value
 from gguf_tools.writer import GGUFWriter
+from runtime.calibrating import check_reached
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats, Matrix
 from runtime.quality.evaluation import Evaluation, cut_windows, evaluate, with_bos
@@ -41,7 +47,7 @@ from runtime.quality.subjects import open_file
 from runtime.sources import PlannedWeights
 from runtime.tokenizer import Tokenizer
 from tests.architectures import FOLDER
-from tests.checkpoints import STORIES
+from tests.checkpoints import STORIES, make_llama
 from tests.test_eval import TALE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,6 +325,49 @@ def test_a_gguf_file_of_floats_is_a_source_too(text: Path, tmp_path: Path) -> No
             resume=True,
         )
         assert blocks_in(last) == blocks_in(expected)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose rows are whole blocks of Q2_K."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    make_llama(folder, hidden_size=256, intermediate_size=256, num_hidden_layers=2)
+    return folder
+
+
+def test_types_that_need_an_importance_get_it(wide: Path, text: Path, tmp_path: Path) -> None:
+    q2_k_s = find_file_type("Q2_K_S")
+    with pytest.raises(UnsupportedQuantError, match="with --imatrix, --calibrate the file, or"):
+        plan_conversion(wide, q2_k_s)
+    options = ("--type", "Q2_K_S", "--calibrate", text, "--method", "imatrix", "--threads", 1)
+    path = tmp_path / "x.gguf"
+    done = run(wide, "-o", path, *options, "--calibrate-windows", 4, "--no-check")
+    assert done.returncode == 0, done.stderr
+    with GGUFFile(path) as file:
+        types = {tensor.name: tensor.quant.name for tensor in file.tensors.values()}
+    plan = plan_conversion(wide, q2_k_s, calibrates=True)
+    assert types == {tensor.name: tensor.quant.name for tensor in plan.tensors}
+    # llama-quantize makes head and embedding without an importance, and so do we.
+    assert (types["output.weight"], types["token_embd.weight"]) == ("Q6_K", "Q2_K")
+    made = tensors_of(path)
+    n_weighed = 0
+    for tensor in plan.tensors:
+        if tensor.quant.name == "Q2_K":
+            plain = quantise_band(tensor, 0, tensor.source.n_rows).blocks.tobytes()
+            assert (made[tensor.name] != plain) == tensor.name.startswith("blk"), tensor.name
+            n_weighed += tensor.name.startswith("blk")
+    assert n_weighed >= 12
+
+
+def test_what_no_layer_multiplies_with_gets_no_such_type() -> None:
+    plan = plan_conversion(STORIES, find_file_type("F32"))
+    source = PlannedWeights(STORIES, plan.tensors, plan.metadata)
+    layers = [t.name for t in plan.tensors if t.name.startswith("blk") and len(t.shape) > 1]
+    types = dict.fromkeys([*layers, "token_embd.weight"], "Q2_K")
+    with LayerwiseModel(source, n_tokens=8, threads=1) as model:
+        check_reached(model, layers, types)
+        with pytest.raises(UnsupportedQuantError, match=r"tensor token_embd.weight as Q2_K .*give"):
+            check_reached(model, [*layers, "token_embd.weight"], types)
 
 
 def test_nobody_elses_file_is_written_over(text: Path, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_directions(path: Path) -> None:
         "gguf_tools/command.py",
         "gguf_tools/convert_command.py",
         "gguf_tools/file_commands.py",
+        "gguf_tools/shared_options.py",
         "runtime/cli.py",
         "runtime/eval_command.py",
         "runtime/imatrix_command.py",

@@ -1,6 +1,7 @@
 """The quality sheet: what it measures, what a file keeps of it, and what happens at a cliff."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -348,7 +349,42 @@ def test_a_cliff_is_told_refused_or_raised(outliers: Path, tmp_path: Path) -> No
         assert "blk.1.attn_output.weight" in changed and len(changed) < 6
 
 
-def test_options_that_exclude_each_other(tmp_path: Path) -> None:
-    done = run_convert(tmp_path, STORIES, "--raise-cliff", "--no-quality")
+def test_a_calibrated_file_is_raised_too(outliers: Path, tmp_path: Path) -> None:
+    """It is the file that the raised types make when they are asked for."""
+    (tmp_path / "a.txt").write_text((ROOT / "tests" / "data" / "prose.txt").read_text() * 8)
+    options = (outliers, "--calibrate", "a.txt", "--calibrate-windows", "4", "--threads", "1")
+    types = ("--tensor-type", "ffn_down=F16", "--tensor-type", "attn_q=Q5_0")
+    raising = ("--method", "imatrix", "--no-check", "--raise-cliff")
+    done = run_convert(tmp_path, *options, *types, *raising, "-o", "x.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "blk.1.attn_output.weight from Q8_0 to F16" in done.stdout
+    with GGUFFile(tmp_path / "x.gguf") as file:
+        sheet = from_metadata(file.metadata)
+        assert sheet is not None and not sheet.is_cliff
+        assert file.metadata["gguf_tools.calibration.method"] == "imatrix"
+        made = {name: (t.quant.name, file.raw(name).tobytes()) for name, t in file.tensors.items()}
+    raised = dict(re.findall(r"(blk\S+) from \S+ to (\w+):", done.stdout))
+    asked = [word for n, type_ in raised.items() for word in ("--tensor-type", f"^{n}$={type_}")]
+    plain = (*asked, *types, "--method", "imatrix", "--no-check")
+    done = run_convert(tmp_path, *options, *plain, "-o", "y.gguf")
+    assert done.returncode == 0, done.stderr
+    with GGUFFile(tmp_path / "y.gguf") as file:
+        again = {name: (t.quant.name, file.raw(name).tobytes()) for name, t in file.tensors.items()}
+    assert made == again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "x.gguf", "y.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--no-quality",), "--raise-cliff and --no-quality exclude each other"),
+        (("--calibrate", "default"), "--raise-cliff and --method best exclude each other"),
+    ],
+)
+def test_options_that_exclude_each_other(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run_convert(tmp_path, STORIES, "--raise-cliff", *options)
     assert done.returncode == 2
-    assert "--raise-cliff and --no-quality exclude each other" in " ".join(done.stderr.split())
+    words = done.stderr.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()
+    assert message in " ".join(words)

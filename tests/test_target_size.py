@@ -1,11 +1,14 @@
 """`convert --target-size` and `--target-bpw`: a choice that fits, and that can be repeated."""
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gguf_tools.conversion import convert as write_file
 from gguf_tools.conversion import plan_conversion
@@ -24,6 +27,7 @@ from tests.checkpoints import STORIES
 from tests.test_convert_cli import convert as run_convert
 from tests.test_convert_cli import fields
 
+ROOT = Path(__file__).resolve().parent.parent
 Types = Mapping[str, str]
 
 
@@ -137,6 +141,42 @@ def test_a_gguf_file_with_wishes(tmp_path: Path) -> None:
     ended = run_convert(tmp_path, "s-F16.gguf", *command[2:], "-o", "again.gguf", "--no-check")
     assert ended.returncode == 0, ended.stderr
     assert blocks_of(tmp_path / "again.gguf") == blocks_of(path)
+
+
+def make_adapter(folder: Path) -> None:
+    """A LoRA adapter for STORIES, of one matrix."""
+    folder.mkdir()
+    asked = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(asked))
+    rng = np.random.default_rng(3)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora"
+    pair = {
+        f"{name}_{end}.weight": rng.normal(0, 0.1, shape).astype(np.float32)
+        for end, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    save_file(pair, folder / "adapter_model.safetensors")
+
+
+def test_the_command_names_all_that_decides_bytes(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter")
+    prose = (ROOT / "tests" / "data" / "prose.txt").read_text()
+    (tmp_path / "a text.txt").write_text(prose * 8)
+    (tmp_path / "short.txt").write_text(prose * 4)
+    given = ("--lora", "adapter:0.5", "--calibrate", "a text.txt", "--method", "imatrix")
+    options = ("--target-size", "300000", "--target-text", "short.txt", *given, "--threads", "1")
+    ended = run_convert(tmp_path, STORIES, *options, "--no-check", "-o", "o.gguf")
+    assert ended.returncode == 0, ended.stderr
+    metadata = metadata_of(tmp_path / "o.gguf")
+    command = shlex.split(str(metadata["gguf_tools.target.command"]))
+    named = (*given, "--calibrate-windows", "58", "--threads", "1", "--no-quality")
+    assert " ".join(named) in " ".join(command)
+    ended = run_convert(tmp_path, STORIES, *command[2:], "-o", "again.gguf", "--no-check")
+    assert ended.returncode == 0, ended.stderr
+    assert blocks_of(tmp_path / "again.gguf") == blocks_of(tmp_path / "o.gguf")
+    made_again = metadata_of(tmp_path / "again.gguf")
+    others = [key for key in metadata if not key.startswith("gguf_tools.target.")]
+    assert list(made_again) == others
+    assert [repr(made_again[key]) for key in others] == [repr(metadata[key]) for key in others]
 
 
 @pytest.mark.parametrize(
