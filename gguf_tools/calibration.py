@@ -82,6 +82,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """So many of the kernels that are not in the cache yet are compiled."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """A plan whose matrices are rounded already."""
 
@@ -101,7 +109,7 @@ def calibrate(
     threads: int,
     force: bool,
     resume: bool,
-) -> Generator[Progress | Calibrated, None, None]:
+) -> Generator[Progress | Compiling | Calibrated, None, None]:
     """Round the plan's matrices; last comes the plan that has them.
 
     `inputs` are the files that weights come from. GGUFError says what went wrong; what has been
@@ -144,6 +152,8 @@ def calibrate(
             raise getattr(errors, event["kind"], GGUFError)(event["error"])
         if "remark" in event:
             yield Progress(0, 1, event["remark"])
+        elif "compiled" in event:
+            yield Compiling(event["compiled"], event["kernels"])
         elif "done" in event:
             yield Progress(event["done"], event["total"])
         else:

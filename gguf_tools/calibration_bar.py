@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from gguf_tools.calibration import Calibrated, Settings, calibrate
+from gguf_tools.calibration import Calibrated, Compiling, Settings, calibrate
 from gguf_tools.plan import Plan
 from gguf_tools.self_check import Source
+
+COMPILING = "compiling kernels, first run only"
 
 
 def calibrate_with_bar(
@@ -52,7 +54,11 @@ def calibrate_with_bar(
         for event in events:
             if isinstance(event, Calibrated):
                 return event
-            if event.remark:
+            if isinstance(event, Compiling):
+                if not event.done and not console.is_terminal:
+                    console.print(COMPILING, markup=False)
+                bar.update(task, completed=event.done, total=event.total, description=COMPILING)
+            elif event.remark:
                 console.print(f"note: {event.remark}", markup=False, soft_wrap=True)
             else:
                 layer = min(int(event.done) + 1, event.total)

@@ -10,7 +10,8 @@ there, CHECK the CRC-32 of the line so far. A line is appended after its band. N
 to the disk on the way: a process that is killed loses nothing that it wrote, and after a power
 failure some of the lines and some of the bands are there. So none is believed: a run that goes on
 reads the whole .part first, and keeps what agrees with the checksums, up to the first band that
-does not. Whatever is damaged, torn or mixed up costs time, never the file.
+does not. The header is written again: a run that was stopped at its very end may have put into it
+what it had found out. Whatever is damaged, torn or mixed up costs time, never the file.
 """
 
 import hashlib
@@ -71,14 +72,15 @@ class Journal:
     def open(self, part: Path, fd: int, *, header: bytes, total: int) -> int:
         """How many bytes of `part`, open as `fd`, are right; 0 if it must be written anew.
 
-        `header` is what it begins with if it is to be trusted, `total` its size when finished.
+        `header` is what it is to begin with, which is not looked at: bands count from there on, and
+        the header decides what they are. `total` is its size when finished.
         """
         self._part, self._path = part, part.with_name(part.name + SUFFIX)
         settings = hashlib.sha256(self._options.encode("utf-8", "surrogateescape") + b"\0" + header)
         self._identity = Identity(self._program_digest, self._inputs_digest, settings.hexdigest())
         self._first = self._end = len(header)
         self._total = total
-        length = self._find(fd, header) if self._resume and os.fstat(fd).st_size else 0
+        length = self._find(fd) if self._resume and os.fstat(fd).st_size else 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         self._fd = os.open(self._path, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -131,7 +133,7 @@ class Journal:
         while data:
             data = data[os.write(self._fd, data) :]
 
-    def _find(self, fd: int, header: bytes) -> int:
+    def _find(self, fd: int) -> int:
         """Set `_end` and `remark`; how much of the journal is good, 0 if nothing is."""
         text = self._read()
         title = _TITLE.match(text)
@@ -147,8 +149,8 @@ class Journal:
             self._first, os.fstat(fd).st_size
         )  # whoever stops the reading loses nothing
         length, end = title.end(), self._first
-        damaged = os.pread(fd, end, 0) != header
-        for after, checksum, line_end in () if damaged else _records(text, length):
+        damaged = False
+        for after, checksum, line_end in _records(text, length):
             damaged = not end < after <= self._total or _checksum(fd, end, after) != checksum
             if damaged:
                 break

@@ -192,8 +192,8 @@ class GGUFWriter:
     def fill_room(self, entries: Mapping[str, MetadataValue]) -> None:
         """Put new keys where the zeros of RESERVE_KEY are; what is left of those stays.
 
-        Nothing moves. It is done when all else is on the disk: a run that goes on from what this
-        one has left finds the header as it was.
+        Nothing moves. It is done when all else is on the disk; a run that goes on from what this
+        one has left begins with the header as it was.
         """
         data = b"".join(encode_string(key) + encode_value(value) for key, value in entries.items())
         empty = encode_string(RESERVE_KEY) + encode_value(Array("u8", b""))
@@ -246,8 +246,8 @@ class GGUFWriter:
             )
         os.ftruncate(self._fd, kept)
         self._check_space(self.total_size - kept)
+        self._write_all(self._header)  # that of a stopped run may have its room filled
         if not kept:
-            self._write_all(self._header)
             return
         os.lseek(self._fd, kept, os.SEEK_SET)
         self._written = kept - len(self._header)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import numpy as np
 from gguf_tools.calibration_file import CalibrationFile
 from gguf_tools.conversion import plan_conversion
 from gguf_tools.errors import GGUFError, UnsupportedQuantError, printable
+from gguf_tools.feedback.rounding import needed_kernels
+from gguf_tools.jit import compile_kernels
 from gguf_tools.lora_merging import read_scaled
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
-        for event in calibrate(request):
+        for event in calibrate(request, on_compile=_tell_compiling):
             _tell(event)
     except GGUFError as error:
         _tell({"error": str(error), "kind": type(error).__name__})
@@ -64,8 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def calibrate(request: Event) -> Iterator[Event]:
-    """Fill the work file that the request names."""
+def calibrate(request: Event, *, on_compile: Callable[[int, int], None]) -> Iterator[Event]:
+    """Fill the work file that the request names.
+
+    Kernels that are not in the cache yet are compiled first; `on_compile(done, total)` is called
+    meanwhile.
+    """
     with ExitStack() as stack:
         source = _open(request, stack)
         check_architecture(source)
@@ -73,7 +79,9 @@ def calibrate(request: Event) -> Iterator[Event]:
         windows, bos = _windows(source, text.content, request["windows"])
         n_windows, n_tokens = windows.shape
         model = stack.enter_context(
-            LayerwiseModel(source, n_tokens=n_tokens, threads=request["threads"])
+            LayerwiseModel(
+                source, n_tokens=n_tokens, threads=request["threads"], on_compile=on_compile
+            )
         )
         check_reached(model, request["needing"], request["types"])
         digest = _digest(request, windows, bos)
@@ -89,6 +97,9 @@ def calibrate(request: Event) -> Iterator[Event]:
             request["threads"],
             others=request["others"],
         )
+        if rounding.needs_moments:
+            for done, total in compile_kernels(needed_kernels()):
+                on_compile(done, total)
         for step in Calibration(model, windows, rounding, bos=bos).run(work):
             yield {"done": step.done, "total": step.total}
         yield {
@@ -156,6 +167,10 @@ def _digest(request: Event, windows: Ids, bos: int | None) -> str:
     for path in sorted(Path(__file__).resolve().parent.rglob("*.py")):
         seen.update(b"\0" + path.name.encode() + b"\0" + path.read_bytes())
     return seen.hexdigest()
+
+
+def _tell_compiling(done: int, total: int) -> None:
+    _tell({"compiled": done, "kernels": total})
 
 
 def _tell(event: Event) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguf_tools.quants import by_name
 from gguf_tools.reader import GGUFFile
 from gguf_tools.values import Value
 from runtime.backends.cpu import CPUBackend, few_tokens
 from runtime.backends.memory import Arena, make_caches
 from runtime.backends.needs import few_kernels
+from runtime.backends.reference import WEIGHTS_AT_ONCE, matmul
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.kernels.experts import FEW as EXPERTS_AT_ONCE
@@ -20,8 +22,9 @@ from runtime.kernels.kv_cache import KV_TYPES
 from runtime.kernels.matmul import FEW_TOKENS
 from runtime.kernels.table import FORMATS
 from runtime.model import Model
-from runtime.program import KVShape, Program, Scale
+from runtime.program import KVShape, Matrix, Program, Scale
 from runtime.stages import whole
+from runtime.streamed_rows import StreamedRows
 from tests.programs import compile_all, mixture, program_of
 from tests.tiny import llama_file
 
@@ -235,6 +238,27 @@ def test_threads_do_not_change_a_bit(quant: str, kv_type: str, tmp_path: Path) -
         for threads in (2, 3, 5):
             got = logits(path, threads=threads, batches=batches, kv_type=kv_type)
             assert np.array_equal(got, one)
+
+
+def test_numpy_reads_a_few_rows_at_a_time() -> None:
+    """A model's self-check runs through it: memory must not grow with the model."""
+    quant, n_rows, n_columns = by_name("Q8_0"), 600, 1 << 14
+    blocks = np.zeros((n_rows, quant.row_bytes(n_columns)), np.uint8)
+    blocks[:, 2:] = np.arange(n_rows)[:, None] % 7
+    blocks[:, 1::34] = 0x3C  # scales of 1
+    blocks[:, 0::34] = 0
+    read = []
+
+    def rows(first: int, last: int) -> np.ndarray:
+        read.append(last - first)
+        return blocks[first:last]
+
+    data = StreamedRows(rows, 0, n_rows, blocks.shape[1])
+    matrix = Matrix("blk.0.ffn_down.weight", quant, n_rows, n_columns, data)
+    x = np.random.default_rng(0).normal(size=(3, n_columns)).astype(np.float32)
+    expected = x @ quant.dequantize(blocks).T
+    np.testing.assert_allclose(matmul(x, matrix), expected, rtol=1e-3, atol=1e-2)
+    assert sum(read) == n_rows and max(read) * n_columns <= WEIGHTS_AT_ONCE
 
 
 def test_formats_without_kernels_run_through_numpy(tmp_path: Path) -> None:

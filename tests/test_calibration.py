@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguf_tools.cache_folder import CACHE_VARIABLE
 from gguf_tools.calibration import Calibrated, Settings, calibrate, read_settings
+from gguf_tools.calibration_bar import COMPILING
 from gguf_tools.calibration_file import (
     SUFFIX,
     CalibrationFile,
@@ -28,6 +31,8 @@ from gguf_tools.errors import (
     UnsupportedModelError,
     UnsupportedQuantError,
 )
+from gguf_tools.feedback.rounding import needed_kernels
+from gguf_tools.jit import CACHE_FOLDER
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.requantising import plan_requantisation
@@ -266,6 +271,33 @@ def test_other_options_or_another_text_start_over(text: Path, tmp_path: Path) ->
     *events, last = steps_of(other, output)
     assert not any(getattr(event, "remark", "") for event in events)
     assert isinstance(last, Calibrated) and last.digest != first.digest
+
+
+@pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are compiled each time")
+def test_that_kernels_are_compiled_is_said(text: Path, tmp_path: Path) -> None:
+    """Once: with a cache in which one of them is not marked as ready."""
+    assert CACHE_FOLDER is not None
+    (kernel,) = needed_kernels()
+    kernel.address  # noqa: B018 - compiles
+    folder = tmp_path / "cache" / "kernels" / CACHE_FOLDER.name
+    shutil.copytree(CACHE_FOLDER, folder)
+    (marker,) = folder.glob("*feedback*round_rows*.ready")
+    marker.unlink()
+    options = (STORIES, "--type", "Q4_0", "-o", tmp_path / "x.gguf", "--calibrate", text)
+    options = (*options, "--method", "gptq", "--calibrate-windows", 4, "--no-check", "--force")
+    told = []
+    for _ in range(2):
+        done = subprocess.run(
+            command(*options),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, CACHE_VARIABLE: str(tmp_path / "cache")},
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stderr.count(COMPILING))
+    assert told == [1, 0]
+    assert marker.exists()
 
 
 def test_experts_have_moments_of_their_own(text: Path, tmp_path: Path) -> None:

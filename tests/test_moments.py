@@ -20,7 +20,7 @@ from runtime.quality.moments import (
     Key,
     in_passes,
     shared_inputs,
-    shrunk,
+    shrink,
 )
 from runtime.sources import PlannedWeights
 from tests.architectures import FOLDER, NAMES, prompts
@@ -99,31 +99,50 @@ def test_moments_are_those_of_the_text_and_of_first_tokens() -> None:
     group = Inputs(8, ((matrix.name, None), ("blk.0.attn_k.weight", None)))
     text = rng.normal(size=(FEW + 44, 8)).astype(np.float32)
     first = 30 * rng.normal(size=(5, 8)).astype(np.float32)
-    collector = Collector([group], whole=True)
+    collector = Collector([group], n_tokens=len(text), n_first=5, whole=True)
     collector.observe(matrix, text[:100])
     collector.observe(matrix, text[100:])
     collector.observe_first(matrix, first)
-    collector.finish(n_tokens=len(text), n_first=5)
+    collector.finish()
     sums = collector.sums[group.members[0]]
     plain = text.T @ text / len(text)
     expected = plain + SINK * first.T @ first / 5
     assert sums.weighted is not None and sums.importance is not None
     assert np.allclose(sums.weighted, expected, rtol=1e-4, atol=1e-4)
     assert np.allclose(sums.importance, np.diagonal(plain), rtol=1e-4)
-    moments = shrunk(sums.weighted, sums.shrinking)
+    moments = sums.take_moments()
+    assert moments is not None and sums.take_moments() is None
     assert np.allclose(np.diagonal(moments), np.diagonal(expected), rtol=1e-4)
     assert np.allclose(moments[0, 1], (1 - SHRINK) * expected[0, 1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_columns", [1, 20, 48])
+def test_moments_are_added_up_by_tiles(monkeypatch: pytest.MonkeyPatch, n_columns: int) -> None:
+    monkeypatch.setattr("runtime.quality.moments.TILE", 16)
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(40, n_columns + 3)).astype(np.float32)[:, :n_columns]  # a view
+    quant = np.empty((4, 0), np.uint8)
+    matrix = Matrix("blk.0.ffn_down.weight", None, 4, n_columns, quant)  # type: ignore
+    group = Inputs(n_columns, ((matrix.name, None),))
+    collector = Collector([group], n_tokens=40, n_first=1, whole=True)
+    collector.observe(matrix, inputs[:24])
+    collector.observe(matrix, inputs[24:])
+    collector.finish()
+    weighted = collector.sums[group.members[0]].weighted
+    assert weighted is not None
+    assert np.allclose(weighted, inputs.T @ inputs / 40, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(weighted, weighted.T)
+
+
 def test_of_an_expert_that_saw_few_tokens_the_diagonal_is_believed() -> None:
     matrix = Matrix("blk.0.ffn_up_exps.weight", None, 4, 8, np.empty((4, 0), np.uint8), 3)  # type: ignore
-    collector = Collector([Inputs(8, ((matrix.name, 3),))], whole=True)
+    group = Inputs(8, ((matrix.name, 3),))
+    collector = Collector([group], n_tokens=1000, n_first=1, whole=True)
     inputs = np.random.default_rng(1).normal(size=(FEW - 1, 8)).astype(np.float32)
     collector.observe(matrix, inputs)
-    collector.finish(n_tokens=1000, n_first=1)
-    sums = collector.sums[matrix.name, 3]
-    assert sums.weighted is not None
-    moments = shrunk(sums.weighted, sums.shrinking)
+    collector.finish()
+    moments = collector.sums[matrix.name, 3].take_moments()
+    assert moments is not None
     assert np.allclose(moments, np.diag(np.diagonal(moments))) and moments[0, 0] > 0
 
 
@@ -136,8 +155,8 @@ def test_passes_hold_what_fits_and_at_least_one_group() -> None:
 
 def test_shrinking_leaves_the_diagonal() -> None:
     moments = np.array([[4.0, 2.0], [2.0, 9.0]], np.float32)
-    assert np.allclose(shrunk(moments, 0.25), [[4.0, 1.5], [1.5, 9.0]])
-    assert moments[0, 1] == 2.0
+    shrink(moments, 0.25)
+    assert np.allclose(moments, [[4.0, 1.5], [1.5, 9.0]])
 
 
 def test_values_and_keys_are_weighed_as_attention_weighs_them() -> None:
@@ -177,9 +196,10 @@ def test_moments_of_all_heads_together_are_the_sum() -> None:
         each, one = (AttentionMoments(model.program, 0, found, room=r) for r in (ROOM, 1))
         each.add(x)
         one.add(x)
-    assert len(one.values) == 1 and np.allclose(one.values[0], each.values.sum(axis=0), rtol=1e-4)
-    assert np.allclose(one.keys[0], each.keys.sum(axis=0), rtol=1e-4)
-    assert one.of("blk.0.attn_q.weight") is None and one.of("blk.0.attn_v.weight") is not None
+    assert len(one.values) == 1 and np.allclose(one.values[0], sum(each.values), rtol=1e-4)
+    assert np.allclose(one.keys[0], sum(each.keys), rtol=1e-4)
+    assert one.take("blk.0.attn_q.weight") is None
+    assert len(one.take("blk.0.attn_v.weight") or ()) == 1 and not one.values
 
 
 def test_fused_and_latent_attention_have_plain_moments() -> None:

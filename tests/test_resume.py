@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from gguf_tools import conversion
+from gguf_tools.cliffs import with_room
 from gguf_tools.conversion import Progress, convert, plan_conversion, quantise_band
 from gguf_tools.errors import CheckpointError, GGUFError, OutputError
 from gguf_tools.journal import Journal
+from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
+from gguf_tools.values import MetadataValue, Value
 from tests.checkpoints import STORIES, llama_config, llama_tensors, make_llama
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is kept on Windows")
@@ -169,6 +172,90 @@ def test_stopped_before_the_last_step(model: Path, output: Path) -> None:
     assert output.read_bytes() == whole(model)
 
 
+MEASURED = {"general.comment": Value("str", "what was measured of the file")}
+KILLED_AT_THE_END = """
+    import os, signal, sys
+    from pathlib import Path
+    from gguf_tools.conversion import convert, plan_conversion
+    from gguf_tools.journal import Journal
+    from gguf_tools.cliffs import with_room
+    from gguf_tools.recipes import find_file_type
+    from gguf_tools.values import Value
+
+    model, output, left = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+    def before(function):
+        def call(*arguments):
+            global left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*arguments)
+        return call
+
+    def measure(part):
+        for name in ("fsync", "write", "replace", "unlink"):
+            setattr(os, name, before(getattr(os, name)))
+        return {"general.comment": Value("str", "what was measured of the file")}
+
+    plan = with_room(plan_conversion(model, find_file_type("Q8_0")))
+    for _ in convert(plan, output, threads=2, check=measure, journal=Journal([model])):
+        pass
+"""
+
+
+def run_with_room(
+    model: Path, output: Path, *, then: Callable[[], None] = lambda: None
+) -> tuple[Journal, list[Progress]]:
+    """Convert, and put into the header what was found out of the file; meanwhile do `then`."""
+
+    def measure(part: Path) -> dict[str, MetadataValue]:
+        then()
+        return dict(MEASURED)
+
+    journal = Journal([model])
+    plan = with_room(plan_conversion(model, find_file_type("Q8_0")))
+    return journal, list(convert(plan, output, threads=2, check=measure, journal=journal))
+
+
+@pytest.mark.parametrize(
+    ("calls", "next_call"),
+    list(enumerate(["flush", "number of keys", "keys", "flush again", "name", "journal's end"])),
+)
+def test_killed_while_the_header_is_filled(
+    model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, calls: int, next_call: str
+) -> None:
+    """Before each step of the end: nothing is made again, and the file is the same."""
+    monkeypatch.undo()  # bands of a usual size, as those of the killed process
+    code = textwrap.dedent(KILLED_AT_THE_END)
+    command = [sys.executable, "-c", code, str(model), str(output), str(calls)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    whole = model.parent / "whole.gguf"
+    run_with_room(model, whole)
+    if next_call == "journal's end":
+        assert left(output) == ["x.gguf", STOPPED[1]]
+    else:
+        assert left(output) == STOPPED
+        journal, steps = run_with_room(model, output)
+        assert journal.remark.startswith("going on from") and "damaged" not in journal.remark
+        assert all(step.kept for step in steps)
+        assert left(output) == ["x.gguf"]
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_an_output_that_appears_while_the_file_is_measured(model: Path, output: Path) -> None:
+    """The header is filled already when that is found; it is no damage."""
+    with pytest.raises(OutputError, match=r"exists already.*100 % of the file is kept in"):
+        run_with_room(model, output, then=lambda: output.write_text("mine"))
+    assert output.read_text() == "mine"
+    output.unlink()
+    journal, steps = run_with_room(model, output)
+    assert journal.remark.startswith("going on from") and all(step.kept for step in steps)
+    with GGUFFile(output) as file:
+        assert file.metadata["general.comment"] == MEASURED["general.comment"].value
+
+
 def cut_part(output: Path) -> None:
     os.truncate(part_of(output), part_of(output).stat().st_size - 77)
 
@@ -217,9 +304,14 @@ def add_a_line(output: Path) -> None:
         file.write(line + b" %08x\n" % zlib.crc32(line))
 
 
+def flip_in_the_header(output: Path) -> None:
+    flip(part_of(output), 100)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        flip_in_the_header,
         cut_part,
         extend_part,
         zero_the_end_of_the_part,
@@ -259,8 +351,9 @@ def noise_as_journal(output: Path) -> None:
     journal_of(output).write_bytes(np.random.default_rng(0).bytes(5000))
 
 
-def flip_in_the_header(output: Path) -> None:
-    flip(part_of(output), 100)
+def flip_in_the_first_band(output: Path) -> None:
+    plan = plan_conversion(STORIES, find_file_type("Q8_0"))
+    flip(part_of(output), plan.total_size - sum(tensor.nbytes for tensor in plan.tensors) + 100)
 
 
 def title_only(output: Path) -> None:
@@ -280,7 +373,7 @@ def another_program(output: Path) -> None:
         (empty_journal, "it has no journal"),
         (flip_in_the_title, "its journal is damaged"),
         (noise_as_journal, "its journal is damaged"),
-        (flip_in_the_header, "is damaged"),
+        (flip_in_the_first_band, "is damaged"),
         (title_only, "holds no whole band"),
         (another_program, "the program changed since"),
     ],

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.feedback.factors import invert_moments
 from gguf_tools.quants.levels import Levels
-from gguf_tools.quants.quanttype import Array, Floats
+from gguf_tools.quants.quanttype import Floats
 
-DAMPING = 0.01  # of the mean of the diagonal
-MOST_DAMPING = 1e12
-SQUARE = 128  # a triangle of this size is inverted at once
+BAND = 256  # rows that are put in order together
 
-Doubles = npt.NDArray[np.float64]
 Order = npt.NDArray[np.intp]
 
 
@@ -65,15 +63,14 @@ class Moments:
 
 
 def prepare(moments: Floats, levels: Levels) -> Feedback:
-    """Order the columns and find U.
-
-    Damping of 0.01 of the mean diagonal keeps U bounded; columns that had no data get it alone.
-    More is added, tenfold each time, while the matrix is not positive definite.
-    """
+    """Order the columns and find U; see factors.py for how moments are damped."""
     n = len(moments)
     order = order_columns(moments.diagonal(), levels)
-    # Nothing but the factor is kept: of a wide matrix each of these is half a gigabyte.
-    upper = invert_upper(factor_from_the_end(moments[np.ix_(order, order)].astype(np.float64)))
+    # Of a wide matrix this is more than a gigabyte: no copy of it is made.
+    upper = np.empty((n, n))
+    for first in range(0, n, BAND):
+        upper[first : first + BAND] = moments[np.ix_(order[first : first + BAND], order)]
+    invert_moments(upper)
     group, n_groups = levels.group, n // levels.group
     strips = upper.reshape(n, n_groups, group).transpose(1, 0, 2)
     pivots = 1 / upper.diagonal()
@@ -87,28 +84,6 @@ def prepare(moments: Floats, levels: Levels) -> Feedback:
         pivots.astype(np.float32),
         ones.reshape(n).astype(np.float32),
     )
-
-
-def factor_from_the_end(moments: Doubles) -> Doubles:
-    """R, upper triangular, with R R^T = moments / mean of the diagonal, damped; U is its inverse.
-
-    `moments` is not as it was afterwards.
-    """
-    mean = moments.diagonal().mean()
-    if mean > 0:
-        moments /= mean
-    else:
-        moments = np.eye(len(moments))
-    diagonal = moments.diagonal().copy()
-    damping = DAMPING
-    while damping <= MOST_DAMPING:
-        np.fill_diagonal(moments, diagonal + damping)
-        try:
-            factor: Array = np.linalg.cholesky(moments[::-1, ::-1])
-            return factor[::-1, ::-1]
-        except np.linalg.LinAlgError:
-            damping *= 10
-    raise ValueError("second moments are far from positive definite")
 
 
 def order_columns(diagonal: Floats, levels: Levels) -> Order:
@@ -127,16 +102,3 @@ def order_columns(diagonal: Floats, levels: Levels) -> Order:
     order = np.take_along_axis(order, groups, 1)
     columns = np.argsort(-importance, axis=2, kind="stable")
     return np.take_along_axis(order, columns, 2).reshape(-1)
-
-
-def invert_upper(matrix: Doubles) -> Doubles:
-    """The inverse of an upper triangular matrix."""
-    n = len(matrix)
-    if n <= SQUARE:
-        return np.triu(np.linalg.inv(matrix))
-    half = n // 2
-    inverse = np.zeros_like(matrix)
-    first = inverse[:half, :half] = invert_upper(matrix[:half, :half])
-    last = inverse[half:, half:] = invert_upper(matrix[half:, half:])
-    inverse[:half, half:] = -(first @ matrix[:half, half:] @ last)
-    return inverse

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ from gguf_tools.feedback.search import N_MOVES, N_REFITS, search_for
 from gguf_tools.quants.levels import Levels, Parts
 from gguf_tools.quants.quanttype import Array, Floats
 
+if TYPE_CHECKING:
+    from gguf_tools.jit import Kernel
+
+KERNELS = "gguf_tools.feedback.kernels.rows"  # numba is imported with it
 LANES = 16  # rows that the kernel takes together
 
 _LOADING = threading.Lock()
@@ -84,9 +88,15 @@ def to_parts(levels: Levels, rounded: Rounded, order: Order) -> Parts:
 def load() -> Any:
     """The kernels, compiled; one thread at a time, as numba and imports have locks of their own."""
     with _LOADING:
-        kernels = import_module("gguf_tools.feedback.kernels.rows")
+        kernels = import_module(KERNELS)
         kernels.round_rows.address  # noqa: B018 - compiles
     return kernels
+
+
+def needed_kernels() -> "list[Kernel]":
+    """What `load` compiles, for compile_kernels, which tells how far it is."""
+    with _LOADING:
+        return [import_module(KERNELS).round_rows]
 
 
 def _in_place(array: Array, order: Order) -> Array:

@@ -38,7 +38,7 @@ from runtime.program import (
     StoreKV,
 )
 
-ROWS_AT_ONCE = 4096  # rows of a matrix dequantised together
+WEIGHTS_AT_ONCE = 1 << 20  # of a matrix, dequantised together
 
 
 class ReferenceBackend:
@@ -247,8 +247,9 @@ def expert_matmul(x: Floats, routes: Floats, step: ExpertMatMul, product: Produc
 
 def matmul(x: Floats, matrix: Matrix) -> Floats:
     y = np.empty((len(x), matrix.n_rows), np.float32)
-    for first in range(0, matrix.n_rows, ROWS_AT_ONCE):
-        band = slice(first, first + ROWS_AT_ONCE)
+    step = max(1, WEIGHTS_AT_ONCE // matrix.n_columns)
+    for first in range(0, matrix.n_rows, step):
+        band = slice(first, first + step)
         y[:, band] = x @ matrix.rows(band).T
     return y
 

@@ -83,8 +83,8 @@ class AttentionMoments:
         n_columns = found.values.n_columns
         one_each = 8 * shape.n_kv_heads * n_columns * n_columns <= room
         n_sums = shape.n_kv_heads if one_each else 1
-        self.values = np.zeros((n_sums, n_columns, n_columns), np.float32)
-        self.keys = np.zeros_like(self.values)
+        self.values = [np.zeros((n_columns, n_columns), np.float32) for _ in range(n_sums)]
+        self.keys = [np.zeros_like(sum_) for sum_ in self.values]
 
     def add(self, x: Floats) -> None:
         """x (n_tokens, dim): the hidden states before the layer, of a window from position 0."""
@@ -115,11 +115,17 @@ class AttentionMoments:
             scaled = x_keys * np.sqrt(counts)[:, None]
             self.keys[place] += scaled.T @ scaled
 
-    def of(self, name: str) -> list[Floats] | None:
-        """The moments for each KV head's rows of a tensor, if it is one of the two."""
+    def take(self, name: str) -> list[Floats] | None:
+        """The moments for each KV head's rows of a tensor, if it is one of the two.
+
+        They are gone from here.
+        """
+        taken = None
         if name == self._found.values.name:
-            return list(self.values)
-        return list(self.keys) if name == self._found.keys.name else None
+            taken, self.values = self.values, []
+        elif name == self._found.keys.name:
+            taken, self.keys = self.keys, []
+        return taken
 
 
 def _key_weights(weights: Floats, values: Floats, lengths: Floats) -> Floats:

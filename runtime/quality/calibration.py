@@ -31,7 +31,7 @@ from runtime.quality.moments import (
     Sums,
     in_passes,
     shared_inputs,
-    shrunk,
+    shrink,
 )
 from runtime.quality.rounding import Known, Rounding
 
@@ -85,7 +85,7 @@ class Calibration:
         """Add to the work file the layers that it has not yet."""
         for index in range(self._n_layers):
             if index < len(work.parts):
-                for share in self._read(index, Collector([]), None, onward=True):
+                for share in self._read(index, self._collector([]), None, onward=True):
                     yield Step(index + share, self._n_layers)
                 continue
             layer = _Layer(index)
@@ -106,11 +106,11 @@ class Calibration:
         passes = list(in_passes(groups, MOMENTS_BYTES)) if whole and groups else [groups]
         rounding = self._rounding
         if len(passes) > 1 and rounding.scales:  # no pass knows all that scales depend on
-            collector = Collector(groups)
+            collector = self._collector(groups)
             yield from (0.0 for _ in self._read(layer.index, collector, None, onward=False))
             rounding = self._scaled(layer, groups, collector)
         for number, chosen in enumerate(passes):
-            collector = Collector(chosen, whole=whole)
+            collector = self._collector(chosen, whole=whole)
             attention = self._attention(layer.index, chosen) if whole else None
             onward = number == len(passes) - 1
             for share in self._read(layer.index, collector, attention, onward=onward):
@@ -118,7 +118,7 @@ class Calibration:
             if len(passes) == 1 and rounding.scales:
                 rounding = self._scaled(layer, groups, collector)
             for place, group in enumerate(chosen, 1):
-                sums = collector.sums[group.members[0]]
+                sums = collector.sums.pop(group.members[0])
                 self._round(layer, rounding, group, sums, attention)
                 yield (number + 0.5 + place / len(chosen) / 2) / len(passes)
         for name in sorted(rounding.factors.keys() - rounding.types.keys()):  # norms, biases...
@@ -154,7 +154,11 @@ class Calibration:
             firsts = self._alone.layer(index, self._firsts, collector.observe_first)
             if onward:
                 self._firsts = firsts
-        collector.finish(n_tokens=self._n_tokens, n_first=len(self._firsts))
+        collector.finish()
+
+    def _collector(self, groups: Sequence[Inputs], *, whole: bool = False) -> Collector:
+        n_first = len(self._firsts)
+        return Collector(groups, n_tokens=self._n_tokens, n_first=n_first, whole=whole)
 
     def _attention(self, index: int, groups: Sequence[Inputs]) -> AttentionMoments | None:
         """What is to add up the layer's attention, if these are the inputs of its values."""
@@ -174,8 +178,12 @@ class Calibration:
     ) -> None:
         """Round the matrices that have these inputs."""
 
-        def moments_of(sum_: Floats, share: float) -> Moments:
-            return Moments(rounding.divided(group.members[0], shrunk(sum_, share)))
+        def moments_of(sum_: Floats) -> Moments:
+            return Moments(rounding.divided(group.members[0], sum_))
+
+        def moments_of_head(sum_: Floats) -> Moments:
+            shrink(sum_, SHRINK)
+            return moments_of(sum_)
 
         importance, moments = sums.importance, None
         if importance is not None:
@@ -187,10 +195,12 @@ class Calibration:
                 told = layer.few if sums.n_tokens else layer.unseen
                 told.append(f"{name}[{index}]")
             known = Known(importance)
-            by_heads = attention.of(name) if attention is not None else None
+            by_heads = attention.take(name) if attention is not None else None
             if by_heads is not None:
-                known = Known(importance, tuple(moments_of(h, SHRINK) for h in by_heads))
-            elif sums.weighted is not None:
-                moments = moments or moments_of(sums.weighted, sums.shrinking)
-                known = Known(importance, (moments,))
+                known = Known(importance, tuple(moments_of_head(h) for h in by_heads))
+            else:
+                if (taken := sums.take_moments()) is not None:
+                    moments = moments_of(taken)
+                if moments is not None:
+                    known = Known(importance, (moments,))
             rounding.round((name, index), known, layer.blocks)

@@ -33,6 +33,7 @@ from runtime.streamed_rows import StreamedRows
 SINK = 0.125  # what moments of first tokens count beside those of all
 SHRINK = 0.2  # of the moments between columns
 FEW = 256  # tokens; of an expert that saw fewer, only the diagonal is believed
+TILE = 2048  # columns whose moments are made together
 
 Key = tuple[str, int | None]  # a tensor's name and, in a stack, the matrix's index
 
@@ -46,7 +47,7 @@ class Inputs:
 
     @property
     def moments_bytes(self) -> int:
-        return 8 * self.n_columns * self.n_columns  # of the text and of first tokens
+        return 4 * self.n_columns * self.n_columns
 
 
 def shared_inputs(layer: Sequence[Instruction]) -> list[Inputs]:
@@ -102,9 +103,8 @@ class Sums:
     whole: bool
     n_tokens: int = 0  # of the text
     squares: Floats = field(init=False)  # (n_columns,) of the text's tokens
-    text: Floats | None = None  # (n_columns, n_columns) of the text's tokens
-    first: Floats | None = None  # the same of first tokens
-    weighted: Floats | None = None  # both together, in the end
+    # (n_columns, n_columns) of the text's and of first tokens, these with their weight
+    weighted: Floats | None = None
 
     def __post_init__(self) -> None:
         self.squares = np.zeros(self.n_columns, np.float32)
@@ -117,18 +117,28 @@ class Sums:
         importance: Floats = self.squares / np.float32(self.n_tokens)
         return importance
 
-    @property
-    def shrinking(self) -> float:
-        """How far the moments are shrunk: to the diagonal where few tokens came."""
-        return SHRINK if self.n_tokens >= FEW else 1.0
+    def take_moments(self) -> Floats | None:
+        """The moments, shrunk: to the diagonal where few tokens came. They are gone from here."""
+        moments, self.weighted = self.weighted, None
+        if moments is not None:
+            shrink(moments, SHRINK if self.n_tokens >= FEW else 1.0)
+        return moments
 
 
 class Collector:
     """An observer that adds up the moments of some groups."""
 
-    def __init__(self, groups: Sequence[Inputs], *, whole: bool = False) -> None:
-        """`whole`, or the diagonal alone."""
+    def __init__(
+        self, groups: Sequence[Inputs], *, n_tokens: int, n_first: int, whole: bool = False
+    ) -> None:
+        """`whole`, or the diagonal alone.
+
+        The text has so many tokens, whichever of them a group sees, and there are so many first.
+        """
         self.sums = {group.members[0]: Sums(group.n_columns, whole) for group in groups}
+        self._n_tokens = n_tokens
+        # What a first token's inputs are multiplied with, to count as it should.
+        self._first = np.float32(np.sqrt(SINK * n_tokens / n_first))
 
     def observe(self, matrix: Matrix, inputs: Floats) -> None:
         """Inputs of tokens of the text."""
@@ -137,32 +147,31 @@ class Collector:
             sums.squares += np.einsum("ij,ij->j", inputs, inputs)
             sums.n_tokens += len(inputs)
             if sums.whole:
-                sums.text = _added(sums.text, inputs)
+                sums.weighted = _added(sums.weighted, inputs)
 
     def observe_first(self, matrix: Matrix, inputs: Floats) -> None:
         """Inputs of first tokens."""
         sums = self.sums.get((matrix.name, matrix.index))
         if sums is not None and sums.whole:
-            sums.first = _added(sums.first, inputs)
+            sums.weighted = _added(sums.weighted, inputs * self._first)
 
-    def finish(self, *, n_tokens: int, n_first: int) -> None:
-        """The text had so many tokens, whichever of them a group saw, and there were so many first.
+    def finish(self) -> None:
+        """All inputs were told: make sums means.
 
-        What is not needed any more is forgotten.
+        FormatError where one was no number.
         """
         for key, sums in self.sums.items():
             _check_finite(key, sums)
-            if sums.text is not None:
-                sums.text *= np.float32(1 / n_tokens)
-                if sums.first is not None:
-                    sums.first *= np.float32(SINK / n_first)
-                    sums.text += sums.first
-            sums.weighted, sums.text, sums.first = sums.text, None, None
+            if not sums.n_tokens:
+                sums.weighted = None
+            if sums.weighted is not None:
+                _mirror(sums.weighted)
+                sums.weighted *= np.float32(1 / self._n_tokens)
 
 
 def _check_finite(key: Key, sums: Sums) -> None:
-    first = 0.0 if sums.first is None else np.trace(sums.first)
-    if not np.isfinite(sums.squares).all() or not np.isfinite(first):
+    diagonal = sums.squares if sums.weighted is None else np.diagonal(sums.weighted)
+    if not np.isfinite(sums.squares).all() or not np.isfinite(diagonal).all():
         raise FormatError(
             f"tensor {printable(key[0])} is multiplied with what is no number (NaN or infinity): "
             "the model's weights are damaged, or too large for this computation"
@@ -170,17 +179,30 @@ def _check_finite(key: Key, sums: Sums) -> None:
 
 
 def _added(sum_: Floats | None, inputs: Floats) -> Floats:
-    """The sum and the moments of these inputs."""
-    inputs = np.ascontiguousarray(inputs)
-    product: Floats = inputs.T @ inputs  # of one array with itself: half the work
+    """The sum with the moments of these inputs, in its tiles on the diagonal and above it.
+
+    A wide matrix's moments are near a gigabyte: there is never one more of that size.
+    """
+    n = inputs.shape[1]
     if sum_ is None:
-        return product
-    sum_ += product
+        sum_ = np.zeros((n, n), np.float32)
+    for first in range(0, n, TILE):
+        tile = np.ascontiguousarray(inputs[:, first : first + TILE])
+        last = first + TILE
+        sum_[first:last, first:last] += tile.T @ tile  # of one array with itself: half the work
+        sum_[first:last, last:] += tile.T @ inputs[:, last:]
     return sum_
 
 
-def shrunk(moments: Floats, share: float) -> Floats:
-    """(1 - share) of the moments between columns; the diagonal as it is."""
-    result: Floats = moments * np.float32(1 - share)
-    np.fill_diagonal(result, np.diagonal(moments))
-    return result
+def _mirror(sum_: Floats) -> None:
+    """Copy the tiles above the diagonal below it."""
+    for first in range(0, len(sum_), TILE):
+        last = first + TILE
+        sum_[last:, first:last] = sum_[first:last, last:].T
+
+
+def shrink(moments: Floats, share: float) -> None:
+    """Leave (1 - share) of the moments between columns; the diagonal as it is."""
+    diagonal = np.diagonal(moments).copy()
+    moments *= np.float32(1 - share)
+    np.fill_diagonal(moments, diagonal)

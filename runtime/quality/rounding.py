@@ -105,8 +105,11 @@ class Rounding:
         if name not in self.factors:
             return moments
         inverse = np.float32(1) / self.factors[name].columns[index or 0]
-        by = inverse**2 if moments.ndim == 1 else inverse * inverse[:, None]
-        divided: Floats = moments * by
+        if moments.ndim == 1:
+            inverse = inverse**2
+        divided: Floats = moments * inverse
+        if moments.ndim > 1:  # one number after the other: of a wide matrix no more than a copy
+            divided *= inverse[:, None]
         return divided
 
     def _weights(self, key: Key) -> tuple[int, Floats]:

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from gguf_tools.errors import UnsupportedQuantError
+from gguf_tools.feedback import factors
+from gguf_tools.feedback.factors import invert_moments
 from gguf_tools.feedback.moments import Moments, prepare
 from gguf_tools.feedback.quantising import loss, make_blocks, quantize_with_moments
 from gguf_tools.feedback.reference import round_rows_reference
@@ -178,6 +180,38 @@ def test_the_factor() -> None:
     np.testing.assert_allclose(feedback.pivots * upper.diagonal(), 1, rtol=1e-6)
     ones = np.linalg.solve(upper[32:64, 32:64].T, -np.ones(32))
     np.testing.assert_allclose(feedback.ones[32:64], ones, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [8, 40, 256, 300, 700])
+@pytest.mark.parametrize("rows", [96, 2048])
+def test_u_is_found_in_the_memory_of_the_moments(
+    monkeypatch: pytest.MonkeyPatch, n: int, rows: int
+) -> None:
+    """Against NumPy's own, in several blocks of columns and of rows."""
+    monkeypatch.setattr(factors, "ROWS", rows)
+    moments = correlated(n).astype(np.float64)
+    damped = moments / moments.diagonal().mean() + 0.01 * np.eye(n)
+    expected = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    upper = moments.copy()
+    invert_moments(upper)
+    assert not np.tril(upper, -1).any()
+    np.testing.assert_allclose(upper, expected, atol=1e-9 * np.abs(expected).max())
+
+
+def test_moments_that_need_more_damping_are_begun_with_anew() -> None:
+    """The first columns, which come last, are what is not positive definite."""
+    moments = correlated(600).astype(np.float64)
+    moments /= moments.diagonal().mean()
+    moments[:20, :20] -= 0.5 * np.linalg.eigvalsh(moments)[-1] * np.eye(20)
+    mean = moments.diagonal().mean()
+    damping = 0.01
+    while np.linalg.eigvalsh(moments / mean + damping * np.eye(600)).min() <= 0:
+        damping *= 10
+    assert damping > 0.01
+    upper = moments.copy()
+    invert_moments(upper)
+    product = upper.T @ upper @ (moments / mean + damping * np.eye(600))
+    np.testing.assert_allclose(product, np.eye(600), atol=1e-8)
 
 
 def test_the_factor_is_made_once() -> None:
