@@ -11,7 +11,9 @@ from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Under nohup it is ignored, also by programs that are started here, and some tests send it to them.
+# What is ignored here is ignored by programs that are started here, and some tests send it to them:
+# a shell's background jobs ignore SIGINT, and what nohup starts SIGHUP.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
