@@ -4,6 +4,7 @@ Where the file lies beyond a precision cliff and that is asked for, the tensors 
 more bits, and it is written again.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class Job:
         draft = self._draft()
         if self._options.strict:
             refuse_fallbacks(draft.plan)
+        gc.freeze()  # the plan stays until the end
+        gc.enable()
         made = None if self._options.dry_run else self._make(draft, journal)
         return Told(tuple(self._lines(draft, made)), tuple(self._notes(draft, made)))
 
