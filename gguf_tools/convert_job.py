@@ -31,7 +31,6 @@ from gguf_tools.journal import Journal
 from gguf_tools.losses import Losses
 from gguf_tools.overrides import Overrides
 from gguf_tools.plan import Plan, refuse_fallbacks
-from gguf_tools.quants.blocks import import_compilers
 from gguf_tools.report import Row, aligned, closing_rows, loss_notes, plan_lines, quality_rows
 from gguf_tools.self_check import CliffFoundError, SheetRequest, Source
 from gguf_tools.target_bar import settle_with_bar
@@ -82,8 +81,6 @@ class Job:
 
     def run(self) -> Told:
         """Write the file, or say what it would be."""
-        if not self._options.dry_run:
-            import_compilers()
         journal = self._new_journal()  # what the inputs are before they are read
         draft = self._draft()
         if self._options.strict:

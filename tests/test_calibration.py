@@ -32,7 +32,7 @@ from gguf_tools.errors import (
     UnsupportedQuantError,
 )
 from gguf_tools.feedback.rounding import needed_kernels
-from gguf_tools.jit import CACHE_FOLDER
+from gguf_tools.kernel_files import CACHE_FOLDER
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.requantising import plan_requantisation

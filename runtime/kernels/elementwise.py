@@ -5,10 +5,10 @@ buffers that all threads share. Shared buffers may be written up to 31 floats pa
 """
 
 import numpy as np
-from numba import float32
 
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
+    float32,
     fma,
     hsum,
     ld_f32,

@@ -20,7 +20,7 @@ from typing import Any
 
 from numba import config, cuda
 
-from gguf_tools.jit import CACHE_FOLDER
+from gguf_tools.kernel_files import CACHE_FOLDER
 
 SOURCES = ("gguf_tools/jit.py", "gguf_tools/quants/iq4.py", "runtime/kernels/cuda/*.py")
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings")
