@@ -36,7 +36,7 @@ KERNEL_SOURCES = (
     "runtime/kernels/*.py",
 )
 # What compiled kernels may call by name: these are in any process.
-SYSTEM_FUNCTIONS = {"memcpy", "memmove", "memset", "sched_yield", "SwitchToThread"}
+SYSTEM_FUNCTIONS = {"sched_yield", "SwitchToThread"}
 
 _engines: list[Any] = []  # what owns the code that is loaded
 _lock = threading.Lock()
