@@ -7,13 +7,14 @@ template and of the logits, and with the quality sheet. See gguf_tools/self_chec
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gguf_tools.conversion import match_checkpoint
 from gguf_tools.errors import GGUFError, UnsupportedModelError
@@ -26,10 +27,12 @@ from gguf_tools.values import Value
 from gguf_tools.vocab.agreement import agree
 from gguf_tools.vocab.trial import Encodings
 from runtime.config import MAX_CONTEXT
+from runtime.growing_file import GrowingFile
+from runtime.input_lines import InputLines
 from runtime.logits_check import (
     N_TOKENS,
     TEXT,
-    Expected,
+    Comparing,
     check_logits,
     choose_layers,
     run_source,
@@ -39,19 +42,33 @@ from runtime.sources import PlannedWeights, Source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
 
+POLL = 0.02  # seconds between looks at how far the file has been written
 
-def main(arguments: Sequence[str]) -> int:
+
+def main(arguments: Sequence[str]) -> NoReturn:
     """Check the file of the request on standard input; write the findings as JSON.
 
     A second line comes when the file is finished, and tells how the checkpoint encodes the test
-    texts (Encodings, or null): what needs only the file's metadata is done before.
+    texts (Encodings, or null): what has been written of the file is looked at before. Without it
+    the conversion has ended, and so does this.
     """
-    request = sys.stdin.readline()
-    if not request:  # the conversion ended before there was a file
-        return 1
-    answer = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
+    lines = InputLines()
+
+    def read() -> Any:
+        line = lines.read()
+        if not line:
+            _end(1)
+        return json.loads(line)
+
+    answer = check(read(), wait=read, is_finished=lambda: lines.comes(seconds=POLL))
     sys.stdout.write(json.dumps(asdict(answer)))
-    return 0
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    """Leave without tidying up, which takes longer the more a process has loaded."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 @dataclass(frozen=True)
@@ -63,8 +80,17 @@ class Answer:
     no_sheet: str = ""  # why there is none
 
 
-def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None]) -> Answer:
-    """What the request asks for of the file. `wait` returns when it is finished."""
+def check(
+    request: dict[str, Any],
+    *,
+    wait: Callable[[], dict[str, Any] | None],
+    is_finished: Callable[[], bool] = lambda: True,
+) -> Answer:
+    """What the request asks for of the file.
+
+    `wait` returns when it is finished. Until `is_finished`, which may take a moment, is true, what
+    is there of it by then is looked at.
+    """
     begun = UnfinishedFile(Path(request["file"]))
     try:
         tokenizer = Tokenizer(begun.metadata)
@@ -73,7 +99,7 @@ def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None])
         finding = Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))
         return Answer([finding], no_sheet="its tokenizer cannot be used")
     findings: list[Finding] = []
-    made: Expected | Finding | None = None
+    made: Comparing | Finding | None = None
     with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
         source = _open_or_say(request)
         if request.get("checks", True):
@@ -81,13 +107,19 @@ def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None])
             made = source if isinstance(source, Finding) else _run_source(source, tokenizer)
             findings = [template.result()]
         run = _run_text(request, source, tokenizer, stack)
+        if isinstance(made, Comparing):
+            _look_early(begun, is_finished, made)
         encodings = wait()
         if request.get("checks", True):
             findings.insert(0, _check_tokenizer(tokenizer, encodings))
         if isinstance(made, Finding):
             findings.append(made)
-        file = stack.enter_context(GGUFFile(request["file"], begun=begun))
-        if isinstance(made, Expected):
+        try:
+            file = stack.enter_context(GGUFFile(request["file"], begun=begun))
+        except GGUFError as error:
+            findings.append(Finding("not readable", (f"the file cannot be read: {error}",)))
+            return Answer(findings, no_sheet=str(error))
+        if isinstance(made, Comparing):
             findings.append(check_logits(made, file, threads=request["threads"]))
         if isinstance(run, str):
             return Answer(findings, no_sheet=run)
@@ -95,6 +127,22 @@ def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None])
             return Answer(findings, _measure(run, file, request))
         except GGUFError as error:
             return Answer(findings, no_sheet=str(error))
+
+
+def _look_early(
+    begun: UnfinishedFile, is_finished: Callable[[], bool], comparing: Comparing
+) -> None:
+    """Compare what is written of the file while the rest is."""
+    try:
+        with GrowingFile(begun) as file:
+            seen: set[str] = set()
+            while not is_finished():
+                there = file.there()
+                if there != seen:  # one thread: the conversion has the others
+                    comparing.look(file, there, threads=1)
+                seen = there
+    except GGUFError:  # the finished file will say it, too
+        return
 
 
 def _open_or_say(request: dict[str, Any]) -> Source | Finding:
@@ -149,11 +197,12 @@ def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> 
     return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
-def _run_source(source: Source, tokenizer: Tokenizer) -> Expected | Finding:
+def _run_source(source: Source, tokenizer: Tokenizer) -> Comparing | Finding:
     """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
         # One thread: the conversion has the others.
-        return run_source(source, _ids(tokenizer, source), threads=1, layers=choose_layers(source))
+        ids, layers = _ids(tokenizer, source), choose_layers(source)
+        return Comparing(run_source(source, ids, threads=1, layers=layers))
     except UnsupportedModelError:
         return Finding("not run: its architecture cannot be run yet")
     except GGUFError as error:
