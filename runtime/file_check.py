@@ -37,7 +37,9 @@ from runtime.logits_check import (
     choose_layers,
     run_source,
 )
-from runtime.quality.sheet import SourceRun, measure
+from runtime.quality.file_run import FileRun
+from runtime.quality.sheet import measure
+from runtime.quality.source_run import SourceRun
 from runtime.sources import PlannedWeights, Source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
             _end(1)
         return json.loads(line)
 
-    answer = check(read(), wait=read, is_finished=lambda: lines.comes(seconds=POLL))
+    answer = check(read(), wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
     sys.stdout.write(json.dumps(asdict(answer)))
     _end(0)
 
@@ -84,12 +86,12 @@ def check(
     request: dict[str, Any],
     *,
     wait: Callable[[], dict[str, Any] | None],
-    is_finished: Callable[[], bool] = lambda: True,
+    is_finished: Callable[[float], bool] = lambda seconds: True,
 ) -> Answer:
     """What the request asks for of the file.
 
-    `wait` returns when it is finished. Until `is_finished`, which may take a moment, is true, what
-    is there of it by then is looked at.
+    `wait` returns when it is finished. Until `is_finished`, which waits so many seconds for that,
+    what is there of it is looked at.
     """
     begun = UnfinishedFile(Path(request["file"]))
     try:
@@ -107,8 +109,8 @@ def check(
             made = source if isinstance(source, Finding) else _run_source(source, tokenizer)
             findings = [template.result()]
         run = _run_text(request, source, tokenizer, stack)
-        if isinstance(made, Comparing):
-            _look_early(begun, is_finished, made)
+        looking = [each for each in (made, run) if isinstance(each, Comparing | FileRun)]
+        _look_early(begun, is_finished, looking)
         encodings = wait()
         if request.get("checks", True):
             findings.insert(0, _check_tokenizer(tokenizer, encodings))
@@ -124,22 +126,26 @@ def check(
         if isinstance(run, str):
             return Answer(findings, no_sheet=run)
         try:
-            return Answer(findings, _measure(run, file, request))
+            bits, threads = request["sheet"]["bits"], request["threads"]
+            return Answer(findings, measure(run, file, bits=bits, threads=threads))
         except GGUFError as error:
             return Answer(findings, no_sheet=str(error))
 
 
 def _look_early(
-    begun: UnfinishedFile, is_finished: Callable[[], bool], comparing: Comparing
+    begun: UnfinishedFile,
+    is_finished: Callable[[float], bool],
+    looking: Sequence[Comparing | FileRun],
 ) -> None:
-    """Compare what is written of the file while the rest is."""
+    """Do with what is written of the file what can be done while the rest is."""
+    seen: set[str] = set()
+    is_busy = True
     try:
         with GrowingFile(begun) as file:
-            seen: set[str] = set()
-            while not is_finished():
+            while looking and not is_finished(0 if is_busy else POLL):
                 there = file.there()
-                if there != seen:  # one thread: the conversion has the others
-                    comparing.look(file, there, threads=1)
+                if is_busy or there != seen:
+                    is_busy = any([each.look(file, there) for each in looking])
                 seen = there
     except GGUFError:  # the finished file will say it, too
         return
@@ -156,7 +162,7 @@ def _open_or_say(request: dict[str, Any]) -> Source | Finding:
 
 def _run_text(
     request: dict[str, Any], source: Source | Finding, tokenizer: Tokenizer, stack: ExitStack
-) -> SourceRun | str:
+) -> FileRun | str:
     """What the source makes of the quality sheet's text, or why that cannot be known."""
     wanted = request.get("sheet")
     if wanted is None:
@@ -170,18 +176,7 @@ def _run_text(
         return "its architecture cannot be run yet"
     except GGUFError as error:
         return str(error)
-    return stack.enter_context(run)
-
-
-def _measure(run: SourceRun, file: Source, request: dict[str, Any]) -> Sheet:
-    wanted = request["sheet"]
-    return measure(
-        run,
-        file,
-        bits=wanted["bits"],
-        threads=request["threads"],
-        names_tensors=wanted["names_tensors"],
-    )
+    return FileRun(stack.enter_context(run), names_tensors=wanted["names_tensors"])
 
 
 def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> Finding:

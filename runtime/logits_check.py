@@ -182,24 +182,24 @@ class Comparing:
         self._own: list[Floats] = []  # the file's own states, as far as it has been run
         self._logits: Floats | None = None  # its own
 
-    def look(self, file: Source, there: Collection[str], *, threads: int) -> None:
-        """Compare what has not been and is there by now.
+    def look(self, file: Source, there: Collection[str], *, threads: int = 1) -> bool:
+        """Compare what is there by now. False: nothing is left to do until more of it is.
 
         A GGUFError where the file cannot be run. `there` are the tensors of `file` that are; what
-        no layer alone has is looked at first.
+        no layer alone has is looked at first. One thread is for while the file is being written.
         """
         missing = {block_number(name) for name in file.tensors if name not in there}
         if -1 in missing:
-            return
+            return False
         numbers = [n for n in range(count_layers(file)) if n not in missing]
         fresh = [n for n in numbers if f"layer {n}" not in self._run and n not in self._sampled]
         if not self._run or any(self._is_run(n) for n in fresh):
             self._run_parts(file, fresh, threads)
-        if file.metadata.get(f"{CALIBRATION}method") in SCALING:  # else its weights are others
-            return
-        for number in fresh:
-            if not self._is_run(number):
-                self._sampled[number] = sample_layer(self._expected.source, file, number)
+        if file.metadata.get(f"{CALIBRATION}method") not in SCALING:  # else its weights are others
+            for number in fresh:
+                if not self._is_run(number):
+                    self._sampled[number] = sample_layer(self._expected.source, file, number)
+        return False
 
     def result(self) -> Comparison:
         """What came of it, when all of the file has been there."""

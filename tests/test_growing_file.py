@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gguf_tools.conversion import convert, plan_conversion
 from gguf_tools.errors import FormatError
 from gguf_tools.reader import GGUFFile, TensorInfo, UnfinishedFile
 from gguf_tools.recipes import find_file_type
+from gguf_tools.self_check import SheetRequest
 from runtime.file_check import Answer, check
 from runtime.growing_file import GrowingFile
 from tests.checkpoints import STORIES
@@ -33,7 +35,7 @@ def tensors_of(path: Path) -> list[TensorInfo]:
         return sorted(file.tensors.values(), key=lambda tensor: tensor.offset)
 
 
-def grown(part: Path, data: bytes, ends: list[int]) -> Callable[[], bool]:
+def grown(part: Path, data: bytes, ends: list[int]) -> Callable[[float], bool]:
     """An `is_finished` that lets the file grow to each of its ends, and then be whole."""
 
     def steps() -> Iterator[bool]:
@@ -45,10 +47,10 @@ def grown(part: Path, data: bytes, ends: list[int]) -> Callable[[], bool]:
 
     left = steps()
     part.write_bytes(data[: ends[0]])
-    return lambda: next(left)
+    return lambda seconds: next(left)
 
 
-def checked(part: Path, is_finished: Callable[[], bool], **more: Any) -> Answer:
+def checked(part: Path, is_finished: Callable[[float], bool], **more: Any) -> Answer:
     request = {"file": part, "source": STORIES, "is_checkpoint": True, "adapters": [], "threads": 1}
     return check({**request, **more}, wait=lambda: None, is_finished=is_finished)
 
@@ -99,9 +101,11 @@ def test_the_same_is_found_in_pieces(
     tensors = tensors_of(whole)
     ends = [tensors[0].offset, *(tensor.offset + tensor.nbytes for tensor in tensors[:-1:3])]
     in_pieces = grown(tmp_path / "x.part", whole.read_bytes(), ends)
-    found = checked(tmp_path / "x.part", in_pieces)
-    at_once = checked(whole, lambda: True)
-    assert found.findings == at_once.findings and len(found.findings[-1].details) >= 7
+    sheet = asdict(SheetRequest(8, compiles=False))
+    found = checked(tmp_path / "x.part", in_pieces, sheet=sheet)
+    at_once = checked(whole, lambda seconds: True, sheet=sheet)
+    assert found == at_once and len(found.findings[-1].details) >= 7
+    assert found.sheet is not None and found.sheet.costs
 
 
 @pytest.mark.parametrize(("layer", "whole_weights"), [(0, 1 << 30), (0, 1000), (2, 1000)])
@@ -120,7 +124,7 @@ def test_a_wrong_layer_is_found_before_the_end(
     part.write_bytes(damaged[: tensors["blk.3.ffn_up.weight"].offset])
     looks = []
 
-    def is_finished() -> bool:
+    def is_finished(seconds: float) -> bool:
         looks.append(0)
         if len(looks) == 2:
             part.write_bytes(data)
@@ -134,7 +138,9 @@ def test_a_file_that_is_never_finished(whole: Path, tmp_path: Path) -> None:
     part = tmp_path / "x.part"
     part.write_bytes(whole.read_bytes()[: tensors_of(whole)[0].offset])
     left = iter([False, False, True])
-    answer = checked(part, lambda: next(left), sheet={"bits": 8, "compiles": False})
+    answer = checked(
+        part, lambda seconds: next(left), sheet=asdict(SheetRequest(8, compiles=False))
+    )
     assert answer.findings[-1].text == "not readable" and answer.sheet is None
     (problem,) = answer.findings[-1].problems
     assert problem == f"the file cannot be read: {answer.no_sheet}"
