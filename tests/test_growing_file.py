@@ -16,8 +16,12 @@ from gguf_tools.errors import FormatError
 from gguf_tools.reader import GGUFFile, TensorInfo, UnfinishedFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.self_check import SheetRequest
-from runtime.file_check import Answer, check
+from runtime.file_check import Answer, check, open_source
 from runtime.growing_file import GrowingFile
+from runtime.quality.file_run import FileRun
+from runtime.quality.sheet import measure
+from runtime.quality.source_run import SourceRun
+from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES
 
 
@@ -156,3 +160,22 @@ def test_without_its_parent_it_ends(whole: Path, tmp_path: Path) -> None:
         python_command("runtime.file_check"), input=line, capture_output=True, cwd=ROOT, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_the_text_is_run_as_far_as_the_file_goes(whole: Path, tmp_path: Path) -> None:
+    data, tensors = whole.read_bytes(), tensors_of(whole)
+    part = tmp_path / "x.part"
+    part.write_bytes(data[: next(t.offset for t in tensors if t.name.startswith("blk.4."))])
+    source = open_source({"source": STORIES, "is_checkpoint": True, "adapters": []})
+    begun = UnfinishedFile(part)
+    with SourceRun(source, Tokenizer(begun.metadata), threads=1, compiles=False) as run:
+        early, late = FileRun(run), FileRun(run)
+        with GrowingFile(begun) as file:
+            while early.look(file, file.there()):
+                pass
+        assert early.n_layers == 4 and len(early.hidden) == len(run.windows)
+        assert {name for name in early.estimates if "blk.3" in name} and not late.estimates
+        part.write_bytes(data)
+        with GGUFFile(part) as finished:
+            sheets = [measure(each, finished, bits=8, threads=1) for each in (early, late)]
+        assert sheets[0] == sheets[1] and early.estimates == late.estimates
