@@ -44,6 +44,7 @@ MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 20
 HEADER_BYTES = 24
 MIN_KEY_ENTRY = 14  # length, one letter, type, one byte of value
 MIN_TENSOR_ENTRY = 33  # length, one letter, n_dims, one dimension, type, offset
+MAX_FILE_BYTES = 1 << 62  # of a file that is still being written
 MAX_COPIED_BYTES = 1 << 24  # numeric arrays are copies until this is used up, then views
 
 REMOVED_TYPES = {
@@ -105,6 +106,7 @@ class HeaderParser:
         self.data = data
         self.shown = shown
         self.size = len(data)
+        self.end = self.size  # up to where tensors may reach
         self.pos = 0
         self.n_strings = 0
         self.n_nested = 0
@@ -120,16 +122,24 @@ class HeaderParser:
         self.tensors: dict[str, TensorInfo] = {}
         self.split: Split | None = None
         self._n_tensors = 0
+        self._before_tensors = (0, 0)  # pos and n_text_bytes
 
     def parse_metadata(self) -> None:
         """Read as far as the metadata goes."""
         self._n_tensors, n_keys = self._parse_counts()
         for index in range(n_keys):
             self._parse_entry(index)
+        self._before_tensors = self.pos, self.n_text_bytes
 
-    def parse_tensors(self, data: mmap.mmap) -> None:
-        """Read what follows the metadata from `data`, the same file, which may have grown since."""
+    def parse_tensors(self, data: mmap.mmap, *, is_whole: bool = True) -> None:
+        """Read what follows the metadata from `data`, the same file, which may have grown since.
+
+        Of a file that is not whole yet tensors may lie beyond its end. It can be read again.
+        """
         self.data, self.size = data, len(data)
+        self.end = self.size if is_whole else MAX_FILE_BYTES
+        self.pos, self.n_text_bytes = self._before_tensors
+        self.tensors = {}
         self.split = self._find_split()
         self.alignment = self._find_alignment()
         start = self.pos
@@ -341,8 +351,8 @@ class HeaderParser:
             expected = f"rows of whole blocks of {quant.block_size} ({quant.name})"
             self._refuse(f"{where}: shape at byte {at}", expected, f"rows of {dims[0]:,}")
         nbytes = elements // quant.block_size * quant.block_bytes
-        if nbytes > self.size:
-            expected = f"a tensor that fits in the file of {self.size:,} bytes"
+        if nbytes > self.end:
+            expected = f"a tensor that fits in the file of {self.end:,} bytes"
             found = f"{' x '.join(map(str, dims))} {quant.name}, {nbytes:,} bytes"
             self._refuse(f"{where}: shape at byte {at}", expected, found)
         offset = self._parse_u64(where)
@@ -367,8 +377,8 @@ class HeaderParser:
         if offset % self.alignment:
             self._refuse(where, f"a multiple of {self.alignment}", f"{offset:,}")
         start = self.data_offset + offset
-        if start + tensor.nbytes > self.size:
-            expected = f"its {tensor.nbytes:,} bytes within the file of {self.size:,} bytes"
+        if start + tensor.nbytes > self.end:
+            expected = f"its {tensor.nbytes:,} bytes within the file of {self.end:,} bytes"
             found = f"bytes {start:,} to {start + tensor.nbytes:,}: the file is cut off or damaged"
             self._refuse(where, expected, found)
         self.tensors[name] = replace(tensor, offset=start)

@@ -128,9 +128,15 @@ class UnfinishedFile:
     """A file whose tensors need not all be there yet."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.header = HeaderParser(_map_file(path), printable(path, limit=1000))
         self.header.parse_metadata()
         self.metadata = self.header.metadata
+
+    def planned_tensors(self) -> dict[str, TensorInfo]:
+        """All tensors as they are announced; any of them may lie beyond the end of the file."""
+        self.header.parse_tensors(_map_file(self.path), is_whole=False)
+        return self.header.tensors
 
 
 def undo_path(path: Path) -> Path:

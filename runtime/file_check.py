@@ -7,13 +7,14 @@ template and of the logits, and with the quality sheet. See gguf_tools/self_chec
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gguf_tools.conversion import match_checkpoint
 from gguf_tools.errors import GGUFError, UnsupportedModelError
@@ -26,32 +27,50 @@ from gguf_tools.values import Value
 from gguf_tools.vocab.agreement import agree
 from gguf_tools.vocab.trial import Encodings
 from runtime.config import MAX_CONTEXT
+from runtime.growing_file import GrowingFile
+from runtime.input_lines import InputLines
 from runtime.logits_check import (
     N_TOKENS,
     TEXT,
-    Expected,
+    Comparing,
     check_logits,
     choose_layers,
     run_source,
 )
-from runtime.quality.sheet import SourceRun, measure
+from runtime.quality.file_run import FileRun
+from runtime.quality.sheet import measure
+from runtime.quality.source_run import SourceRun
 from runtime.sources import PlannedWeights, Source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
 
+POLL = 0.02  # seconds between looks at how far the file has been written
 
-def main(arguments: Sequence[str]) -> int:
+
+def main(arguments: Sequence[str]) -> NoReturn:
     """Check the file of the request on standard input; write the findings as JSON.
 
     A second line comes when the file is finished, and tells how the checkpoint encodes the test
-    texts (Encodings, or null): what needs only the file's metadata is done before.
+    texts (Encodings, or null): what has been written of the file is looked at before. Without it
+    the conversion has ended, and so does this.
     """
-    request = sys.stdin.readline()
-    if not request:  # the conversion ended before there was a file
-        return 1
-    answer = check(json.loads(request), wait=lambda: json.loads(sys.stdin.readline() or "null"))
+    lines = InputLines()
+
+    def read() -> Any:
+        line = lines.read()
+        if not line:
+            _end(1)
+        return json.loads(line)
+
+    answer = check(read(), wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
     sys.stdout.write(json.dumps(asdict(answer)))
-    return 0
+    _end(0)
+
+
+def _end(status: int) -> NoReturn:
+    """Leave without tidying up, which takes longer the more a process has loaded."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,17 @@ class Answer:
     no_sheet: str = ""  # why there is none
 
 
-def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None]) -> Answer:
-    """What the request asks for of the file. `wait` returns when it is finished."""
+def check(
+    request: dict[str, Any],
+    *,
+    wait: Callable[[], dict[str, Any] | None],
+    is_finished: Callable[[float], bool] = lambda seconds: True,
+) -> Answer:
+    """What the request asks for of the file.
+
+    `wait` returns when it is finished. Until `is_finished`, which waits so many seconds for that,
+    what is there of it is looked at.
+    """
     begun = UnfinishedFile(Path(request["file"]))
     try:
         tokenizer = Tokenizer(begun.metadata)
@@ -73,7 +101,7 @@ def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None])
         finding = Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))
         return Answer([finding], no_sheet="its tokenizer cannot be used")
     findings: list[Finding] = []
-    made: Expected | Finding | None = None
+    made: Comparing | Finding | None = None
     with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
         source = _open_or_say(request)
         if request.get("checks", True):
@@ -81,20 +109,46 @@ def check(request: dict[str, Any], *, wait: Callable[[], dict[str, Any] | None])
             made = source if isinstance(source, Finding) else _run_source(source, tokenizer)
             findings = [template.result()]
         run = _run_text(request, source, tokenizer, stack)
+        looking = [each for each in (made, run) if isinstance(each, Comparing | FileRun)]
+        _look_early(begun, is_finished, looking)
         encodings = wait()
         if request.get("checks", True):
             findings.insert(0, _check_tokenizer(tokenizer, encodings))
         if isinstance(made, Finding):
             findings.append(made)
-        file = stack.enter_context(GGUFFile(request["file"], begun=begun))
-        if isinstance(made, Expected):
+        try:
+            file = stack.enter_context(GGUFFile(request["file"], begun=begun))
+        except GGUFError as error:
+            findings.append(Finding("not readable", (f"the file cannot be read: {error}",)))
+            return Answer(findings, no_sheet=str(error))
+        if isinstance(made, Comparing):
             findings.append(check_logits(made, file, threads=request["threads"]))
         if isinstance(run, str):
             return Answer(findings, no_sheet=run)
         try:
-            return Answer(findings, _measure(run, file, request))
+            bits, threads = request["sheet"]["bits"], request["threads"]
+            return Answer(findings, measure(run, file, bits=bits, threads=threads))
         except GGUFError as error:
             return Answer(findings, no_sheet=str(error))
+
+
+def _look_early(
+    begun: UnfinishedFile,
+    is_finished: Callable[[float], bool],
+    looking: Sequence[Comparing | FileRun],
+) -> None:
+    """Do with what is written of the file what can be done while the rest is."""
+    seen: set[str] = set()
+    is_busy = True
+    try:
+        with GrowingFile(begun) as file:
+            while looking and not is_finished(0 if is_busy else POLL):
+                there = file.there()
+                if is_busy or there != seen:
+                    is_busy = any([each.look(file, there) for each in looking])
+                seen = there
+    except GGUFError:  # the finished file will say it, too
+        return
 
 
 def _open_or_say(request: dict[str, Any]) -> Source | Finding:
@@ -108,7 +162,7 @@ def _open_or_say(request: dict[str, Any]) -> Source | Finding:
 
 def _run_text(
     request: dict[str, Any], source: Source | Finding, tokenizer: Tokenizer, stack: ExitStack
-) -> SourceRun | str:
+) -> FileRun | str:
     """What the source makes of the quality sheet's text, or why that cannot be known."""
     wanted = request.get("sheet")
     if wanted is None:
@@ -122,18 +176,7 @@ def _run_text(
         return "its architecture cannot be run yet"
     except GGUFError as error:
         return str(error)
-    return stack.enter_context(run)
-
-
-def _measure(run: SourceRun, file: Source, request: dict[str, Any]) -> Sheet:
-    wanted = request["sheet"]
-    return measure(
-        run,
-        file,
-        bits=wanted["bits"],
-        threads=request["threads"],
-        names_tensors=wanted["names_tensors"],
-    )
+    return FileRun(stack.enter_context(run), names_tensors=wanted["names_tensors"])
 
 
 def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> Finding:
@@ -149,11 +192,12 @@ def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> 
     return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
-def _run_source(source: Source, tokenizer: Tokenizer) -> Expected | Finding:
+def _run_source(source: Source, tokenizer: Tokenizer) -> Comparing | Finding:
     """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
         # One thread: the conversion has the others.
-        return run_source(source, _ids(tokenizer, source), threads=1, layers=choose_layers(source))
+        ids, layers = _ids(tokenizer, source), choose_layers(source)
+        return Comparing(run_source(source, ids, threads=1, layers=layers))
     except UnsupportedModelError:
         return Finding("not run: its architecture cannot be run yet")
     except GGUFError as error:

@@ -13,7 +13,7 @@ layers of the file.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from gguf_tools.calibration import SCALING
 from gguf_tools.describe import CALIBRATION
 from gguf_tools.errors import GGUFError
+from gguf_tools.recipes import block_number
 from gguf_tools.self_check import Finding
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
@@ -103,10 +104,11 @@ class Comparison:
     logits: Agreement | None = None  # where all was run
 
 
-def check_logits(expected: Expected, file: Source, *, threads: int) -> Finding:
-    """The file against what its source gives."""
+def check_logits(comparing: Comparing, file: Source, *, threads: int) -> Finding:
+    """The whole file against what its source gives; some of it may have been compared before."""
     try:
-        found = compare(expected, file, threads=threads)
+        comparing.look(file, file.tensors.keys(), threads=threads)
+        found = comparing.result()
     except GGUFError as error:
         return Finding("not run", (f"the file cannot be run: {error}",))
     n_tokens, logits = found.n_tokens, found.logits
@@ -163,52 +165,111 @@ def run_source(
 
 def compare(expected: Expected, file: Source, *, threads: int) -> Comparison:
     """Run the file on the same tokens."""
-    ids, layers, states = expected.ids, expected.layers, expected.states
-    numbers = layers if layers is not None else range(len(states) - 1)
-    parts = []
+    comparing = Comparing(expected)
+    comparing.look(file, file.tensors.keys(), threads=threads)
+    return comparing.result()
 
-    def add(name: str, tensors: str, made: Floats, found: Floats) -> None:
+
+class Comparing:
+    """A file against what its source gives, each part as soon as its tensors are there."""
+
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
+        self._run: dict[str, PartError] = {}  # embedding, layers, head
+        self._sampled: dict[int, PartError] = {}  # layers of which rows are compared
+        self._chosen: list[int] | None = None  # the layers to run where not all are
+        self._whole = False  # whether the model is run as a whole, too
+        self._own: list[Floats] = []  # the file's own states, as far as it has been run
+        self._logits: Floats | None = None  # its own
+
+    def look(self, file: Source, there: Collection[str], *, threads: int = 1) -> bool:
+        """Compare what is there by now. False: nothing is left to do until more of it is.
+
+        A GGUFError where the file cannot be run. `there` are the tensors of `file` that are; what
+        no layer alone has is looked at first. One thread is for while the file is being written.
+        """
+        missing = {block_number(name) for name in file.tensors if name not in there}
+        if -1 in missing:
+            return False
+        numbers = [n for n in range(count_layers(file)) if n not in missing]
+        fresh = [n for n in numbers if f"layer {n}" not in self._run and n not in self._sampled]
+        if not self._run or any(self._is_run(n) for n in fresh):
+            self._run_parts(file, fresh, threads)
+        if file.metadata.get(f"{CALIBRATION}method") not in SCALING:  # else its weights are others
+            for number in fresh:
+                if not self._is_run(number):
+                    self._sampled[number] = sample_layer(self._expected.source, file, number)
+        return False
+
+    def result(self) -> Comparison:
+        """What came of it, when all of the file has been there."""
+        expected, n_tokens = self._expected, len(self._expected.ids)
+        numbers = [f"layer {number}" for number in self._numbers]
+        names = ("embedding", *(name for name in numbers if name in self._run), "head")
+        sampled = (self._sampled[number] for number in sorted(self._sampled))
+        parts = (*(self._run[name] for name in names), *sampled)
+        if self._logits is None:
+            return Comparison(n_tokens, parts)
+        same = int((expected.logits.argmax(axis=1) == self._logits.argmax(axis=1)).sum())
+        kl = _divergence(expected.logits, self._logits)
+        return Comparison(n_tokens, parts, Agreement(same, kl))
+
+    @property
+    def _numbers(self) -> Sequence[int]:
+        """The layers that the source has been run with."""
+        expected = self._expected
+        return range(len(expected.states) - 1) if expected.layers is None else expected.layers
+
+    def _is_run(self, number: int) -> bool:
+        return number in self._numbers and (self._chosen is None or number in self._chosen)
+
+    def _run_parts(self, file: Source, fresh: Sequence[int], threads: int) -> None:
+        """Run these layers, and what is run before any layer is there."""
+        expected = self._expected
+        ids, layers, states = expected.ids, expected.layers, expected.states
+        with LayerwiseModel(
+            file,
+            n_tokens=len(ids),
+            threads=threads,
+            layers=layers,
+            head_rows=_head_rows(file, layers),
+            compiles=False,
+        ) as model:
+            begins = not self._run
+            if begins:
+                if not model.is_compiled:
+                    self._chosen = choose_layers(file, most=NUMPY_WEIGHTS)
+                self._whole = layers is None and self._chosen is None
+                self._own = [model.embed(ids)]
+                self._add(file, "embedding", "token_embd.", states[0], self._own[0])
+            # Layers are given the source's states: NumPy can run several at a time.
+            with ThreadPoolExecutor(1 if model.is_compiled else threads) as executor:
+                head = executor.submit(model.head, states[-1]) if begins else None
+                made = [
+                    (number, index, executor.submit(model.layer, index, states[index]))
+                    for index, number in enumerate(self._numbers)
+                    if number in fresh and self._is_run(number)
+                ]
+                for number, index, layer in made:
+                    before, after = states[index], states[index + 1]
+                    found = layer.result() - before
+                    self._add(file, f"layer {number}", f"blk.{number}.", after - before, found)
+                if head is not None:
+                    name = "output." if "output.weight" in file.tensors else "token_embd."
+                    self._add(file, "head", name, expected.logits, head.result())
+            if self._whole:
+                self._run_on(model)
+
+    def _run_on(self, model: LayerwiseModel) -> None:
+        """Go on with the file's own states: layers come in order."""
+        while f"layer {len(self._own) - 1}" in self._run:
+            self._own.append(model.layer(len(self._own) - 1, self._own[-1]))
+        if len(self._own) == len(self._expected.states):
+            self._logits = model.head(self._own[-1])
+
+    def _add(self, file: Source, name: str, tensors: str, made: Floats, found: Floats) -> None:
         lightest, limit = lightest_type(file, tensors)
-        parts.append(PartError(name, _off(made, found), lightest, limit))
-
-    with LayerwiseModel(
-        file,
-        n_tokens=len(ids),
-        threads=threads,
-        layers=layers,
-        head_rows=_head_rows(file, layers),
-        compiles=False,
-    ) as model:
-        chosen = None if model.is_compiled else choose_layers(file, most=NUMPY_WEIGHTS)
-        whole = layers is None and chosen is None
-        own = model.embed(ids)
-        add("embedding", "token_embd.", states[0], own)
-        # Layers are given the source's states: NumPy can run several at a time.
-        with ThreadPoolExecutor(1 if model.is_compiled else threads) as executor:
-            head = executor.submit(model.head, states[-1])
-            made = [
-                (number, index, executor.submit(model.layer, index, states[index]))
-                for index, number in enumerate(numbers)
-                if chosen is None or number in chosen
-            ]
-            for number, index, layer in made:
-                before, after = states[index], states[index + 1]
-                add(f"layer {number}", f"blk.{number}.", after - before, layer.result() - before)
-            name = "output." if "output.weight" in file.tensors else "token_embd."
-            add("head", name, expected.logits, head.result())
-        if whole:
-            for index in range(len(numbers)):
-                own = model.layer(index, own)
-            found = model.head(own)
-    run = {part.name for part in parts}
-    if file.metadata.get(f"{CALIBRATION}method") not in SCALING:  # else its weights are others
-        for number in range(count_layers(file)):
-            if f"layer {number}" not in run:
-                parts.append(sample_layer(expected.source, file, number))
-    if not whole:
-        return Comparison(len(ids), tuple(parts))
-    same = int((expected.logits.argmax(axis=1) == found.argmax(axis=1)).sum())
-    return Comparison(len(ids), tuple(parts), Agreement(same, _divergence(expected.logits, found)))
+        self._run[name] = PartError(name, _off(made, found), lightest, limit)
 
 
 def choose_layers(source: Source, *, most: int | None = None) -> list[int] | None:

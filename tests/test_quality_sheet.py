@@ -46,8 +46,10 @@ from gguf_tools.tools.verify import verify
 from gguf_tools.values import RESERVE_KEY
 from gguf_tools.writer import GGUFWriter
 from runtime.file_check import open_source
+from runtime.quality.file_run import FileRun
 from runtime.quality.overlay import Overlay
-from runtime.quality.sheet import SourceRun, measure
+from runtime.quality.sheet import measure
+from runtime.quality.source_run import SourceRun
 from runtime.sources import plain_value
 from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES, pack
@@ -85,7 +87,7 @@ def measured(folder: Path, path: Path, *, bits: int = 4, threads: int = 2) -> Sh
     with GGUFFile(path) as file:
         tokenizer = Tokenizer(file.metadata)
         with SourceRun(source, tokenizer, threads=1, compiles=False) as run:
-            return measure(run, file, bits=bits, threads=threads)
+            return measure(FileRun(run), file, bits=bits, threads=threads)
 
 
 def run_convert(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

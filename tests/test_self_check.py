@@ -22,7 +22,7 @@ from gguf_tools.self_check import Finding, SelfCheck, Source
 from runtime.decoders import DECODERS
 from runtime.file_check import check, open_source
 from runtime.layerwise import LayerwiseModel
-from runtime.logits_check import check_logits, choose_layers, compare, run_source
+from runtime.logits_check import Comparing, check_logits, choose_layers, compare, run_source
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
 from tests.architectures import FOLDER
@@ -106,7 +106,7 @@ def logits_finding(folder: Path, path: Path, ids: list[int] = IDS) -> Finding:
     source = source_of(folder)
     expected = run_source(source, ids, threads=2, layers=choose_layers(source))
     with GGUFFile(path) as file:
-        return check_logits(expected, file, threads=2)
+        return check_logits(Comparing(expected), file, threads=2)
 
 
 # --- logits -------------------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""The text of the quality sheet, run by the weights that a file is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from gguf_tools.errors import GGUFError
+from gguf_tools.recipes import block_number
+from runtime.layerwise import LayerwiseModel
+from runtime.program import Floats
+from runtime.quality.evaluation import Ids, with_bos
+from runtime.quality.likely_costs import Probes, probed_positions
+from runtime.quality.measures import log_probabilities
+from runtime.quality.sheet_text import TEXT
+from runtime.sources import Source
+from runtime.tokenizer import Tokenizer
+
+WINDOW = 256  # tokens
+SKIPPED = 32  # at a window's start, after which nobody could say much of what comes
+SHORTEST = 64
+WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
+SMALL = 200_000_000  # weights; models with more read one short window
+SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
+ROWS_BYTES = 16 << 20  # of the rows of logits that are made at a time
+KEPT_BYTES = 64 << 20  # of the first window's answers, at most, that are kept once made
+COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
+COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
+
+
+class SourceRun:
+    """What the source's weights make of the text. For a `with` block; the source stays open."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, *, threads: int, compiles: bool
+    ) -> None:
+        """Runs the layers. GGUFError where there is no decoder for the model, or where it knows
+        other tokens. Kernels that are missing are compiled if it `compiles` them, and for a model
+        that NumPy would take too long for.
+        """
+        self.source, self._threads = source, threads
+        self.n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
+        self._compiles = compiles or self.n_weights > SMALL
+        self.windows = cut(tokenizer, source, n_windows=2)
+        if self.n_weights > SMALL:
+            self.windows = self.windows[:1, :SHORT_WINDOW]
+        self.model = self.run_as(source)
+        try:
+            if not self.model.is_compiled:
+                self.windows = self.windows[:1, :SHORT_WINDOW]
+            bos = tokenizer.bos_id if tokenizer.add_bos else None
+            self.read = [with_bos(window, bos).tolist() for window in self.windows]
+            if max(map(max, self.read)) >= self.model.config.n_vocab:
+                raise GGUFError("its tokenizer has tokens that the model does not know")
+            self.positions = probed_positions(len(self.read[0]))
+            self.states: list[Floats] = []  # of the first window, before each layer and at the end
+            self.probes: list[Probes] = []  # of each layer
+            self.ends = [self._run_first(), *map(self._run, self.read[1:])]
+            n_kept = min(len(self.read[0]), KEPT_BYTES // (4 * self.model.config.n_vocab))
+            self._kept = np.empty((n_kept, self.model.config.n_vocab), np.float32)
+            self._n_kept = 0  # of its rows so far: answers from the first scored token on
+        except BaseException:
+            self.model.close()
+            raise
+
+    def run_as(self, source: Source, layers: Sequence[int] | None = None) -> LayerwiseModel:
+        """A model of some weights, all like the source's in shape."""
+        return LayerwiseModel(
+            source,
+            n_tokens=self.windows.shape[1],
+            threads=self._threads,
+            layers=layers,
+            compiles=self._compiles,
+        )
+
+    def use_threads(self, threads: int) -> None:
+        """Run with so many from now on."""
+        self.model.close()
+        self._threads = threads
+        self.model = self.run_as(self.source)
+
+    def scored(self, index: int) -> Iterator[slice]:
+        """The tokens of a window whose answers are compared, as many at a time as are made."""
+        last = len(self.read[0]) - 1
+        step = max(1, ROWS_BYTES // (4 * self.model.config.n_vocab))
+        for first in range(self.first_scored, last, step):
+            yield slice(first, min(first + step, last))
+
+    @property
+    def first_scored(self) -> int:
+        return min(SKIPPED, (len(self.read[0]) - 1) // 2)
+
+    def compared_positions(self) -> npt.NDArray[np.intp]:
+        """Of the scored tokens in the first window's first half as many as are compared."""
+        last = max(SHORTEST, len(self.read[0]) // 2) - 2
+        affordable = max(1, COMPARED_BYTES // (4 * self.model.config.n_vocab))
+        count = min(COMPARED, affordable, last + 1 - self.first_scored)
+        return np.linspace(self.first_scored, last, count).astype(np.intp)
+
+    def answers(self, index: int, rows: slice) -> Floats:
+        """The log-probabilities (n, n_vocab) that follow some tokens of a window.
+
+        Of the first window they may be kept already.
+        """
+        first, last = rows.start - self.first_scored, rows.stop - self.first_scored
+        if index == 0 and last <= self._n_kept:
+            return self._kept[first:last]
+        return log_probabilities(self.model.head(self.ends[index][rows]))
+
+    def answers_at(self, places: npt.NDArray[np.intp]) -> Floats:
+        """The same for single tokens of the first window."""
+        if places[-1] - self.first_scored < self._n_kept:
+            return self._kept[places - self.first_scored]
+        return log_probabilities(self.model.head(self.ends[0][places]))
+
+    def keep_more(self) -> bool:
+        """Make some more of the first window's answers, to be kept; False where that is done."""
+        for rows in self.scored(0):
+            last = rows.stop - self.first_scored
+            if self._n_kept < last <= len(self._kept):
+                self._kept[self._n_kept : last] = self.answers(0, rows)
+                self._n_kept = last
+                return True
+        return False
+
+    def _run_first(self) -> Floats:
+        x = self.model.embed(self.read[0])
+        for index in range(len(self.model.program.layers)):
+            self.states.append(x)
+            self.probes.append(Probes(self.positions))
+            x = self.model.layer(index, x, self.probes[-1].observe)
+        self.states.append(x)
+        return x
+
+    def _run(self, ids: list[int]) -> Floats:
+        return run_layers(self.model, self.model.embed(ids))
+
+    def __enter__(self) -> SourceRun:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.model.close()
+
+
+def cut(tokenizer: Tokenizer, source: Source, *, n_windows: int) -> Ids:
+    """The text's windows (n, n_tokens), as long as the model's positions allow."""
+    name = source.metadata.get("general.architecture")
+    n_ctx = source.metadata.get(f"{name}.context_length")
+    ids = np.asarray(tokenizer.encode(TEXT, add_special=False), np.int64)
+    widest = max(
+        (max(t.shape[-2:]) for name, t in source.tensors.items() if block_number(name) >= 0),
+        default=1,
+    )
+    limit = n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else WINDOW
+    width = min(WINDOW, len(ids), limit, WIDEST // widest)
+    if width < SHORTEST:
+        raise GGUFError(
+            f"it takes windows of {SHORTEST} tokens, and {width} are what the text, the model's "
+            "positions and the memory for its layers' widths allow"
+        )
+    n_windows = min(n_windows, len(ids) // width)
+    return ids[: n_windows * width].reshape(n_windows, width)
+
+
+def run_layers(model: LayerwiseModel, x: Floats) -> Floats:
+    """The hidden states after all of the model's layers."""
+    for index in range(len(model.program.layers)):
+        x = model.layer(index, x)
+    return x
