@@ -17,21 +17,17 @@ import numpy.typing as npt
 from gguf_tools.jit import compile_kernels
 from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
-from runtime.backends.streaming import StreamedBackend, layer_stage
+from runtime.backends.streaming import StreamedBackend, cut_head, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
 from runtime.program import (
-    AddBias,
     Attend,
     Floats,
     Instruction,
-    MatMul,
-    Matrix,
     Program,
     StoreKV,
 )
 from runtime.sources import Source
-from runtime.streamed_rows import StreamedRows
 
 # Weights of a damaged file may be NaN or huge. So then is what comes of them.
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -150,21 +146,5 @@ def with_layers(program: Program, chosen: Sequence[int]) -> Program:
 
 def with_head_rows(program: Program, rows: npt.NDArray[np.intp]) -> Program:
     """The program with the logits of some tokens in the place of all."""
-
-    def cut(step: Instruction) -> Instruction:
-        if isinstance(step, MatMul) and step.target == "logits":
-            return replace(step, matrix=_chosen(step.matrix, rows))
-        if isinstance(step, AddBias) and step.target == "logits":
-            return replace(step, bias=step.bias[rows])
-        return step
-
     buffers = {**program.buffers, "logits": len(rows)}
-    return replace(program, buffers=buffers, head=tuple(cut(step) for step in program.head))
-
-
-def _chosen(matrix: Matrix, rows: npt.NDArray[np.intp]) -> Matrix:
-    def read(first: int, last: int) -> npt.NDArray[np.uint8]:
-        return np.asarray(matrix.data[rows[first:last]])
-
-    data = StreamedRows(read, 0, len(rows), matrix.data.shape[1])
-    return replace(matrix, n_rows=len(rows), data=data)
+    return replace(program, buffers=buffers, head=cut_head(program.head, rows))

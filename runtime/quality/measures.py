@@ -7,7 +7,7 @@ they compare. Errors are one standard deviation of the mean over tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gguf_tools.errors import FormatError
 from runtime.program import Floats
 
+ROWS_BYTES = 8 << 20  # of the rows of a vocabulary that are computed with at a time
 LARGEST_NLL = 300.0  # whose exp, and its square, are doubles
 
 Doubles = npt.NDArray[np.float64]
@@ -62,15 +63,17 @@ class Distance:
 
 
 def log_probabilities(logits: Floats) -> Floats:
-    """The natural logarithms of softmax(logits) over the last axis, in the same memory."""
-    with np.errstate(invalid="ignore"):  # of a damaged model
-        logits -= logits.max(axis=-1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    if not np.isfinite(logits).all():
-        raise FormatError(
-            "a model answers with no number (NaN or infinity): its weights are damaged, or too "
-            "large for this computation; see what `gguf verify FILE` finds"
-        )
+    """The natural logarithms of softmax(logits), for each of the rows, in the same memory."""
+    for rows in _few_rows(logits):
+        part = logits[rows]
+        with np.errstate(invalid="ignore"):  # of a damaged model
+            part -= part.max(axis=-1, keepdims=True)
+            part -= np.log(np.exp(part).sum(axis=-1, keepdims=True))
+        if not np.isfinite(part).all():
+            raise FormatError(
+                "a model answers with no number (NaN or infinity): its weights are damaged, or too "
+                "large for this computation; see what `gguf verify FILE` finds"
+            )
     return logits
 
 
@@ -81,13 +84,21 @@ def predict(log_q: Floats, tokens: npt.NDArray[np.int64]) -> Predictions:
 
 def differ(log_q: Floats, log_p: Floats, tokens: npt.NDArray[np.int64]) -> Differences:
     """How a candidate's log-probabilities differ from a reference's; both (n, n_vocab)."""
-    terms = np.exp(log_p) * (log_p - log_q)
     return Differences(
         nll=-_of_tokens(log_q, tokens),
         reference_nll=-_of_tokens(log_p, tokens),
-        kl=terms.sum(axis=-1, dtype=np.float64),
+        kl=divergences(log_q, log_p),
         same_top=log_q.argmax(axis=-1) == log_p.argmax(axis=-1),
     )
+
+
+def divergences(log_q: Floats, log_p: Floats) -> Doubles:
+    """The KL divergence of each row from the reference's, nats."""
+    kl = np.empty(len(log_p))
+    for rows in _few_rows(log_p):
+        p, q = log_p[rows], log_q[rows]
+        kl[rows] = (np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64)
+    return kl
 
 
 def perplexity(nll: Doubles) -> Estimate:
@@ -132,6 +143,13 @@ def mean_of(values: Doubles) -> Estimate:
     n = len(values)
     error = math.sqrt(float(values.var()) / (n - 1)) if n > 1 else 0.0
     return Estimate(float(values.mean()), error)
+
+
+def _few_rows(array: Floats) -> Iterator[slice]:
+    """Some of the rows after the other: what is made of them stays in the cache, or nearly."""
+    step = max(1, ROWS_BYTES // max(1, array[:1].nbytes))
+    for first in range(0, len(array), step):
+        yield slice(first, first + step)
 
 
 def _of_tokens(log_p: Floats, tokens: npt.NDArray[np.int64]) -> Doubles:

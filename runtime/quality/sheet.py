@@ -8,11 +8,10 @@ gguf_tools/quality_sheet.py for what becomes of the figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from gguf_tools.quality_sheet import TEXT as TEXT_NAME
 from gguf_tools.quality_sheet import Cost, Sheet
@@ -24,6 +23,7 @@ from runtime.quality.measures import (
     Differences,
     differ,
     distance,
+    divergences,
     log_probabilities,
     mean_of,
     perplexity,
@@ -82,11 +82,9 @@ def costs(begun: FileRun, file: Source, n_tried: int, everything: float) -> tupl
     likely = sorted(estimates, key=lambda name: (-estimates[name], name))[:n_tried]
     if not likely:
         return ()
-    places = run.compared_positions()
-    answers = run.answers_at(places)
     found = []
-    for name in likely:
-        share = _divergence(run, file, {name}, answers, places) / max(everything, 1e-12)
+    for name, divergence in _divergences(run, file, likely):
+        share = divergence / max(everything, 1e-12)
         found.append(Cost(name, file.tensors[name].quant.name, _short(share)))
     return tuple(sorted(found, key=lambda cost: -cost.share))
 
@@ -94,35 +92,39 @@ def costs(begun: FileRun, file: Source, n_tried: int, everything: float) -> tupl
 def _compare(
     run: SourceRun, index: int, model: LayerwiseModel, found: Floats
 ) -> Iterator[Differences]:
-    """How the answers to a window differ, a few rows of logits at a time."""
+    """How the answers to a window differ."""
     for rows in run.scored(index):
         log_q = log_probabilities(model.head(found[rows]))
         tokens = run.windows[index][rows.start + 1 : rows.stop + 1]
         yield differ(log_q, run.answers(index, rows), tokens)
 
 
-def _divergence(
-    run: SourceRun, file: Source, names: set[str], answers: Floats, places: npt.NDArray[np.intp]
-) -> float:
-    """The mean divergence from the source's answers where only these tensors are the file's."""
-    layers = [block_number(name) for name in names]
-    n_layers = len(run.states) - 1
-    first = min(
-        layer if layer >= 0 else (n_layers if name == HEAD else -1)
-        for layer, name in zip(layers, names, strict=True)
-    )
-    first = min(first, n_layers - 1)  # a program without layers is none
-    mixed = Overlay(run.source, file, names)
-    with run.run_as(mixed, range(max(first, 0), n_layers)) as model:
-        x = run.states[first] if first >= 0 else model.embed(run.read[0])
-        x = x[: places[-1] + 1]  # no token sees a later one
-        log_q = log_probabilities(model.head(run_layers(model, x)[places]))
-    return _mean_kl(answers, log_q)
+def _divergences(run: SourceRun, file: Source, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """For each tensor the mean divergence from the source's answers where only it is the file's."""
+    places = run.compared_positions()
+    answers = run.answers_at(places)
+    waiting: dict[str, Floats] = {}  # hidden states that the source's head is still to read
+    for name in names:
+        first = len(run.probes) if name == HEAD else block_number(name)  # -1: before all layers
+        # A program without layers is none: for the head there is one that is not run.
+        layers = range(min(max(first, 0), len(run.probes) - 1), len(run.probes))
+        with run.run_as(Overlay(run.source, file, {name}), layers) as model:
+            x = run.states[first] if first >= 0 else model.embed(run.read[0])
+            x = x[: places[-1] + 1]  # no token sees a later one
+            x = x[places] if name == HEAD else run_layers(model, x)[places]
+            if 0 <= first < len(run.probes):
+                waiting[name] = x
+            else:
+                yield name, _mean_divergence(model.head(x), answers)
+    step = max(1, len(run.read[0]) // len(places))  # as many tokens as are read together
+    for some in (list(waiting)[first : first + step] for first in range(0, len(waiting), step)):
+        logits = run.model.head(np.concatenate([waiting[name] for name in some]))
+        for name, part in zip(some, np.split(logits, len(some)), strict=True):
+            yield name, _mean_divergence(part, answers)
 
 
-def _mean_kl(log_p: Floats, log_q: Floats) -> float:
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
-    return mean_of(kl).value
+def _mean_divergence(logits: Floats, answers: Floats) -> float:
+    return mean_of(divergences(log_probabilities(logits), answers)).value
 
 
 def _short(value: float) -> float:

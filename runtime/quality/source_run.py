@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -13,7 +13,7 @@ from gguf_tools.recipes import block_number
 from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
 from runtime.quality.evaluation import Ids, with_bos
-from runtime.quality.likely_costs import Probes, probed_positions
+from runtime.quality.likely_costs import PROBED, Probes, probed_positions
 from runtime.quality.measures import log_probabilities
 from runtime.quality.sheet_text import TEXT
 from runtime.sources import Source
@@ -25,7 +25,7 @@ SHORTEST = 64
 WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
 SMALL = 200_000_000  # weights; models with more read one short window
 SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
-ROWS_BYTES = 16 << 20  # of the rows of logits that are made at a time
+ROWS_BYTES = 64 << 20  # of the rows of logits that are made at a time
 KEPT_BYTES = 64 << 20  # of the first window's answers, at most, that are kept once made
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
 COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
@@ -62,6 +62,7 @@ class SourceRun:
             n_kept = min(len(self.read[0]), KEPT_BYTES // (4 * self.model.config.n_vocab))
             self._kept = np.empty((n_kept, self.model.config.n_vocab), np.float32)
             self._n_kept = 0  # of its rows so far: answers from the first scored token on
+            self._head_probes = Probes(np.arange(len(self.positions)))
         except BaseException:
             self.model.close()
             raise
@@ -108,7 +109,18 @@ class SourceRun:
         first, last = rows.start - self.first_scored, rows.stop - self.first_scored
         if index == 0 and last <= self._n_kept:
             return self._kept[first:last]
-        return log_probabilities(self.model.head(self.ends[index][rows]))
+        probes = self._head_probes
+        is_first = not probes.inputs and rows.stop - rows.start >= PROBED
+        observe = probes.observe if is_first else None
+        return log_probabilities(self.model.head(self.ends[index][rows], observe))
+
+    def head_inputs(self, name: str) -> Mapping[int, Floats]:
+        """What the head, the matrix of this name, is multiplied with for a few tokens."""
+        while not self._head_probes.inputs and self.keep_more():
+            pass  # which sees them
+        if name not in self._head_probes.inputs:
+            self.model.head(self.states[-1][self.positions], self._head_probes.observe)
+        return self._head_probes.inputs[name]
 
     def answers_at(self, places: npt.NDArray[np.intp]) -> Floats:
         """The same for single tokens of the first window."""
