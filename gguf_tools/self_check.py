@@ -18,6 +18,7 @@ from gguf_tools.errors import OutputError, printable
 from gguf_tools.quality_sheet import Sheet, cliff_warning, fitting, sheet_of_json
 from gguf_tools.values import MetadataValue
 from gguf_tools.vocab.agreement import ask_for_encodings, read_encodings
+from gguf_tools.vocab.run_texts import LONG_TEXT, SHORT_TEXT
 from gguf_tools.vocab.trial import Encodings
 
 RUNTIME = "runtime.file_check"  # a module with a main that answers with Findings
@@ -122,6 +123,7 @@ class SelfCheck:
                 "adapters": source.adapters,
                 "threads": self._threads,
                 "checks": self._checks,
+                "ids": run_ids(source),
                 "sheet": None if sheet is None else asdict(sheet),
             }
         )
@@ -175,6 +177,14 @@ class SelfCheck:
             failure = "the process that was to run it ended early"
         self.sheet, self.no_sheet = None, failure
         return (Finding("model not run", (f"the model could not be run: {failure}",)),)
+
+
+def run_ids(source: Source) -> dict[str, Sequence[int]] | None:
+    """The tokens of the texts that the models are run on, where the checkpoint has told them."""
+    encodings = source.encodings
+    if encodings is None or encodings.failure:
+        return None
+    return {"short": encodings.of(SHORT_TEXT), "long": encodings.of(LONG_TEXT)}
 
 
 def _read(answer: Sequence[dict[str, object]]) -> tuple[Finding, ...]:

@@ -16,12 +16,11 @@ from gguf_tools.errors import FormatError
 from gguf_tools.reader import GGUFFile, TensorInfo, UnfinishedFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.self_check import SheetRequest
-from runtime.file_check import Answer, check, open_source
+from runtime.file_check import Answer, Texts, check, open_source
 from runtime.growing_file import GrowingFile
 from runtime.quality.file_run import FileRun
 from runtime.quality.sheet import measure
 from runtime.quality.source_run import SourceRun
-from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES
 
 
@@ -168,7 +167,8 @@ def test_the_text_is_run_as_far_as_the_file_goes(whole: Path, tmp_path: Path) ->
     part.write_bytes(data[: next(t.offset for t in tensors if t.name.startswith("blk.4."))])
     source = open_source({"source": STORIES, "is_checkpoint": True, "adapters": []})
     begun = UnfinishedFile(part)
-    with SourceRun(source, Tokenizer(begun.metadata), threads=1, compiles=False) as run:
+    texts = Texts(begun.metadata, None)
+    with SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=False) as run:
         early, late = FileRun(run), FileRun(run)
         with GrowingFile(begun) as file:
             while early.look(file, file.there()):
