@@ -32,6 +32,7 @@ from gguf_tools.vocab.trial import Encodings
 from runtime.config import MAX_CONTEXT
 from runtime.growing_file import GrowingFile
 from runtime.input_lines import InputLines
+from runtime.layerwise import LayerwiseModel
 from runtime.logits_check import (
     N_TOKENS,
     Comparing,
@@ -52,9 +53,10 @@ POLL = 0.02  # seconds between looks at how far the file has been written
 def main(arguments: Sequence[str]) -> NoReturn:
     """Check the file of the request on standard input; write the findings as JSON.
 
-    A second line comes when the file is finished, and tells how the checkpoint encodes the test
-    texts (Encodings, or null): what has been written of the file is looked at before. Without it
-    the conversion has ended, and so does this.
+    What is to be run may be named before there is a file, by a line of its own. The line after the
+    request comes when the file is finished, and tells how the checkpoint encodes the test texts
+    (Encodings, or null): what has been written of the file is looked at before. Where no more lines
+    come the conversion has ended, and so does this.
     """
     lines = InputLines()
 
@@ -64,9 +66,21 @@ def main(arguments: Sequence[str]) -> NoReturn:
             _end(1)
         return json.loads(line)
 
-    answer = check(read(), wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
+    request = read()
+    if "file" not in request:
+        _make_ready(request)
+        request = read()
+    answer = check(request, wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
     sys.stdout.write(json.dumps(asdict(answer)))
     _end(0)
+
+
+def _make_ready(request: dict[str, Any]) -> None:
+    """Load the kernels that the source's weights will need, as far as they are on disk."""
+    try:
+        LayerwiseModel(open_source(request), n_tokens=1, threads=1, compiles=False).close()
+    except GGUFError:  # which `check` will say
+        return
 
 
 def _end(status: int) -> NoReturn:

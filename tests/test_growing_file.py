@@ -150,11 +150,13 @@ def test_a_file_that_is_never_finished(whole: Path, tmp_path: Path) -> None:
     assert answer.no_sheet.startswith(f"{part}: tensor token_embd.weight: shape")
 
 
-def test_without_its_parent_it_ends(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_lines", [0, 1, 2])
+def test_without_its_parent_it_ends(n_lines: int, whole: Path, tmp_path: Path) -> None:
     part = tmp_path / "x.part"
     part.write_bytes(whole.read_bytes()[: tensors_of(whole)[5].offset])
-    request = {"file": str(part), "source": str(STORIES), "is_checkpoint": True, "adapters": []}
-    line = json.dumps({**request, "threads": 1}).encode() + b"\n"
+    source = {"source": str(STORIES), "is_checkpoint": True, "adapters": []}
+    requests = [source, {**source, "file": str(part), "threads": 1}]
+    line = b"".join(json.dumps(each).encode() + b"\n" for each in requests[:n_lines])
     done = subprocess.run(
         python_command("runtime.file_check"), input=line, capture_output=True, cwd=ROOT, timeout=60
     )
