@@ -144,13 +144,13 @@ class Inputs:
             trial=trial,
         )
 
-    def source(self, plan: Plan) -> Source:
-        """The same for the processes that run the model."""
+    def source(self, plan: Plan | None = None) -> Source:
+        """The same for the processes that run the model, with what the plan knows of it."""
         return Source(
             self.model,
             is_checkpoint=self.file is None,
             adapters=tuple(self.options.lora),
-            encodings=plan.encodings,
+            encodings=plan.encodings if plan else None,
         )
 
     def output(self, end: str) -> Path:

@@ -77,6 +77,8 @@ class Job:
         self._options, self._processes = options, processes
         self._wishes = read_wishes(options)
         self._inputs = find_inputs(options)
+        if processes.check:
+            processes.check.prepare(self._inputs.source())
         self._start = time.monotonic()
 
     def run(self) -> Told:

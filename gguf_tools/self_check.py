@@ -18,6 +18,7 @@ from gguf_tools.errors import OutputError, printable
 from gguf_tools.quality_sheet import Sheet, cliff_warning, fitting, sheet_of_json
 from gguf_tools.values import MetadataValue
 from gguf_tools.vocab.agreement import ask_for_encodings, read_encodings
+from gguf_tools.vocab.run_texts import LONG_TEXT, SHORT_TEXT
 from gguf_tools.vocab.trial import Encodings
 
 RUNTIME = "runtime.file_check"  # a module with a main that answers with Findings
@@ -66,7 +67,7 @@ class SelfCheck:
     """The check as a step of a conversion; with `strict`, what is wrong is an error.
 
     For a `with` block: the process that checks begins to load there, beside whatever comes first,
-    and to look at the file when `begin` names it.
+    makes ready when `prepare` names the source, and looks at the file when `begin` names that.
     """
 
     def __init__(self, *, threads: int, strict: bool, checks: bool = True) -> None:
@@ -96,6 +97,10 @@ class SelfCheck:
             if question is not None:
                 question.close()
 
+    def prepare(self, source: Source) -> None:
+        """Let the process get ready to run `source`, of which there is no file yet."""
+        self._running.tell(_told_of(source))
+
     def begin(
         self,
         part: Path,
@@ -116,12 +121,11 @@ class SelfCheck:
             self._tokenizer = ask_for_encodings(source.path)
         self._running.tell(
             {
+                **_told_of(source),
                 "file": str(part.resolve()),
-                "source": str(source.path.resolve()),
-                "is_checkpoint": source.is_checkpoint,
-                "adapters": source.adapters,
                 "threads": self._threads,
                 "checks": self._checks,
+                "ids": run_ids(source),
                 "sheet": None if sheet is None else asdict(sheet),
             }
         )
@@ -175,6 +179,23 @@ class SelfCheck:
             failure = "the process that was to run it ended early"
         self.sheet, self.no_sheet = None, failure
         return (Finding("model not run", (f"the model could not be run: {failure}",)),)
+
+
+def _told_of(source: Source) -> dict[str, object]:
+    """What there is to run, for the process that does."""
+    return {
+        "source": str(source.path.resolve()),
+        "is_checkpoint": source.is_checkpoint,
+        "adapters": source.adapters,
+    }
+
+
+def run_ids(source: Source) -> dict[str, Sequence[int]] | None:
+    """The tokens of the texts that the models are run on, where the checkpoint has told them."""
+    encodings = source.encodings
+    if encodings is None or encodings.failure:
+        return None
+    return {"short": encodings.of(SHORT_TEXT), "long": encodings.of(LONG_TEXT)}
 
 
 def _read(answer: Sequence[dict[str, object]]) -> tuple[Finding, ...]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gguf_tools.conversion import match_checkpoint
+from gguf_tools.encoders import read_vocabulary
 from gguf_tools.errors import GGUFError, UnsupportedModelError
 from gguf_tools.lora_merging import read_scaled
 from gguf_tools.plan import model_metadata
@@ -25,13 +27,14 @@ from gguf_tools.reader import GGUFFile, UnfinishedFile
 from gguf_tools.self_check import Finding
 from gguf_tools.values import Value
 from gguf_tools.vocab.agreement import agree
+from gguf_tools.vocab.run_texts import LONG_TEXT, SHORT_TEXT
 from gguf_tools.vocab.trial import Encodings
 from runtime.config import MAX_CONTEXT
 from runtime.growing_file import GrowingFile
 from runtime.input_lines import InputLines
+from runtime.layerwise import LayerwiseModel
 from runtime.logits_check import (
     N_TOKENS,
-    TEXT,
     Comparing,
     check_logits,
     choose_layers,
@@ -50,9 +53,10 @@ POLL = 0.02  # seconds between looks at how far the file has been written
 def main(arguments: Sequence[str]) -> NoReturn:
     """Check the file of the request on standard input; write the findings as JSON.
 
-    A second line comes when the file is finished, and tells how the checkpoint encodes the test
-    texts (Encodings, or null): what has been written of the file is looked at before. Without it
-    the conversion has ended, and so does this.
+    What is to be run may be named before there is a file, by a line of its own. The line after the
+    request comes when the file is finished, and tells how the checkpoint encodes the test texts
+    (Encodings, or null): what has been written of the file is looked at before. Where no more lines
+    come the conversion has ended, and so does this.
     """
     lines = InputLines()
 
@@ -62,9 +66,21 @@ def main(arguments: Sequence[str]) -> NoReturn:
             _end(1)
         return json.loads(line)
 
-    answer = check(read(), wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
+    request = read()
+    if "file" not in request:
+        _make_ready(request)
+        request = read()
+    answer = check(request, wait=read, is_finished=lambda seconds: lines.comes(seconds=seconds))
     sys.stdout.write(json.dumps(asdict(answer)))
     _end(0)
+
+
+def _make_ready(request: dict[str, Any]) -> None:
+    """Load the kernels that the source's weights will need, as far as they are on disk."""
+    try:
+        LayerwiseModel(open_source(request), n_tokens=1, threads=1, compiles=False).close()
+    except GGUFError:  # which `check` will say
+        return
 
 
 def _end(status: int) -> NoReturn:
@@ -94,26 +110,28 @@ def check(
     what is there of it is looked at.
     """
     begun = UnfinishedFile(Path(request["file"]))
-    try:
-        tokenizer = Tokenizer(begun.metadata)
-    except GGUFError as error:
-        wait()
-        finding = Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))
-        return Answer([finding], no_sheet="its tokenizer cannot be used")
+    checks = request.get("checks", True)
     findings: list[Finding] = []
     made: Comparing | Finding | None = None
     with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
         source = _open_or_say(request)
-        if request.get("checks", True):
-            template = executor.submit(check_template, begun.metadata, tokenizer)
-            made = source if isinstance(source, Finding) else _run_source(source, tokenizer)
-            findings = [template.result()]
-        run = _run_text(request, source, tokenizer, stack)
+        try:
+            texts = Texts(begun.metadata, request.get("ids"))
+            if checks:
+                made = source if isinstance(source, Finding) else _run_source(source, texts)
+            run = _run_text(request, source, texts, stack)
+            if checks:
+                tokenizer = texts.tokenizer
+                template = executor.submit(check_template, begun.metadata, tokenizer)
+        except GGUFError as error:
+            wait()
+            finding = Finding("its tokenizer cannot be used", (f"tokenizer: {error}",))
+            return Answer([finding], no_sheet="its tokenizer cannot be used")
         looking = [each for each in (made, run) if isinstance(each, Comparing | FileRun)]
         _look_early(begun, is_finished, looking)
         encodings = wait()
-        if request.get("checks", True):
-            findings.insert(0, _check_tokenizer(tokenizer, encodings))
+        if checks:
+            findings += [_check_tokenizer(tokenizer, encodings), template.result()]
         if isinstance(made, Finding):
             findings.append(made)
         try:
@@ -130,6 +148,27 @@ def check(
             return Answer(findings, measure(run, file, bits=bits, threads=threads))
         except GGUFError as error:
             return Answer(findings, no_sheet=str(error))
+
+
+class Texts:
+    """The texts that the models are run on, as tokens."""
+
+    def __init__(self, metadata: Mapping[str, Any], known: Mapping[str, list[int]] | None) -> None:
+        """`known` are the ids as the checkpoint has them, told by the parent. Else they are those
+        of the file's own tokenizer, which takes a while to build. GGUFError where it cannot be.
+        """
+        self._metadata = metadata
+        vocabulary = read_vocabulary(metadata)
+        self.bos = vocabulary.ids["bos"] if vocabulary.add_bos else None
+        if known is None:
+            self.short, self.long = map(self.tokenizer.encoder.encode, (SHORT_TEXT, LONG_TEXT))
+        else:
+            self.short, self.long = known["short"], known["long"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The file's."""
+        return Tokenizer(self._metadata)
 
 
 def _look_early(
@@ -161,7 +200,7 @@ def _open_or_say(request: dict[str, Any]) -> Source | Finding:
 
 
 def _run_text(
-    request: dict[str, Any], source: Source | Finding, tokenizer: Tokenizer, stack: ExitStack
+    request: dict[str, Any], source: Source | Finding, texts: Texts, stack: ExitStack
 ) -> FileRun | str:
     """What the source makes of the quality sheet's text, or why that cannot be known."""
     wanted = request.get("sheet")
@@ -171,7 +210,7 @@ def _run_text(
         return source.problems[0] if source.problems else source.text
     try:
         # One thread: the conversion has the others.
-        run = SourceRun(source, tokenizer, threads=1, compiles=wanted["compiles"])
+        run = SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=wanted["compiles"])
     except UnsupportedModelError:
         return "its architecture cannot be run yet"
     except GGUFError as error:
@@ -192,11 +231,11 @@ def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> 
     return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
-def _run_source(source: Source, tokenizer: Tokenizer) -> Comparing | Finding:
+def _run_source(source: Source, texts: Texts) -> Comparing | Finding:
     """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
         # One thread: the conversion has the others.
-        ids, layers = _ids(tokenizer, source), choose_layers(source)
+        ids, layers = _ids(texts, source), choose_layers(source)
         return Comparing(run_source(source, ids, threads=1, layers=layers))
     except UnsupportedModelError:
         return Finding("not run: its architecture cannot be run yet")
@@ -217,12 +256,13 @@ def open_source(request: dict[str, Any]) -> Source:
     return PlannedWeights(path, model.tensors, metadata)
 
 
-def _ids(tokenizer: Tokenizer, source: Source) -> list[int]:
+def _ids(texts: Texts, source: Source) -> list[int]:
     """A few tokens of a text: at most as many as the model has positions, all with embeddings."""
     embedding = source.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding is not None else 1
     name = source.metadata.get("general.architecture")
     n_ctx = source.metadata.get(f"{name}.context_length")
     most = n_ctx if isinstance(n_ctx, int) and 0 < n_ctx < MAX_CONTEXT else N_TOKENS
-    ids = tokenizer.encode(TEXT)[: min(N_TOKENS, most)] or [0]
+    begins = [] if texts.bos is None or texts.short[:1] == [texts.bos] else [texts.bos]
+    ids = [*begins, *texts.short][: min(N_TOKENS, most)] or [0]
     return [token % n_vocab for token in ids]

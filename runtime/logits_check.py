@@ -29,10 +29,6 @@ from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
 from runtime.sources import Source
 
-TEXT = (
-    "The river rises in the mountains, crosses three countries and reaches the sea near a small "
-    "town where, in 1869, the first bridge of iron was built. People say that"
-)
 N_TOKENS = 16
 WHOLE_WEIGHTS = 300_000_000  # of models with more only some layers are run
 NUMPY_WEIGHTS = 30_000_000  # the same where kernels are not compiled

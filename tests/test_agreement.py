@@ -13,7 +13,7 @@ from gguf_tools.quants import by_name
 from gguf_tools.values import Value
 from gguf_tools.vocab import Vocab
 from gguf_tools.vocab.agreement import ask_for_encodings, compare, read_encodings
-from gguf_tools.vocab.corpus import TEST_TEXTS
+from gguf_tools.vocab.corpus import COMPARED_TEXTS
 from gguf_tools.writer import GGUFWriter, TensorSpec
 from tests.checkpoints import make_llama
 from tests.tokenizer_files import (
@@ -42,8 +42,10 @@ def test_the_same_tokenizer(data: dict[str, Any], tmp_path: Path) -> None:
     path = write_vocabulary(tmp_path / "x.gguf", vocab_of(data, tmp_path / "folder"))
     agreement = compare(tmp_path / "folder", path)
     assert agreement.complete and agreement.lines() == []
-    assert agreement.describe() == f"{len(TEST_TEXTS)} of {len(TEST_TEXTS)} test texts are " + (
-        "encoded as by tokenizer.json"
+    assert (
+        agreement.describe()
+        == f"{len(COMPARED_TEXTS)} of {len(COMPARED_TEXTS)} test texts are "
+        + ("encoded as by tokenizer.json")
     )
 
 
@@ -79,8 +81,8 @@ def test_differences_are_named_with_their_text(tmp_path: Path) -> None:
     agreement = compare(tmp_path / "folder", path)
     assert not agreement.complete and agreement.differences
     texts = [difference.text for difference in agreement.differences]
-    assert set(texts) < set(TEST_TEXTS) and any("333" in text for text in texts)
-    assert f"{len(TEST_TEXTS) - len(texts)} of {len(TEST_TEXTS)} " in agreement.describe()
+    assert set(texts) < set(COMPARED_TEXTS) and any("333" in text for text in texts)
+    assert f"{len(COMPARED_TEXTS) - len(texts)} of {len(COMPARED_TEXTS)} " in agreement.describe()
     line = next(line for line in agreement.lines() if "3.14159" in line)
     assert line.startswith("tokenizer: '3.14159, 1,000,000.00;") and "tokenizer.json" in line
 
@@ -143,7 +145,7 @@ def test_a_difference_is_told(odd_checkpoint: Path, tmp_path: Path) -> None:
     done = convert(tmp_path, odd_checkpoint)
     assert done.returncode == 0 and (tmp_path / "x.gguf").is_file()
     (row,) = (line for line in done.stdout.splitlines() if line.startswith("self-check "))
-    assert f"of {len(TEST_TEXTS)} test texts are encoded as by tokenizer.json" in row
+    assert f"of {len(COMPARED_TEXTS)} test texts are encoded as by tokenizer.json" in row
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: tokenizer: '")]
     assert any("Hello world" in note for note in notes)
 

@@ -16,12 +16,11 @@ from gguf_tools.errors import FormatError
 from gguf_tools.reader import GGUFFile, TensorInfo, UnfinishedFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.self_check import SheetRequest
-from runtime.file_check import Answer, check, open_source
+from runtime.file_check import Answer, Texts, check, open_source
 from runtime.growing_file import GrowingFile
 from runtime.quality.file_run import FileRun
 from runtime.quality.sheet import measure
 from runtime.quality.source_run import SourceRun
-from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES
 
 
@@ -151,11 +150,13 @@ def test_a_file_that_is_never_finished(whole: Path, tmp_path: Path) -> None:
     assert answer.no_sheet.startswith(f"{part}: tensor token_embd.weight: shape")
 
 
-def test_without_its_parent_it_ends(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_lines", [0, 1, 2])
+def test_without_its_parent_it_ends(n_lines: int, whole: Path, tmp_path: Path) -> None:
     part = tmp_path / "x.part"
     part.write_bytes(whole.read_bytes()[: tensors_of(whole)[5].offset])
-    request = {"file": str(part), "source": str(STORIES), "is_checkpoint": True, "adapters": []}
-    line = json.dumps({**request, "threads": 1}).encode() + b"\n"
+    source = {"source": str(STORIES), "is_checkpoint": True, "adapters": []}
+    requests = [source, {**source, "file": str(part), "threads": 1}]
+    line = b"".join(json.dumps(each).encode() + b"\n" for each in requests[:n_lines])
     done = subprocess.run(
         python_command("runtime.file_check"), input=line, capture_output=True, cwd=ROOT, timeout=60
     )
@@ -168,7 +169,8 @@ def test_the_text_is_run_as_far_as_the_file_goes(whole: Path, tmp_path: Path) ->
     part.write_bytes(data[: next(t.offset for t in tensors if t.name.startswith("blk.4."))])
     source = open_source({"source": STORIES, "is_checkpoint": True, "adapters": []})
     begun = UnfinishedFile(part)
-    with SourceRun(source, Tokenizer(begun.metadata), threads=1, compiles=False) as run:
+    texts = Texts(begun.metadata, None)
+    with SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=False) as run:
         early, late = FileRun(run), FileRun(run)
         with GrowingFile(begun) as file:
             while early.look(file, file.there()):

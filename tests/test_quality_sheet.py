@@ -45,13 +45,12 @@ from gguf_tools.tools.edit import apply_in_place, plan_change
 from gguf_tools.tools.verify import verify
 from gguf_tools.values import RESERVE_KEY
 from gguf_tools.writer import GGUFWriter
-from runtime.file_check import open_source
+from runtime.file_check import Texts, open_source
 from runtime.quality.file_run import FileRun
 from runtime.quality.overlay import Overlay
 from runtime.quality.sheet import measure
 from runtime.quality.source_run import SourceRun
 from runtime.sources import plain_value
-from runtime.tokenizer import Tokenizer
 from tests.checkpoints import STORIES, pack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +84,8 @@ def converted(plan: Plan, target: Path) -> Path:
 def measured(folder: Path, path: Path, *, bits: int = 4, threads: int = 2) -> Sheet:
     source = open_source({"source": str(folder), "is_checkpoint": True, "adapters": ()})
     with GGUFFile(path) as file:
-        tokenizer = Tokenizer(file.metadata)
-        with SourceRun(source, tokenizer, threads=1, compiles=False) as run:
+        texts = Texts(file.metadata, None)
+        with SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=False) as run:
             return measure(FileRun(run), file, bits=bits, threads=threads)
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from gguf_tools.conversion import convert, plan_conversion
 from gguf_tools.errors import OutputError
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
-from gguf_tools.self_check import Finding, SelfCheck, Source
+from gguf_tools.self_check import Finding, SelfCheck, SheetRequest, Source, run_ids
+from gguf_tools.vocab.corpus import COMPARED_TEXTS
+from gguf_tools.vocab.trial import Encodings
 from runtime.decoders import DECODERS
-from runtime.file_check import check, open_source
+from runtime.file_check import Texts, check, open_source
 from runtime.layerwise import LayerwiseModel
 from runtime.logits_check import Comparing, check_logits, choose_layers, compare, run_source
+from runtime.sources import plain_value
 from runtime.template_check import check_template
 from runtime.tokenizer import Tokenizer
 from tests.architectures import FOLDER
@@ -263,6 +267,50 @@ def test_nothing_is_compiled_for_the_check(
     assert logits_finding(STORIES, path).problems
 
 
+# --- tokens -------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_tells_the_tokens_that_are_run(smollm2_checkpoint: Path) -> None:
+    """They come up when its tokenizer is tried out, long before the file's is built."""
+    plan = plan_conversion(smollm2_checkpoint, find_file_type("Q8_0"))
+    known = run_ids(Source(smollm2_checkpoint, is_checkpoint=True, encodings=plan.encodings))
+    assert known is not None and len(known["long"]) > 600
+    texts = Texts({key: plain_value(value) for key, value in plan.metadata.items()}, None)
+    assert known == {"short": texts.short, "long": texts.long}
+    assert run_ids(Source(STORIES, is_checkpoint=True)) is None
+
+
+def test_tokens_that_the_file_has_not_are_told(tmp_path: Path) -> None:
+    """What the checkpoint says is run; where the file's tokenizer differs, that is a finding."""
+    path = converted(STORIES, tmp_path / "x.gguf", "Q8_0")
+    with GGUFFile(path) as file:
+        encoder = Tokenizer(file.metadata).encoder
+    ids = [encoder.encode(text, parse_special=True) for text in COMPARED_TEXTS]
+    right = Encodings("tokenizer.json", ids)
+    wrong = Encodings("tokenizer.json", [*ids[:-1], ids[-1][::-1]])
+    answers = [
+        check(
+            {
+                "file": path,
+                "source": STORIES,
+                "is_checkpoint": True,
+                "adapters": [],
+                "threads": 1,
+                "sheet": asdict(SheetRequest(8, compiles=False)),
+                "ids": known and run_ids(Source(STORIES, is_checkpoint=True, encodings=known)),
+            },
+            wait=lambda told=known or right: asdict(told),
+        )
+        for known in (None, right, wrong)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[1].findings[0].text == "tokenizer agrees on 51 texts"
+    assert answers[2].findings[0].text.startswith("tokenizer differs: 50 of 51 test texts")
+    assert "'The lighthouse keeper" in answers[2].findings[0].problems[0]
+    sheets = [answer.sheet for answer in answers[1:]]
+    assert sheets[0] and sheets[1] and sheets[1].perplexity > 2 * sheets[0].perplexity
+
+
 # --- template -----------------------------------------------------------------------------------
 
 
@@ -356,7 +404,7 @@ def line_of(done: subprocess.CompletedProcess[str]) -> str:
 def test_one_line_and_details_on_request(tmp_path: Path) -> None:
     done = run_convert(tmp_path, STORIES, "--type", "F16", "--strict", "-o", "x.gguf")
     assert (done.returncode, done.stderr) == (0, "")
-    assert line_of(done).startswith("tokenizer agrees on 49 texts, no chat template, logits agree")
+    assert line_of(done).startswith("tokenizer agrees on 51 texts, no chat template, logits agree")
     assert "layer 0: " not in done.stdout
     again = ("--type", "Q8_0", "--check-details", "-o", "y.gguf")
     done = run_convert(tmp_path, "x.gguf", *again)

@@ -18,7 +18,7 @@ from gguf_tools.child import FAILURES, Question, limit_memory
 from gguf_tools.encoders import TextEncoder, read_vocabulary
 from gguf_tools.errors import GGUFError, printable
 from gguf_tools.reader import UnfinishedFile
-from gguf_tools.vocab.corpus import TEST_TEXTS
+from gguf_tools.vocab.corpus import COMPARED_TEXTS
 from gguf_tools.vocab.files import read_bytes, read_json
 from gguf_tools.vocab.slow_files import MERGES_NAME, VOCAB_NAME, read_slow_files
 from gguf_tools.vocab.tokenizer_json import NAME as JSON_NAME
@@ -70,13 +70,13 @@ class Agreement:
 
 
 def compare(folder: Path, file: Path) -> Agreement:
-    """Encode the test texts with the checkpoint in `folder` and with the GGUF file."""
+    """Encode the compared texts with the checkpoint in `folder` and with the GGUF file."""
     with ask_for_encodings(folder) as question:
         try:
             vocabulary = read_vocabulary(UnfinishedFile(file).metadata)
             encoder = TextEncoder(vocabulary)
         except GGUFError as error:
-            return Agreement("", len(TEST_TEXTS), (), str(error))
+            return Agreement("", len(COMPARED_TEXTS), (), str(error))
         return agree(read_encodings(question), encoder, vocabulary.tokens)
 
 
@@ -97,18 +97,18 @@ def read_encodings(question: Question) -> Encodings:
 
 
 def agree(expected: Encodings, encoder: TextEncoder, names: Sequence[str]) -> Agreement:
-    """Encode the test texts as the file does, whose tokens are called `names`."""
+    """Encode the compared texts as the file does, whose tokens are called `names`."""
     if expected.failure:
-        return Agreement("", len(TEST_TEXTS), (), expected.failure)
+        return Agreement("", len(COMPARED_TEXTS), (), expected.failure)
     # SentencePiece's library finds no special token in a text.
     special = expected.source != MODEL_NAME
     differences = tuple(
         _part(text, list(ids), found, names=names)
-        for text, ids in zip(TEST_TEXTS, expected.ids, strict=True)
+        for text, ids in zip(COMPARED_TEXTS, expected.ids, strict=True)
         for found in [encoder.encode(text, parse_special=special)]
         if list(ids) != found
     )
-    return Agreement(expected.source, len(TEST_TEXTS), differences)
+    return Agreement(expected.source, len(COMPARED_TEXTS), differences)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         limit_memory()
         answer["source"], encode = source_encoder(Path(arguments[0]))
-        answer["ids"] = [encode(text) for text in TEST_TEXTS]
+        answer["ids"] = [encode(text) for text in COMPARED_TEXTS]
     except GGUFError as error:
         answer["failure"] = str(error)
     sys.stdout.write(json.dumps(answer))

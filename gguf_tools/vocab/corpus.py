@@ -1,6 +1,7 @@
 """Short texts that tell tokenizers apart: scripts, digits, spaces, code, emoji, contractions."""
 
 from gguf_tools.vocab.fingerprints import CHECK_TEXT
+from gguf_tools.vocab.run_texts import LONG_TEXT, SHORT_TEXT
 
 TEST_TEXTS: tuple[str, ...] = (
     "Hello world",
@@ -53,3 +54,4 @@ TEST_TEXTS: tuple[str, ...] = (
     "Once upon a time, there was a little girl named Lily. She liked to play.",
     CHECK_TEXT,
 )  # fmt: skip
+COMPARED_TEXTS = (*TEST_TEXTS, SHORT_TEXT, LONG_TEXT)  # that a file must encode as its source does

@@ -17,7 +17,7 @@ from typing import Any
 from gguf_tools.child import FAILURES, Question, limit_memory
 from gguf_tools.errors import CheckpointError
 from gguf_tools.pretokenizers import SPLITS
-from gguf_tools.vocab.corpus import TEST_TEXTS
+from gguf_tools.vocab.corpus import COMPARED_TEXTS, TEST_TEXTS
 from gguf_tools.vocab.fingerprints import CHECK_TEXT, fingerprint
 
 TIME_LIMIT = 15.0  # seconds; the largest tokenizers take about two
@@ -26,11 +26,15 @@ NFC = "+nfc"
 
 @dataclass(frozen=True)
 class Encodings:
-    """What the checkpoint's own tokenizer makes of the test texts."""
+    """What the checkpoint's own tokenizer makes of the compared texts."""
 
     source: str  # the file that was run
     ids: Sequence[Sequence[int]]  # of each text
     failure: str = ""  # why there are none
+
+    def of(self, text: str) -> Sequence[int]:
+        """The ids of one of the texts."""
+        return self.ids[COMPARED_TEXTS.index(text)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Trial:
     same_ids: Mapping[str, int]  # texts that encode to the same ids
     same_words: Mapping[str, int]  # texts that are cut at the same places
     merges_matter: int  # texts that ignoring the merges of whole words encodes differently
-    ids: Sequence[Sequence[int]]  # what the texts are encoded as
+    ids: Sequence[Sequence[int]]  # what the compared texts are encoded as
 
 
 class RunningTrial:
@@ -90,7 +94,8 @@ def try_tokenizer(path: str, ask: Callable[[], Sequence[str]]) -> Trial:
 
     tokenizer: Any = Tokenizer.from_file(path)
     mark = fingerprint(tokenizer.encode(CHECK_TEXT).ids)
-    expected = _encode_all(tokenizer)
+    ids = [_encode(tokenizer, text) for text in COMPARED_TEXTS]
+    expected = ids[: len(TEST_TEXTS)]
     words = _cut_all(tokenizer)
     plain = tokenizer.model.ignore_merges
     tokenizer.model.ignore_merges = not plain
@@ -106,7 +111,7 @@ def try_tokenizer(path: str, ask: Callable[[], Sequence[str]]) -> Trial:
         )
         same_ids[key] = _count_equal(_encode_all(tokenizer), expected)
         same_words[key] = _count_equal(_cut_all(tokenizer), words)
-    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter, expected)
+    return Trial(mark, len(TEST_TEXTS), same_ids, same_words, merges_matter, ids)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -118,7 +123,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _encode_all(tokenizer: Any) -> list[list[int]]:
-    return [tokenizer.encode(text, add_special_tokens=False).ids for text in TEST_TEXTS]
+    return [_encode(tokenizer, text) for text in TEST_TEXTS]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _cut_all(tokenizer: Any) -> list[list[str]]:

@@ -15,9 +15,7 @@ from runtime.program import Floats
 from runtime.quality.evaluation import Ids, with_bos
 from runtime.quality.likely_costs import PROBED, Probes, probed_positions
 from runtime.quality.measures import log_probabilities
-from runtime.quality.sheet_text import TEXT
 from runtime.sources import Source
-from runtime.tokenizer import Tokenizer
 
 WINDOW = 256  # tokens
 SKIPPED = 32  # at a window's start, after which nobody could say much of what comes
@@ -35,23 +33,30 @@ class SourceRun:
     """What the source's weights make of the text. For a `with` block; the source stays open."""
 
     def __init__(
-        self, source: Source, tokenizer: Tokenizer, *, threads: int, compiles: bool
+        self,
+        source: Source,
+        ids: Sequence[int],
+        *,
+        bos: int | None,
+        threads: int,
+        compiles: bool,
     ) -> None:
-        """Runs the layers. GGUFError where there is no decoder for the model, or where it knows
-        other tokens. Kernels that are missing are compiled if it `compiles` them, and for a model
-        that NumPy would take too long for.
+        """Runs the layers. `ids` are the text's; each window begins with `bos`, where there is one.
+
+        GGUFError where there is no decoder for the model, or where it knows other tokens. Kernels
+        that are missing are compiled if it `compiles` them, and for a model that NumPy would take
+        too long for.
         """
         self.source, self._threads = source, threads
         self.n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
         self._compiles = compiles or self.n_weights > SMALL
-        self.windows = cut(tokenizer, source, n_windows=2)
+        self.windows = cut(ids, source, n_windows=2)
         if self.n_weights > SMALL:
             self.windows = self.windows[:1, :SHORT_WINDOW]
         self.model = self.run_as(source)
         try:
             if not self.model.is_compiled:
                 self.windows = self.windows[:1, :SHORT_WINDOW]
-            bos = tokenizer.bos_id if tokenizer.add_bos else None
             self.read = [with_bos(window, bos).tolist() for window in self.windows]
             if max(map(max, self.read)) >= self.model.config.n_vocab:
                 raise GGUFError("its tokenizer has tokens that the model does not know")
@@ -162,11 +167,11 @@ class SourceRun:
         self.model.close()
 
 
-def cut(tokenizer: Tokenizer, source: Source, *, n_windows: int) -> Ids:
-    """The text's windows (n, n_tokens), as long as the model's positions allow."""
+def cut(text: Sequence[int], source: Source, *, n_windows: int) -> Ids:
+    """A text's windows (n, n_tokens), as long as the model's positions allow."""
     name = source.metadata.get("general.architecture")
     n_ctx = source.metadata.get(f"{name}.context_length")
-    ids = np.asarray(tokenizer.encode(TEXT, add_special=False), np.int64)
+    ids = np.asarray(text, np.int64)
     widest = max(
         (max(t.shape[-2:]) for name, t in source.tensors.items() if block_number(name) >= 0),
         default=1,

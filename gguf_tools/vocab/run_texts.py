@@ -1,10 +1,15 @@
-"""The text that the quality sheet's figures are of: about 800 tokens, written for this purpose.
+"""The texts that a file and its source are run on, once that is written (runtime/file_check.py).
 
+The long one is what the quality sheet's figures are of: about 800 tokens, written for this purpose.
 Nothing is calibrated on it. Prose, facts, talk, code and a second language, each long enough for a
 model to see what it is; windows are cut from the beginning, so that the start counts most.
 """
 
-TEXT = """\
+SHORT_TEXT = (
+    "The river rises in the mountains, crosses three countries and reaches the sea near a small "
+    "town where, in 1869, the first bridge of iron was built. People say that"
+)
+LONG_TEXT = """\
 The lighthouse keeper climbed the stairs twice a day, once to light the lamp and once to put it \
 out, and in thirty years he had never counted them. His daughter counted them on her first visit. \
 There were two hundred and eleven, she said, and the last nine were so worn that water stood in \
