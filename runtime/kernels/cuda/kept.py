@@ -3,8 +3,8 @@
 numba-cuda has a cache of its own, which looks only at the file that defines a kernel, and which
 never finds a kernel again that is made by a function. This one stands in its place: an entry is
 named by the kernel's name here, its arguments' types and the GPU's compute capability, in a folder
-beside those of compiled kernels for the processor (gguf_tools/kernel_files.py) that is named by a hash of
-all sources and of the compilers' versions. What cannot be read is compiled again.
+beside those of compiled kernels for the processor (gguf_tools/kernel_files.py) that is named by a
+hash of all sources and of the compilers' versions. What cannot be read is compiled again.
 """
 
 import hashlib
