@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gguf_tools.jit import compile_kernels
 from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
-from runtime.backends.streaming import StreamedBackend, cut_head, layer_stage
+from runtime.backends.streaming import StreamedBackend, cut_head, head_bands, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
 from runtime.program import (
@@ -91,6 +91,19 @@ class LayerwiseModel:
         """
         return self._backend.head(hidden, observe)
 
+    def head_bands(self, hidden: Floats, observe: Observe | None = None) -> Iterator[Floats]:
+        """The same in bands of the vocabulary, one after the other: (n_tokens, width).
+
+        Models of one shape have the same bands. A band is valid until the next one; `hidden` has
+        at most the tokens of a window.
+        """
+        for index in range(self._backend.n_bands):
+            yield self._head_band(index, hidden, observe if index == 0 else None)
+
+    @_damaged_weights
+    def _head_band(self, index: int, hidden: Floats, observe: Observe | None) -> Floats:
+        return self._backend.head_band(index, hidden, observe)
+
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of each window in turn, (n_tokens, n_vocab)."""
         hidden = [self.embed(ids) for ids in windows]
@@ -118,14 +131,23 @@ class LayerwiseReference:
     """What StreamedBackend does, by the reference backend."""
 
     def __init__(self, program: Program, *, n_tokens: int) -> None:
-        self._stage = ReferenceBackend(layer_stage(program), n_ctx=n_tokens)
+        stage = layer_stage(program, n_heads=head_bands(n_tokens))
+        self._stage = ReferenceBackend(stage, n_ctx=n_tokens)
         self._n_layers = len(program.layers)
+        self.n_bands = len(stage.spans) - self._n_layers
 
     def layer(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
         return self._stage.run(index, {"x": x}, 0, 0, observe)["x"]
 
     def head(self, x: Floats, observe: Observe | None = None) -> Floats:
-        return self._stage.run(self._n_layers, {"x": x}, 0, len(x), observe)["logits"]
+        bands = [
+            self.head_band(index, x, observe if index == 0 else None)
+            for index in range(self.n_bands)
+        ]
+        return np.concatenate(bands, axis=1)
+
+    def head_band(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(self._n_layers + index, {"x": x}, 0, len(x), observe)["logits"]
 
     def close(self) -> None:
         self._stage.close()

@@ -98,7 +98,7 @@ def test_the_head_is_read_once_in_bands(name: str, monkeypatch: pytest.MonkeyPat
     source = planned(FOLDER / name)
     with layerwise(source, ids) as model:
         (expected,) = model.logits([ids])
-    monkeypatch.setattr(streaming, "HEAD_ROWS", 7)
+    monkeypatch.setattr(streaming, "BAND_ROWS", 7)
     read: list[tuple[str, int, int]] = []
     rows = source.rows
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import ReadyTable
-from runtime.backends.engine import HEAD_ROWS, Engine, Parts
+from runtime.backends.engine import Engine, Parts
 from runtime.backends.frame import Batch
 from runtime.backends.lowering import Lowering
 from runtime.backends.memory import Place
@@ -37,6 +37,7 @@ from runtime.program import (
 from runtime.streamed_rows import StreamedRows
 
 BAND_BYTES = 8 << 20  # of a matrix that are read together
+BAND_ROWS = 16  # logits of many tokens take as much room at a time as all of so many
 
 
 class StreamedBackend:
@@ -47,7 +48,7 @@ class StreamedBackend:
     ) -> None:
         """`program`: from build_program(..., stream=True), whole or with some of its layers."""
         self._n_tokens, self._n_vocab = n_tokens, program.buffers["logits"]
-        stage = layer_stage(program, n_heads=-(-n_tokens // HEAD_ROWS))
+        stage = layer_stage(program, n_heads=head_bands(n_tokens))
         self._engine = engine = Engine(
             stage,
             n_ctx=n_tokens,
@@ -82,27 +83,37 @@ class StreamedBackend:
         """The logits (n_tokens, n_vocab) that follow the hidden states of the last layer."""
         logits = np.empty((len(x), self._n_vocab), np.float32)
         for start in range(0, len(x), self._n_tokens):
-            part = slice(start, start + self._n_tokens)
-            self._read_head(x[part], logits[part], observe)
+            rows = slice(start, start + self._n_tokens)
+            first = 0
+            for index in range(self.n_bands):
+                band = self.head_band(index, x[rows], observe if index == 0 else None)
+                logits[rows, first : first + band.shape[1]] = band
+                first += band.shape[1]
         return logits
+
+    @property
+    def n_bands(self) -> int:
+        """The logits of a window come in so many bands of the vocabulary."""
+        return len(self._widths)
+
+    def head_band(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        """The logits (n_tokens, width) of a band; they are valid until the next one."""
+        self._run(self._spans[index - self.n_bands], x, observe)
+        return self._engine.buffers["logits"][: len(x), : self._widths[index]]
 
     def close(self) -> None:
         self._engine.close()
-
-    def _read_head(self, x: Floats, logits: Floats, observe: Observe | None) -> None:
-        """Fill `logits`; each row of the head is read once."""
-        first = 0
-        for parts, width in zip(self._spans[-len(self._widths) :], self._widths, strict=True):
-            self._run(parts, x, observe)
-            logits[:, first : first + width] = self._engine.buffers["logits"][: len(x), :width]
-            first += width
-            observe = None  # it has been told of the matrix
 
     def _run(self, parts: Parts, x: Floats, observe: Observe | None) -> None:
         n_tokens, dim = x.shape
         self._engine.buffers["x"][:n_tokens, :dim] = x
         multiply = self._products.multiply
         self._engine.execute(parts, n_tokens, 0, product=multiply, observe=observe)
+
+
+def head_bands(n_tokens: int) -> int:
+    """In how many bands of the vocabulary the logits of so many tokens are made."""
+    return -(-n_tokens // BAND_ROWS)
 
 
 def layer_stage(program: Program, *, n_heads: int = 1) -> Stage:

@@ -31,8 +31,6 @@ class FileRun:
 
         `there` are the tensors of `file` that are. A GGUFError where it cannot be run.
         """
-        if self.run.keep_more():
-            return True
         missing = {block_number(name) for name in file.tensors if name not in there}
         if -1 in missing:
             return False

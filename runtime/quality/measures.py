@@ -7,7 +7,7 @@ they compare. Errors are one standard deviation of the mean over tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy.typing as npt
 from gguf_tools.errors import FormatError
 from runtime.program import Floats
 
-ROWS_BYTES = 8 << 20  # of the rows of a vocabulary that are computed with at a time
 LARGEST_NLL = 300.0  # whose exp, and its square, are doubles
 
 Doubles = npt.NDArray[np.float64]
@@ -63,17 +62,11 @@ class Distance:
 
 
 def log_probabilities(logits: Floats) -> Floats:
-    """The natural logarithms of softmax(logits), for each of the rows, in the same memory."""
-    for rows in _few_rows(logits):
-        part = logits[rows]
-        with np.errstate(invalid="ignore"):  # of a damaged model
-            part -= part.max(axis=-1, keepdims=True)
-            part -= np.log(np.exp(part).sum(axis=-1, keepdims=True))
-        if not np.isfinite(part).all():
-            raise FormatError(
-                "a model answers with no number (NaN or infinity): its weights are damaged, or too "
-                "large for this computation; see what `gguf verify FILE` finds"
-            )
+    """The natural logarithms of softmax(logits) over the last axis, in the same memory."""
+    with np.errstate(invalid="ignore"):  # of a damaged model
+        logits -= logits.max(axis=-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    _check_finite(logits)
     return logits
 
 
@@ -84,21 +77,77 @@ def predict(log_q: Floats, tokens: npt.NDArray[np.int64]) -> Predictions:
 
 def differ(log_q: Floats, log_p: Floats, tokens: npt.NDArray[np.int64]) -> Differences:
     """How a candidate's log-probabilities differ from a reference's; both (n, n_vocab)."""
+    terms = np.exp(log_p) * (log_p - log_q)
     return Differences(
         nll=-_of_tokens(log_q, tokens),
         reference_nll=-_of_tokens(log_p, tokens),
-        kl=divergences(log_q, log_p),
+        kl=terms.sum(axis=-1, dtype=np.float64),
         same_top=log_q.argmax(axis=-1) == log_p.argmax(axis=-1),
     )
 
 
-def divergences(log_q: Floats, log_p: Floats) -> Doubles:
-    """The KL divergence of each row from the reference's, nats."""
-    kl = np.empty(len(log_p))
-    for rows in _few_rows(log_p):
-        p, q = log_p[rows], log_q[rows]
-        kl[rows] = (np.exp(p) * (p - q)).sum(axis=-1, dtype=np.float64)
-    return kl
+class BandwiseDifferences:
+    """What `differ` gives, of logits that come a band of the vocabulary at a time."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        """The tokens (n,) that came."""
+        self._p, self._q = _Sums(tokens), _Sums(tokens)
+        self._apart = np.zeros(len(tokens))  # sum of exp(p - the largest) (p - q)
+
+    def add(self, q: Floats, p: Floats) -> None:
+        """The next band of a candidate's logits and of a reference's; both (n, width)."""
+        with np.errstate(invalid="ignore"):  # of a damaged model
+            self._q.add(q)
+            parts, shrunk = self._p.add(p)
+            parts *= p - q
+            self._apart = self._apart * shrunk + parts.sum(axis=-1, dtype=np.float64)
+
+    def result(self) -> Differences:
+        """Of all bands; FormatError where an answer was no number."""
+        log_p, log_q = self._p.log_total(), self._q.log_total()
+        kl = self._apart / self._p.total - log_p + log_q
+        _check_finite(kl)
+        return Differences(
+            nll=log_q - self._q.came,
+            reference_nll=log_p - self._p.came,
+            kl=kl,
+            same_top=self._p.best == self._q.best,
+        )
+
+
+class _Sums:
+    """The softmax of logits that come band by band, without its terms."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        n = len(tokens)
+        self.total = np.zeros(n)  # sum of exp(logit - the largest)
+        self.best = np.full(n, -1, np.int64)  # the token of the largest
+        self.came = np.full(n, np.nan)  # the logit of the token that came
+        self._tokens = tokens
+        self._largest = np.full(n, -np.inf, np.float32)
+        self._n_seen = 0  # tokens of the vocabulary so far
+
+    def add(self, logits: Floats) -> tuple[Floats, Doubles]:
+        """exp(logits - the largest so far), and what sums of the bands before shrink by."""
+        rows = np.arange(len(logits))
+        best = logits.argmax(axis=-1)
+        largest = np.maximum(self._largest, logits[rows, best])
+        self.best = np.where(logits[rows, best] > self._largest, self._n_seen + best, self.best)
+        shrunk = np.exp((self._largest - largest).astype(np.float64))
+        parts: Floats = np.exp(logits - largest[:, None])
+        self.total = self.total * shrunk + parts.sum(axis=-1, dtype=np.float64)
+        self._largest = largest
+        at = self._tokens - self._n_seen
+        here = (at >= 0) & (at < logits.shape[1])
+        self.came[here] = logits[here, at[here]]
+        self._n_seen += logits.shape[1]
+        return parts, shrunk
+
+    def log_total(self) -> Doubles:
+        """The logarithm of the sum of exp(logit)."""
+        total: Doubles = np.log(self.total) + self._largest
+        _check_finite(total)
+        return total
 
 
 def perplexity(nll: Doubles) -> Estimate:
@@ -145,11 +194,12 @@ def mean_of(values: Doubles) -> Estimate:
     return Estimate(float(values.mean()), error)
 
 
-def _few_rows(array: Floats) -> Iterator[slice]:
-    """Some of the rows after the other: what is made of them stays in the cache, or nearly."""
-    step = max(1, ROWS_BYTES // max(1, array[:1].nbytes))
-    for first in range(0, len(array), step):
-        yield slice(first, first + step)
+def _check_finite(numbers: npt.NDArray[np.floating]) -> None:
+    if not np.isfinite(numbers).all():
+        raise FormatError(
+            "a model answers with no number (NaN or infinity): its weights are damaged, or too "
+            "large for this computation; see what `gguf verify FILE` finds"
+        )
 
 
 def _of_tokens(log_p: Floats, tokens: npt.NDArray[np.int64]) -> Doubles:
