@@ -78,7 +78,7 @@ class Job:
         self._wishes = read_wishes(options)
         self._inputs = find_inputs(options)
         if processes.check:
-            processes.check.prepare(self._inputs.source())
+            processes.check.prepare(self._inputs.source(), is_tried=processes.is_tried)
         self._start = time.monotonic()
 
     def run(self) -> Told:
