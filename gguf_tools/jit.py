@@ -34,23 +34,15 @@ PACKAGES = ("gguf_tools.", "runtime.")
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_int64}
 
 
-class Helper(Deferred):
-    """A function that kernels call; the real thing is numba's."""
+def jit(function: Callable[..., Any]) -> Deferred:
+    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(self._compile)
-        self.function = function
-        self.__doc__ = function.__doc__
-
-    def _compile(self) -> Any:
+    def compile_helper() -> Any:
         from gguf_tools.compiler import helper
 
-        return helper(self.function)
+        return helper(function)
 
-
-def jit(function: Callable[..., Any]) -> Helper:
-    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk."""
-    return Helper(function)
+    return Deferred(compile_helper)
 
 
 def check_processor(machine: str, features: Mapping[str, bool]) -> None:

@@ -86,7 +86,7 @@ def _machine() -> Any:
         import gguf_tools.compiler  # noqa: F401 - makes functions of the C runtime known to LLVM
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple().create_target_machine()
+    return llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
 
 
 def _path(name: str) -> Path:
