@@ -97,8 +97,8 @@ def python_command(module: str, arguments: Sequence[str] = ()) -> list[str]:
     """
     places = [path for path in sys.path if os.path.isabs(path) and not _is_here(path)]
     code = (
-        f"import sys; sys.path[:] = {[ROOT, *places]!r}; from {module} import main; "
-        f"sys.exit(main({list(arguments)!r}))"
+        f"import gc, sys; sys.path[:] = {[ROOT, *places]!r}; from {module} import main; "
+        f"status = main({list(arguments)!r}); gc.freeze(); sys.exit(status)"  # ends at once
     )
     return [sys.executable, "-c", code]
 

@@ -4,6 +4,7 @@ An error that is the user's to solve is one line on standard error and exit code
 code 130, a wrong option is 2 (typer's own), a reader that closed the pipe ends the command quietly.
 """
 
+import gc
 import io
 import os
 import signal
@@ -48,6 +49,7 @@ def run_command(app: Callable[[], object]) -> NoReturn:
         code = INTERRUPTED
     if isinstance(code, int) and code > 128:
         _ignore_requests_to_end()
+    gc.freeze()  # at exit the interpreter looks for garbage: not among all that is there
     sys.exit(code)
 
 

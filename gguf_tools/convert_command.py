@@ -3,6 +3,7 @@
 Everything heavy is imported inside: `--help` answers at once.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -280,11 +281,16 @@ def convert(
         target_bpw=target_bpw,
         target_text=target_text,
     )
+    # Hundreds of thousands of tokens are read and kept: looking for garbage among them takes a
+    # tenth of a second. It is looked for again when all is planned.
+    gc.disable()
     try:
         refuse_contradictions(options)
         _run(options)
     except ContradictionError as error:
         raise typer.BadParameter(str(error)) from error
+    finally:
+        gc.enable()
 
 
 def _run(options: Options) -> None:

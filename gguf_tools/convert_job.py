@@ -4,6 +4,7 @@ Where the file lies beyond a precision cliff and that is asked for, the tensors 
 more bits, and it is written again.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from gguf_tools.journal import Journal
 from gguf_tools.losses import Losses
 from gguf_tools.overrides import Overrides
 from gguf_tools.plan import Plan, refuse_fallbacks
-from gguf_tools.quants.blocks import import_compilers
 from gguf_tools.report import Row, aligned, closing_rows, loss_notes, plan_lines, quality_rows
 from gguf_tools.self_check import CliffFoundError, SheetRequest, Source
 from gguf_tools.target_bar import settle_with_bar
@@ -78,17 +78,17 @@ class Job:
         self._wishes = read_wishes(options)
         self._inputs = find_inputs(options)
         if processes.check:
-            processes.check.prepare(self._inputs.source())
+            processes.check.prepare(self._inputs.source(), is_tried=processes.is_tried)
         self._start = time.monotonic()
 
     def run(self) -> Told:
         """Write the file, or say what it would be."""
-        if not self._options.dry_run:
-            import_compilers()
         journal = self._new_journal()  # what the inputs are before they are read
         draft = self._draft()
         if self._options.strict:
             refuse_fallbacks(draft.plan)
+        gc.freeze()  # the plan stays until the end
+        gc.enable()
         made = None if self._options.dry_run else self._make(draft, journal)
         return Told(tuple(self._lines(draft, made)), tuple(self._notes(draft, made)))
 

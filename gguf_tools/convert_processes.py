@@ -46,6 +46,11 @@ class Processes:
         """Begin another check, of a file that is made again."""
         self.check = self._stack.enter_context(self._new_check())
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether the tokenizer's trial is under way."""
+        return self._trial is not None
+
     def take_trial(self) -> RunningTrial | None:
         """The tokenizer's trial, for who asks first: it answers once."""
         trial, self._trial = self._trial, None

@@ -1,4 +1,4 @@
-"""Every numba option and the folder of compiled kernels, in one place.
+"""Compiled kernels: how they are written, and how they come into a process.
 
 Two decorators:
 
@@ -9,125 +9,48 @@ Two decorators:
                         column: `Kernel.for_columns` compiles the same for several columns
 
 Kernels never hold the GIL: they are called through ctypes, which releases it, or by address from
-other kernels. They follow IEEE rules strictly (no fastmath): quantisers must be bit-exact.
-
-Compiled kernels are kept on disk in a folder named by a hash of all kernel sources, of numba's
-version and of the processor. numba itself looks only at the file that defines a function, so an
-edit of a helper elsewhere would leave stale code behind; the hash closes that gap.
+other kernels. They are compiled by numba (gguf_tools/compiler) once for a machine, and kept on disk
+(gguf_tools/kernel_files.py); a process that finds them there does not import numba at all.
 """
 
 import ctypes
-import hashlib
 import importlib
 import os
 import platform
 import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import FunctionType
+from contextlib import suppress
 from typing import Any
-
-import llvmlite
-import llvmlite.binding as llvm
-import numba
-from numba import types
 
 from gguf_tools.cache_folder import CACHE_VARIABLE, cache_root
 from gguf_tools.child import python_command
-from gguf_tools.columns import Columns
+from gguf_tools.deferred import Deferred
 from gguf_tools.errors import DeviceError
-from gguf_tools.processor import FEATURES, join_features
+from gguf_tools.kernel_files import CACHE_FOLDER, SYSTEM_FUNCTIONS, is_kept, load, save
+from gguf_tools.processor import FEATURES
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
-KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
-
-_PACKAGES = Path(__file__).resolve().parent.parent
-# What kernels are made of; the rest of the project may change without compiling them again.
-KERNEL_SOURCES = (
-    *(f"gguf_tools/{name}.py" for name in ("columns", "control", "jit", "processor")),
-    *(f"gguf_tools/{name}.py" for name in ("simd", "tiles", "vectors")),
-    "gguf_tools/quants/**/*.py",
-    "gguf_tools/feedback/kernels/*.py",
-    "runtime/kernels/*.py",
-)
-_NUMBA_TYPES = {"i": types.int64, "f": types.float32, "c": types.int64}
+PACKAGES = ("gguf_tools.", "runtime.")
 _C_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "c": ctypes.c_int64}
 
 
-def _digest() -> str:
-    """Names what a compiled kernel depends on: sources, compiler, processor."""
-    seen = hashlib.sha256()
-    for part in (sys.version, numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name()):
-        seen.update(part.encode() + b"\0")
-    seen.update(join_features(FEATURES).encode())
-    for variable in ("NUMBA_CPU_NAME", "GGUF_TOOLS_DOT"):
-        seen.update(os.environ.get(variable, "").encode() + b"\0")
-    for pattern in KERNEL_SOURCES:
-        for path in sorted(_PACKAGES.glob(pattern)):
-            seen.update(path.name.encode() + b"\0" + path.read_bytes())
-    return seen.hexdigest()[:20]
+class Helper(Deferred):
+    """A function that kernels call; the real thing is numba's."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(self._compile)
+        self.function = function
+        self.__doc__ = function.__doc__
+
+    def _compile(self) -> Any:
+        from gguf_tools.compiler import helper
+
+        return helper(self.function)
 
 
-def _prepare_cache() -> tuple[Path | None, str]:
-    """The kernel folder, ready to be written, or None with the reason in words."""
-    root = cache_root()
-    if root is None:
-        return None, f"switched off by {CACHE_VARIABLE}"
-    folder = root / "kernels" / _digest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            os.utime(folder)
-        _remove_old(folder)
-    except OSError as error:
-        return None, f"{root} cannot be written ({error.strerror})"
-    return folder, ""
-
-
-def _remove_old(current: Path) -> None:
-    """Remove kernel folders nobody used for KEEP_DAYS; another process may do so at once."""
-    import shutil
-
-    limit = time.time() - KEEP_DAYS * 86400
-    for folder in current.parent.iterdir():
-        if folder != current and folder.stat().st_mtime < limit:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-CACHE_FOLDER, NO_CACHE_REASON = _prepare_cache()
-if CACHE_FOLDER is not None:
-    numba.config.CACHE_DIR = str(CACHE_FOLDER)
-numba.config.CPU_FEATURES = join_features(FEATURES)
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk.
-
-    Kernels on disk call their helpers by qualified name. A function defined in another function
-    has the same name each time: such helpers are made with `jit_for`.
-    """
-    if "<locals>" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} is one name for many functions: use jit_for")
-    compiled: Callable[..., Any] = numba.njit(**OPTIONS)(function)
-    return compiled
-
-
-def jit_for(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """jit for a helper that is defined once for each `name`, which becomes a part of its own.
-
-    Without that a process that loads two kernels from disk, each with its own helper of one name,
-    would call the first one's from both.
-    """
-
-    def compile_as(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__qualname__ = f"{name}_{function.__name__}"
-        return jit(function)
-
-    return compile_as
+def jit(function: Callable[..., Any]) -> Helper:
+    """Compile a helper for use inside kernels; it costs nothing when the kernel comes from disk."""
+    return Helper(function)
 
 
 def check_processor(machine: str, features: Mapping[str, bool]) -> None:
@@ -148,7 +71,8 @@ class Kernel:
         self.n_columns = n_columns
         self.__doc__ = function.__doc__
         self._lock = threading.Lock()
-        self._compiled: Any = None
+        self._compiled: Any = None  # owns the code, if it was compiled here
+        self._address = 0
         self._entry: Any = None
         self._others: dict[int, Kernel] = {}
 
@@ -164,82 +88,73 @@ class Kernel:
         if n == self.n_columns:
             return self
         if n not in self._others:
-            name = f"{self.function.__name__}_{n}"
-            self._others[n] = Kernel(_renamed(self.function, name), self.letters, n)
+            self._others[n] = Kernel(self.function, self.letters, n)
         return self._others[n]
 
     @property
     def address(self) -> int:
         """The C function's address; compiles on first use."""
-        return int(self._compile().address)
+        return self._make()
 
     def __call__(self, *arguments: float) -> None:
         """Call it from Python; the GIL is released meanwhile."""
-        self._compile()
+        self._make()
         self._entry(*arguments)
 
-    def _compile(self) -> Any:
-        if self._compiled is None:
+    def _make(self) -> int:
+        if not self._address:
             with self._lock:
-                if self._compiled is None:
+                if not self._address:
                     check_processor(platform.machine(), FEATURES)
-                    compiled = self._build(cache=CACHE_FOLDER is not None)
+                    kept = load(self.name, self._symbol) if self._can_be_kept else None
+                    address = kept or self._build()
                     letters = self.letters
                     if self.n_columns > 1:
                         letters = letters.replace("c", "ii")
                     arguments = [_C_TYPES[letter] for letter in letters]
-                    self._entry = ctypes.CFUNCTYPE(None, *arguments)(compiled.address)
-                    self._compiled = compiled
-        return self._compiled
+                    self._entry = ctypes.CFUNCTYPE(None, *arguments)(address)
+                    self._address = address
+        return self._address
 
-    def _build(self, *, cache: bool) -> Any:
-        kinds = dict(_NUMBA_TYPES)
-        if self.n_columns > 1:
-            kinds["c"] = Columns(self.n_columns)
-        signature = types.void(*(kinds[letter] for letter in self.letters))
-        try:
-            compiled = numba.cfunc(signature, nopython=True, cache=cache, **OPTIONS)(self.function)
-            if cache:
-                self._marker.touch()
-        except Exception:
-            # The folder vanished or filled up, or holds a damaged entry (which raises whatever
-            # unpickling meets): compile in memory. A fault of the kernel's own comes again.
-            if not cache:
-                raise
-            return self._build(cache=False)
-        return compiled
+    def _build(self) -> int:
+        """Compile it, and keep it on disk where there is room for it."""
+        from gguf_tools.compiler import compile_function
+
+        self._compiled = compile_function(
+            self.function, self.letters, n_columns=self.n_columns, symbol=self._symbol
+        )
+        if self._can_be_kept and self._compiled.needs <= SYSTEM_FUNCTIONS:
+            with suppress(OSError):  # it is compiled again next time
+                save(self.name, self._compiled.object_file)
+        return int(self._compiled.address)
 
     @property
     def name(self) -> str:
         """module:function:columns"""
-        name = self.function.__name__.removesuffix(f"_{self.n_columns}")
-        return f"{self.function.__module__}:{name}:{self.n_columns}"
+        return f"{self.function.__module__}:{self.function.__name__}:{self.n_columns}"
 
     @property
     def is_ready(self) -> bool:
         """Whether it is compiled, in memory or on disk."""
-        return self._compiled is not None or (CACHE_FOLDER is not None and self._marker.exists())
+        return self._address != 0 or (self._can_be_kept and is_kept(self.name))
 
     @property
-    def _marker(self) -> Path:
-        """A file beside numba's that says: this kernel is on disk."""
-        assert CACHE_FOLDER is not None
-        return CACHE_FOLDER / f"{self.name.replace(':', '.')}.ready"
+    def _can_be_kept(self) -> bool:
+        """The folder's name knows the sources of the project's own kernels, and of no others."""
+        return CACHE_FOLDER is not None and self.function.__module__.startswith(PACKAGES)
 
-
-def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
-    """A copy by another name: numba names what it keeps on disk by it."""
-    copy = FunctionType(function.__code__, function.__globals__, name)
-    copy.__module__, copy.__qualname__, copy.__doc__ = function.__module__, name, function.__doc__
-    return copy
+    @property
+    def _symbol(self) -> str:
+        """What its C function is called."""
+        return self.name.replace(":", "_").replace(".", "_")
 
 
 def kernel(letters: str) -> Callable[[Callable[..., None]], Kernel]:
     """Make a function with arguments `letters` (i = int64, f = float32, c = address in a column) a
     compiled C function."""
-    unknown = set(letters) - set(_NUMBA_TYPES)
+    unknown = set(letters) - set(_C_TYPES)
     if unknown:
-        raise ValueError(f"kernel arguments are {sorted(_NUMBA_TYPES)}, not {sorted(unknown)}")
+        raise ValueError(f"kernel arguments are {sorted(_C_TYPES)}, not {sorted(unknown)}")
     return lambda function: Kernel(function, letters)
 
 

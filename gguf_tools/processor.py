@@ -5,13 +5,12 @@ the byte dot products nowhere but on Windows, so the system is asked for these.
 """
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
 
 import llvmlite.binding as llvm
-import numba
-from numba.core.codegen import get_host_cpu_features
 
 # Features of ARM, by LLVM's names, as each system knows them.
 AT_HWCAP, AT_HWCAP2 = 16, 26  # of Linux's auxiliary vector
@@ -19,14 +18,19 @@ HWCAP_ASIMDDP, HWCAP2_I8MM = 1 << 20, 1 << 13
 ON_DARWIN = {"dotprod": b"hw.optional.arm.FEAT_DotProd", "i8mm": b"hw.optional.arm.FEAT_I8MM"}
 ON_WINDOWS = {"dotprod": 43, "i8mm": 66}  # PF_ARM_V82_..._INSTRUCTIONS_AVAILABLE
 
+AVX_IS_SLOW = ("corei7-avx", "core-avx-i", "sandybridge", "ivybridge")  # numba leaves it out there
+
 IS_ARM = platform.machine().lower() in ("arm64", "aarch64")
 
 
 def examine_features() -> dict[str, bool]:
     """What kernels may use, by LLVM's names; NUMBA_CPU_FEATURES has the last word."""
-    if numba.config.CPU_FEATURES is not None:
-        return parse_features(numba.config.CPU_FEATURES)
-    features = parse_features(get_host_cpu_features())
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is not None:
+        return parse_features(chosen)
+    features = dict(llvm.get_host_cpu_features())
+    if llvm.get_host_cpu_name() in AVX_IS_SLOW:
+        features.update({name: False for name in features if name.startswith("avx")})
     return features | (_ask_system() if IS_ARM else {})
 
 
@@ -88,3 +92,10 @@ def _read_switch(sysctl: Callable[..., int], name: bytes) -> bool:
 
 
 FEATURES = examine_features()
+
+DOT = os.environ.get("GGUF_TOOLS_DOT") or choose_dot(FEATURES, is_arm=IS_ARM)
+"""How bytes are multiplied: avx512vnni, avxvnni, avx2; i8mm (ARM's usdot), neon (its sdot), armv8
+(neither); or portable. The variable overrides the choice, for tests."""
+
+X86_DOTS = ("avx512vnni", "avxvnni", "avx2")
+ARM_DOTS = ("i8mm", "neon", "armv8")

@@ -97,9 +97,14 @@ class SelfCheck:
             if question is not None:
                 question.close()
 
-    def prepare(self, source: Source) -> None:
-        """Let the process get ready to run `source`, of which there is no file yet."""
+    def prepare(self, source: Source, *, is_tried: bool) -> None:
+        """Let the process get ready to run `source`, of which there is no file yet.
+
+        Unless the tokenizer is being tried out, which tells how it encodes, it is asked for that.
+        """
         self._running.tell(_told_of(source))
+        if not is_tried:
+            self._ask_for_encodings(source)
 
     def begin(
         self,
@@ -117,8 +122,8 @@ class SelfCheck:
         """
         self._source, self._output = source, output
         self._wanted, self._raises = sheet, raises
-        if self._checks and source.is_checkpoint and source.encodings is None:
-            self._tokenizer = ask_for_encodings(source.path)
+        if self._tokenizer is None and source.encodings is None:
+            self._ask_for_encodings(source)
         self._running.tell(
             {
                 **_told_of(source),
@@ -159,6 +164,10 @@ class SelfCheck:
     @property
     def details(self) -> list[str]:
         return [detail for finding in self.findings for detail in finding.details]
+
+    def _ask_for_encodings(self, source: Source) -> None:
+        if self._checks and source.is_checkpoint:
+            self._tokenizer = ask_for_encodings(source.path)
 
     def _run(self) -> tuple[Finding, ...]:
         """What the process finds, which is told how the checkpoint encodes."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gguf_tools.errors import GGUFError, OutputError, printable
+from gguf_tools.flushing import Flusher
 from gguf_tools.journal import Journal
 from gguf_tools.values import (
     ALIGNMENT_KEY,
@@ -115,6 +116,7 @@ class GGUFWriter:
         self._fd = -1
         self._current = 0  # index of the tensor being written
         self._written = 0  # bytes of it written so far
+        self._flusher = Flusher()
         self._check_target()
 
     def __enter__(self) -> "GGUFWriter":
@@ -179,6 +181,7 @@ class GGUFWriter:
             band = np.ascontiguousarray(data).reshape(-1).data
             self._write_all(band)
             self._write_all(padding)
+            self._flusher.wrote(self._fd, len(band) + len(padding))
             if self._journal is not None:
                 checksum = zlib.crc32(band) if checksum is None else checksum
                 self._journal.append(len(band) + len(padding), zlib.crc32(padding, checksum))
@@ -279,6 +282,9 @@ class GGUFWriter:
                 f"{tensor.nbytes:,} bytes, got {self._written:,}"
             )
         try:
+            self._flusher.close()
+            if self._flusher.failure:
+                raise self._flusher.failure
             os.fsync(self._fd)
             for offset, data in self._changes:
                 os.lseek(self._fd, offset, os.SEEK_SET)
@@ -309,10 +315,12 @@ class GGUFWriter:
 
     def _leave(self, error: BaseException | None) -> None:
         """Unless the file is finished, remove what was written or keep it for the next run."""
+        self._flusher.close()
         if self._fd < 0:
             return
         if self._journal is not None:
             keep = self._journal.has_bands and self._is_there() and _may_go_better(error)
+            keep = keep and self._flusher.failure is None
             self._journal.close(keep=keep)
             if keep:
                 os.close(self._fd)

@@ -16,9 +16,8 @@ import psutil
 from gguf_tools.cores import default_threads
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
-from gguf_tools.jit import CACHE_FOLDER, NO_CACHE_REASON
-from gguf_tools.processor import core_name
-from gguf_tools.vectors import DOT
+from gguf_tools.kernel_files import CACHE_FOLDER, NO_CACHE_REASON
+from gguf_tools.processor import DOT, core_name
 from runtime.backends.cuda_toolkit import REMEDY, missing_packages
 from runtime.bandwidth import measure_bandwidth
 

@@ -17,21 +17,17 @@ import numpy.typing as npt
 from gguf_tools.jit import compile_kernels
 from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
-from runtime.backends.streaming import StreamedBackend, layer_stage
+from runtime.backends.streaming import StreamedBackend, cut_head, head_bands, layer_stage
 from runtime.config import read_config
 from runtime.decoders import build_program, check_architecture
 from runtime.program import (
-    AddBias,
     Attend,
     Floats,
     Instruction,
-    MatMul,
-    Matrix,
     Program,
     StoreKV,
 )
 from runtime.sources import Source
-from runtime.streamed_rows import StreamedRows
 
 # Weights of a damaged file may be NaN or huge. So then is what comes of them.
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -95,6 +91,19 @@ class LayerwiseModel:
         """
         return self._backend.head(hidden, observe)
 
+    def head_bands(self, hidden: Floats, observe: Observe | None = None) -> Iterator[Floats]:
+        """The same in bands of the vocabulary, one after the other: (n_tokens, width).
+
+        Models of one shape have the same bands. A band is valid until the next one; `hidden` has
+        at most the tokens of a window.
+        """
+        for index in range(self._backend.n_bands):
+            yield self._head_band(index, hidden, observe if index == 0 else None)
+
+    @_damaged_weights
+    def _head_band(self, index: int, hidden: Floats, observe: Observe | None) -> Floats:
+        return self._backend.head_band(index, hidden, observe)
+
     def logits(self, windows: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of each window in turn, (n_tokens, n_vocab)."""
         hidden = [self.embed(ids) for ids in windows]
@@ -122,14 +131,23 @@ class LayerwiseReference:
     """What StreamedBackend does, by the reference backend."""
 
     def __init__(self, program: Program, *, n_tokens: int) -> None:
-        self._stage = ReferenceBackend(layer_stage(program), n_ctx=n_tokens)
+        stage = layer_stage(program, n_heads=head_bands(n_tokens))
+        self._stage = ReferenceBackend(stage, n_ctx=n_tokens)
         self._n_layers = len(program.layers)
+        self.n_bands = len(stage.spans) - self._n_layers
 
     def layer(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
         return self._stage.run(index, {"x": x}, 0, 0, observe)["x"]
 
     def head(self, x: Floats, observe: Observe | None = None) -> Floats:
-        return self._stage.run(self._n_layers, {"x": x}, 0, len(x), observe)["logits"]
+        bands = [
+            self.head_band(index, x, observe if index == 0 else None)
+            for index in range(self.n_bands)
+        ]
+        return np.concatenate(bands, axis=1)
+
+    def head_band(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        return self._stage.run(self._n_layers + index, {"x": x}, 0, len(x), observe)["logits"]
 
     def close(self) -> None:
         self._stage.close()
@@ -150,21 +168,5 @@ def with_layers(program: Program, chosen: Sequence[int]) -> Program:
 
 def with_head_rows(program: Program, rows: npt.NDArray[np.intp]) -> Program:
     """The program with the logits of some tokens in the place of all."""
-
-    def cut(step: Instruction) -> Instruction:
-        if isinstance(step, MatMul) and step.target == "logits":
-            return replace(step, matrix=_chosen(step.matrix, rows))
-        if isinstance(step, AddBias) and step.target == "logits":
-            return replace(step, bias=step.bias[rows])
-        return step
-
     buffers = {**program.buffers, "logits": len(rows)}
-    return replace(program, buffers=buffers, head=tuple(cut(step) for step in program.head))
-
-
-def _chosen(matrix: Matrix, rows: npt.NDArray[np.intp]) -> Matrix:
-    def read(first: int, last: int) -> npt.NDArray[np.uint8]:
-        return np.asarray(matrix.data[rows[first:last]])
-
-    data = StreamedRows(read, 0, len(rows), matrix.data.shape[1])
-    return replace(matrix, n_rows=len(rows), data=data)
+    return replace(program, buffers=buffers, head=cut_head(program.head, rows))

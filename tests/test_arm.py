@@ -12,9 +12,9 @@ import pytest
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-from gguf_tools import control, vectors
-from gguf_tools.jit import OPTIONS
+from gguf_tools.compiler import OPTIONS, control, vectors
 from gguf_tools.processor import (
+    ARM_DOTS,
     FEATURES,
     IS_ARM,
     choose_dot,
@@ -129,7 +129,7 @@ def test_byte_products(
         assert count(assembly, "usdot", "sdot", "addp") == expected
 
 
-@pytest.mark.parametrize("dot", vectors.ARM_DOTS)
+@pytest.mark.parametrize("dot", ARM_DOTS)
 def test_byte_tables(monkeypatch: pytest.MonkeyPatch, dot: str) -> None:
     monkeypatch.setattr(vectors, "DOT", dot)
     table = ir.VectorType(vectors.I8, 16)
@@ -137,7 +137,7 @@ def test_byte_tables(monkeypatch: pytest.MonkeyPatch, dot: str) -> None:
     assert count(assembly, "tbl", "bsl", "bif", "bit") == [4, 0, 0, 0]
 
 
-@pytest.mark.parametrize("dot", vectors.ARM_DOTS)
+@pytest.mark.parametrize("dot", ARM_DOTS)
 def test_spinning_takes_a_rest(monkeypatch: pytest.MonkeyPatch, dot: str) -> None:
     monkeypatch.setattr(control, "DOT", dot)
     assembly = emitted(control.emit_pause, ir.VoidType(), [], "cortex-a72")

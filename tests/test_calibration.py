@@ -32,7 +32,7 @@ from gguf_tools.errors import (
     UnsupportedQuantError,
 )
 from gguf_tools.feedback.rounding import needed_kernels
-from gguf_tools.jit import CACHE_FOLDER
+from gguf_tools.kernel_files import CACHE_FOLDER
 from gguf_tools.reader import GGUFFile
 from gguf_tools.recipes import find_file_type
 from gguf_tools.requantising import plan_requantisation
@@ -275,14 +275,14 @@ def test_other_options_or_another_text_start_over(text: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are compiled each time")
 def test_that_kernels_are_compiled_is_said(text: Path, tmp_path: Path) -> None:
-    """Once: with a cache in which one of them is not marked as ready."""
+    """Once: with a cache in which one of them is missing."""
     assert CACHE_FOLDER is not None
     (kernel,) = needed_kernels()
     kernel.address  # noqa: B018 - compiles
     folder = tmp_path / "cache" / "kernels" / CACHE_FOLDER.name
     shutil.copytree(CACHE_FOLDER, folder)
-    (marker,) = folder.glob("*feedback*round_rows*.ready")
-    marker.unlink()
+    (kept,) = folder.glob("*feedback*round_rows*.o")
+    kept.unlink()
     options = (STORIES, "--type", "Q4_0", "-o", tmp_path / "x.gguf", "--calibrate", text)
     options = (*options, "--method", "gptq", "--calibrate-windows", 4, "--no-check", "--force")
     told = []
@@ -297,7 +297,7 @@ def test_that_kernels_are_compiled_is_said(text: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         told.append(done.stderr.count(COMPILING))
     assert told == [1, 0]
-    assert marker.exists()
+    assert kept.exists()
 
 
 def test_experts_have_moments_of_their_own(text: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from gguf_tools.cores import choose_threads
-from gguf_tools.processor import core_name
-from gguf_tools.vectors import DOT
+from gguf_tools.processor import DOT, core_name
 from runtime.backends.cuda_toolkit import missing_packages
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
 from runtime.doctor import (

@@ -23,6 +23,7 @@ from runtime.quality.evaluation import (
     evaluate,
 )
 from runtime.quality.measures import (
+    BandwiseDifferences,
     Differences,
     Estimate,
     differ,
@@ -118,6 +119,31 @@ def test_differences_of_known_distributions() -> None:
     assert together.probability_change.value == pytest.approx(np.mean(change), rel=1e-4)
     assert together.probability_rms.value == pytest.approx(math.hypot(*change) / math.sqrt(2), 1e-4)
     assert together.perplexity_ratio.value == pytest.approx(math.sqrt(0.5 / 0.75 * 0.1 / 0.6), 1e-4)
+
+
+def test_differences_band_by_band() -> None:
+    """The largest logits come first, last and between; the token that came in any band."""
+    rng = np.random.default_rng(1)
+    p = (rng.normal(size=(6, 50)) * 8).astype(np.float32)
+    q = p + rng.normal(size=p.shape).astype(np.float32)
+    p[0, 3], p[1, 48], q[2, 20] = 90, 90, -90
+    tokens = np.array([0, 11, 12, 30, 48, 49])
+    expected = differ(log_probabilities(q.copy()), log_probabilities(p.copy()), tokens)
+    bandwise = BandwiseDifferences(tokens)
+    for first, last in ((0, 12), (12, 31), (31, 50)):
+        bandwise.add(q[:, first:last], p[:, first:last])
+    found = bandwise.result()
+    assert np.allclose(found.kl, expected.kl, rtol=1e-5, atol=1e-6)
+    assert np.allclose(found.nll, expected.nll, rtol=1e-5, atol=1e-5)
+    assert np.allclose(found.reference_nll, expected.reference_nll, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(found.same_top, expected.same_top)
+    for damage in (np.nan, np.inf, -np.inf):
+        damaged = p.copy()
+        damaged[4, 7] = damage
+        bandwise = BandwiseDifferences(tokens)
+        bandwise.add(q, damaged)
+        with pytest.raises(FormatError, match="no number"):
+            bandwise.result()
 
 
 def test_errors_are_of_the_mean() -> None:

@@ -9,19 +9,24 @@ from pathlib import Path
 import pytest
 
 from gguf_tools.errors import DeviceError
-from gguf_tools.jit import KERNEL_SOURCES, check_processor, jit, kernel
+from gguf_tools.jit import check_processor, kernel
+from gguf_tools.kernel_files import KERNEL_SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gguf_tools.", "runtime.")
 PROGRAM = """
 import numpy as np
-from gguf_tools import jit
+from gguf_tools import kernel_files
 from gguf_tools.simd import ld_f32, st_f32
 from runtime.kernels.floats import matvec_f32
 x = np.arange(40, dtype=np.float32); y = np.zeros(1, np.float32)
 matvec_f32(x.ctypes.data, 160, 0, 1, x.ctypes.data, y.ctypes.data, 40)
 assert y[0] == (x * x).sum()
-print(jit.CACHE_FOLDER, jit.NO_CACHE_REASON, sep="|")
+print(kernel_files.CACHE_FOLDER, kernel_files.NO_CACHE_REASON, sep="|")
+"""
+WITHOUT_COMPILER = """
+import sys
+assert "numba" not in sys.modules
 """
 
 
@@ -48,11 +53,11 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     both = [start(str(tmp_path)) for _ in range(2)]
     folders = {finish(process) for process in both}
     assert len(folders) == 1
-    kept = list(tmp_path.rglob("*.nbc"))
+    kept = list(tmp_path.rglob("*.o"))
     assert kept
     before = {path: path.stat().st_mtime_ns for path in kept}
     finish(start(str(tmp_path)))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.o")} == before
 
 
 def test_no_cache_folder(tmp_path: Path) -> None:
@@ -63,11 +68,21 @@ def test_no_cache_folder(tmp_path: Path) -> None:
     assert out.startswith("None|") and "cannot be written" in out
 
 
-def test_damaged_cache_entry(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["emptied", "cut", "changed"])
+def test_damaged_cache_entry(tmp_path: Path, damage: str) -> None:
+    """Machine code that is not what was compiled is not run: it is compiled again."""
     finish(start(str(tmp_path)))
-    for path in [*tmp_path.rglob("*.nbc"), *tmp_path.rglob("*.nbi")]:
-        path.write_bytes(b"")
+    (path,) = tmp_path.rglob("*.o")
+    whole = path.read_bytes()
+    changed = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
+    path.write_bytes({"emptied": b"", "cut": whole[:2000], "changed": changed}[damage])
     finish(start(str(tmp_path)))
+    finish(start(str(tmp_path), PROGRAM + WITHOUT_COMPILER))
+
+
+def test_kernels_from_disk_need_no_compiler(tmp_path: Path) -> None:
+    finish(start(str(tmp_path)))
+    finish(start(str(tmp_path), PROGRAM + WITHOUT_COMPILER))
 
 
 def test_kernels_compiled_by_two_processes(tmp_path: Path) -> None:
@@ -85,7 +100,7 @@ assert list(compile_kernels(wanted)) == []
 x = np.arange""",
     )
     assert finish(start(str(tmp_path), program))
-    assert len(list(tmp_path.rglob("*.ready"))) == 4
+    assert len(list(tmp_path.rglob("*.o"))) == 4
     finish(start("off", program))
 
 
@@ -136,14 +151,6 @@ def test_kernels_from_disk_keep_their_own_helpers(tmp_path: Path) -> None:
     ]
     assert alone[0] != alone[1]
     assert finish(start(str(tmp_path), HELPERS.format(modules="iq2_s, iq2_xs"))).split() == alone
-
-
-def test_helpers_need_a_name_of_their_own() -> None:
-    def helper(x: int) -> int:
-        return x
-
-    with pytest.raises(ValueError, match="use jit_for"):
-        jit(helper)
 
 
 def test_wrong_letters() -> None:

@@ -90,6 +90,35 @@ def test_bands_and_windows_change_nothing(
     assert [len(one) for one in expected] == [24, 4, 1]
 
 
+@pytest.mark.parametrize("name", ["gemma2", "granite", "phi3", "starcoder2"])
+def test_the_head_is_read_once_in_bands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more tokens than there is room for all logits of; the observer is told once."""
+    ids = ids_of(name, 24)
+    told: list[np.ndarray] = []
+    source = planned(FOLDER / name)
+    with layerwise(source, ids) as model:
+        (expected,) = model.logits([ids])
+    monkeypatch.setattr(streaming, "BAND_ROWS", 7)
+    read: list[tuple[str, int, int]] = []
+    rows = source.rows
+
+    def watched(name: str, first: int, last: int) -> np.ndarray:
+        read.append((name, first, last))
+        return rows(name, first, last)
+
+    source.rows = watched  # type: ignore[method-assign]
+    with layerwise(source, ids) as model:
+        x = model.embed(ids)
+        for index in range(len(model.program.layers)):
+            x = model.layer(index, x)
+        read.clear()
+        got = model.head(x, lambda matrix, inputs: told.append(inputs.copy()))
+    assert np.array_equal(got, expected)
+    assert [len(inputs) for inputs in told] == [24]
+    heights = [last - first for _, first, last in read]
+    assert len(heights) >= 4 and sum(heights) == got.shape[1]
+
+
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q8_0"])
 def test_quantised_file_gives_what_it_gives_whole(file_type: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numba import int8
 
 from gguf_tools.control import atomic_load64, compare_exchange64
 from gguf_tools.jit import kernel
-from gguf_tools.processor import FEATURES, IS_ARM
+from gguf_tools.processor import ARM_DOTS, FEATURES, IS_ARM, X86_DOTS
 from gguf_tools.simd import (
     bits_f32x16,
     bits_i8x32,
@@ -35,6 +34,7 @@ from gguf_tools.simd import (
     hmax,
     hmax_abs,
     hsum,
+    int8,
     keep,
     ld_bf16,
     ld_bf16x16,
@@ -84,7 +84,6 @@ from gguf_tools.simd import (
     zero_i32x8,
     zero_i32x16,
 )
-from gguf_tools.vectors import ARM_DOTS, VECTORS, X86_DOTS
 
 RNG = np.random.default_rng(5)
 
@@ -171,7 +170,7 @@ def test_conversions() -> None:
     assert np.array_equal(out[11].view(np.int8)[:16], n)
 
 
-_constant = make_constant("_constant", range(-32, 32), VECTORS["i8x64"])
+_constant = make_constant("_constant", range(-32, 32), "i8x64")
 
 
 @kernel("iii")
@@ -274,10 +273,8 @@ def test_every_instruction_set_this_processor_has(dot: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=root)
 
 
-_reversed = make_shuffle("_reversed", range(15, -1, -1), VECTORS["f32x16"])
-_woven = make_shuffle(
-    "_woven", [i // 2 + 16 * (i % 2) for i in range(16)], VECTORS["f32x16"], two=True
-)
+_reversed = make_shuffle("_reversed", range(15, -1, -1), "f32x16")
+_woven = make_shuffle("_woven", [i // 2 + 16 * (i % 2) for i in range(16)], "f32x16", two=True)
 
 
 @kernel("iii")

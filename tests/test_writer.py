@@ -1,5 +1,6 @@
 """The writer: exact sizes, whole files or none, and one writer at a time."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -257,6 +258,19 @@ def test_disk_full_while_writing(tmp_path: Path) -> None:
     assert code == 1
     assert errors.count("\n") == 1 and errors.startswith("error: ") and "no room for" in errors
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fails_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells it once, long before the end."""
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("gguf_tools.flushing._flush", fail)
+    monkeypatch.setattr("gguf_tools.flushing.EVERY", 16)
+    with pytest.raises(OutputError, match=r"disk failed: Input/output error; .* was removed"):
+        write_file(tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

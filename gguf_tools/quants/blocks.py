@@ -11,7 +11,6 @@ error counts in each column.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from math import gcd
@@ -215,19 +214,6 @@ def quantize_with_kernel(
         kernel(*(array.ctypes.data for array in padded), last.ctypes.data, group, scratch)
         data[whole:] = last[: len(blocks) - whole]
     return data
-
-
-def import_compilers() -> None:
-    """Begin to import, in a thread, what compiles kernels: it takes a while, and others may wait.
-
-    An error in it is left to whoever needs a kernel, who meets it again.
-    """
-
-    def run() -> None:
-        with _LOADING, suppress(Exception):
-            import_module("gguf_tools.quants.kernels.lanes")
-
-    threading.Thread(target=run).start()
 
 
 def _load(module_name: str, kernel: str) -> Any:

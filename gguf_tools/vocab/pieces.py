@@ -87,8 +87,10 @@ def sentencepiece_pieces(model: SentencePieceModel, n_vocab: int, name: str) -> 
 def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
     """A byte-level BPE; token strings stay in GPT-2's byte alphabet."""
     table = TokenTable()
-    names = {text: token_id for text, token_id in source.vocab.items() if token_id < n_vocab}
-    table.put_all({token_id: text for text, token_id in names.items()}, 0.0, NORMAL)
+    names = dict(source.vocab)
+    if max(names.values()) >= n_vocab:
+        names = {text: token_id for text, token_id in names.items() if token_id < n_vocab}
+    table.put_all(dict(zip(names.values(), names, strict=True)), 0.0, NORMAL)
     pairs = source.merges
     if len(names) < len(source.vocab):
         pairs = [(a, b) for a, b in pairs if a in names and b in names and a + b in names]

@@ -137,7 +137,8 @@ def _ends_of_turns(found: SpecialTokens, names: Mapping[str, int], ends: list[in
     """Give the ends other than `eos` the roles eot and eom, as far as there are roles."""
     eos = found.ids.get("eos")
     others = [i for i in dict.fromkeys(ends) if i != eos and i not in found.ids.values()]
-    texts = {token_id: text for text, token_id in names.items() if token_id in set(others) | {eos}}
+    ends_and_eos = {*others, eos}
+    texts = {token_id: text for text, token_id in names.items() if token_id in ends_and_eos}
     for role, usual in (("eom", MESSAGE_ENDS), ("eot", TURN_ENDS)):
         if role not in found.ids:
             fitting = [i for i in others if texts.get(i) in usual]

@@ -60,11 +60,11 @@ class TokenTable:
                 "they cannot belong together"
             )
         ids = range(n_vocab)
-        if self.texts.keys() >= set(ids):  # no holes
+        if all(map(self.texts.__contains__, ids)):  # no holes
             return (
-                [self.texts[i] for i in ids],
-                [self.scores[i] for i in ids],
-                [self.types[i] for i in ids],
+                list(map(self.texts.__getitem__, ids)),
+                list(map(self.scores.__getitem__, ids)),
+                list(map(self.types.__getitem__, ids)),
             )
         taken = set(self.texts.values())
         texts, scores, types = [], [], []
@@ -145,6 +145,8 @@ def check_text(text: str, source: str) -> None:
 
 def check_unique(table: TokenTable, source: str) -> None:
     """Refuse two ids with one text: neither this runtime nor llama.cpp could tell them apart."""
+    if len(set(table.texts.values())) == len(table.texts):
+        return
     seen: dict[str, int] = {}
     for token_id, text in table.texts.items():
         if text in seen:

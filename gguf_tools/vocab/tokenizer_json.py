@@ -108,7 +108,7 @@ def _merges(entries: object, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
     made = list(map(add, lefts, rights))
     # A quarter of a million: looked at together, and one by one only to name the one at fault.
-    if not all(vocab.keys() >= set(texts) for texts in (lefts, rights, made)):
+    if not all(all(map(vocab.__contains__, texts)) for texts in (lefts, rights, made)):
         each = zip(lefts, rights, made, strict=True)
         rank, missing = next(
             (rank, text) for rank, texts in enumerate(each) for text in texts if text not in vocab

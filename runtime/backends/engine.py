@@ -47,18 +47,21 @@ class Engine:
         n_batch: int,
         kv_type: str,
         n_few: int,
+        n_outputs: int = HEAD_ROWS,
     ) -> None:
-        """`n_few`: so many tokens are computed as each would be alone."""
+        """`n_few`: so many tokens are computed as each would be alone; `n_outputs`: of so many
+        there are logits at a time.
+        """
         self.stage = stage
         self._n_few = n_few
         arena = Arena()
-        room = (max(n_batch, HEAD_ROWS) + COLUMNS - 1) // COLUMNS * COLUMNS
+        room = (max(n_batch, n_outputs) + COLUMNS - 1) // COLUMNS * COLUMNS
         n_positions = (n_ctx + POSITIONS - 1) // POSITIONS * POSITIONS
         kv = KV_TYPES[kv_type]
         self.buffers: dict[str, Floats] = {}
         shared: dict[str, Place] = {}
         for name, width in stage.buffers.items():
-            rows = HEAD_ROWS if name == "logits" else room
+            rows = n_outputs if name == "logits" else room
             self.buffers[name], shared[name] = arena.rows(rows, width)
         caches = make_caches(arena, stage.caches, kv, n_positions)
         self.memory = Memory(arena, shared, caches, kv, n_positions, n_threads, room)

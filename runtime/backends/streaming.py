@@ -7,6 +7,7 @@ holds activations, what is no matrix, and one band.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from gguf_tools.jit import Kernel
 from runtime.backends.crew import ReadyTable
-from runtime.backends.engine import HEAD_ROWS, Engine, Parts
+from runtime.backends.engine import Engine, Parts
 from runtime.backends.frame import Batch
 from runtime.backends.lowering import Lowering
 from runtime.backends.memory import Place
@@ -23,9 +24,20 @@ from runtime.backends.observing import Observe
 from runtime.backends.reference import matmul
 from runtime.kernels.interpreter import HEADER, ROWS
 from runtime.kernels.table import FORMATS
-from runtime.program import Floats, MatMul, Matrix, Program, Span, Stage
+from runtime.program import (
+    AddBias,
+    Floats,
+    Instruction,
+    MatMul,
+    Matrix,
+    Program,
+    Span,
+    Stage,
+)
+from runtime.streamed_rows import StreamedRows
 
 BAND_BYTES = 8 << 20  # of a matrix that are read together
+BAND_ROWS = 16  # logits of many tokens take as much room at a time as all of so many
 
 
 class StreamedBackend:
@@ -35,8 +47,8 @@ class StreamedBackend:
         self, program: Program, *, n_tokens: int, n_threads: int, kv_type: str = "f16"
     ) -> None:
         """`program`: from build_program(..., stream=True), whole or with some of its layers."""
-        self._n_vocab = program.buffers["logits"]
-        stage = layer_stage(program)
+        self._n_tokens, self._n_vocab = n_tokens, program.buffers["logits"]
+        stage = layer_stage(program, n_heads=head_bands(n_tokens))
         self._engine = engine = Engine(
             stage,
             n_ctx=n_tokens,
@@ -44,12 +56,14 @@ class StreamedBackend:
             n_batch=n_tokens,
             kv_type=kv_type,
             n_few=0,
+            n_outputs=n_tokens,
         )
         lowering = Lowering(stage, engine.memory, Batch.MANY)
-        *self._layers, self._head = (
+        self._spans = [
             engine.ready(lowering.lower((*span.body, *span.head), span.inputs))
             for span in stage.spans
-        )
+        ]
+        self._widths = [span.outputs["logits"] for span in stage.spans[len(program.layers) :]]
         self._products = BandProducts(engine)
 
     @staticmethod
@@ -62,34 +76,83 @@ class StreamedBackend:
 
         `index` counts the program's layers.
         """
-        return self._run(self._layers[index], x, "x", x.shape[1], observe)
+        self._run(self._spans[index], x, observe)
+        return self._engine.buffers["x"][: len(x), : x.shape[1]].copy()
 
     def head(self, x: Floats, observe: Observe | None = None) -> Floats:
         """The logits (n_tokens, n_vocab) that follow the hidden states of the last layer."""
-        parts = [x[first : first + HEAD_ROWS] for first in range(0, len(x), HEAD_ROWS)]
-        rows = [self._run(self._head, part, "logits", self._n_vocab, observe) for part in parts]
-        return np.concatenate(rows)
+        logits = np.empty((len(x), self._n_vocab), np.float32)
+        for start in range(0, len(x), self._n_tokens):
+            rows = slice(start, start + self._n_tokens)
+            first = 0
+            for index in range(self.n_bands):
+                band = self.head_band(index, x[rows], observe if index == 0 else None)
+                logits[rows, first : first + band.shape[1]] = band
+                first += band.shape[1]
+        return logits
+
+    @property
+    def n_bands(self) -> int:
+        """The logits of a window come in so many bands of the vocabulary."""
+        return len(self._widths)
+
+    def head_band(self, index: int, x: Floats, observe: Observe | None = None) -> Floats:
+        """The logits (n_tokens, width) of a band; they are valid until the next one."""
+        self._run(self._spans[index - self.n_bands], x, observe)
+        return self._engine.buffers["logits"][: len(x), : self._widths[index]]
 
     def close(self) -> None:
         self._engine.close()
 
-    def _run(
-        self, parts: Parts, x: Floats, result: str, width: int, observe: Observe | None
-    ) -> Floats:
+    def _run(self, parts: Parts, x: Floats, observe: Observe | None) -> None:
         n_tokens, dim = x.shape
-        buffers = self._engine.buffers
-        buffers["x"][:n_tokens, :dim] = x
+        self._engine.buffers["x"][:n_tokens, :dim] = x
         multiply = self._products.multiply
         self._engine.execute(parts, n_tokens, 0, product=multiply, observe=observe)
-        return buffers[result][:n_tokens, :width].copy()
 
 
-def layer_stage(program: Program) -> Stage:
-    """The whole program on one device, each layer a span, the head the last."""
-    hidden = {"x": program.buffers["x"]}
+def head_bands(n_tokens: int) -> int:
+    """In how many bands of the vocabulary the logits of so many tokens are made."""
+    return -(-n_tokens // BAND_ROWS)
+
+
+def layer_stage(program: Program, *, n_heads: int = 1) -> Stage:
+    """The whole program on one device: each layer a span, then the head, in so many bands."""
+    hidden, n_vocab = {"x": program.buffers["x"]}, program.buffers["logits"]
     layers = tuple(Span(layer, (), hidden, hidden) for layer in program.layers)
-    head = Span((), program.head, hidden, {"logits": program.buffers["logits"]})
-    return Stage(program.buffers, (*layers, head), program.caches)
+    width = -(-n_vocab // n_heads)
+    bands = [slice(first, min(first + width, n_vocab)) for first in range(0, n_vocab, width)]
+    heads = tuple(
+        Span((), cut_head(program.head, rows), hidden, {"logits": rows.stop - rows.start})
+        for rows in bands
+    )
+    return Stage({**program.buffers, "logits": width}, (*layers, *heads), program.caches)
+
+
+def cut_head(
+    steps: Sequence[Instruction], rows: slice | npt.NDArray[np.intp]
+) -> tuple[Instruction, ...]:
+    """A program's head with the logits of some tokens of the vocabulary in the place of all."""
+
+    def cut(step: Instruction) -> Instruction:
+        if isinstance(step, MatMul) and step.target == "logits":
+            return replace(step, matrix=_chosen(step.matrix, rows))
+        if isinstance(step, AddBias) and step.target == "logits":
+            return replace(step, bias=step.bias[rows])
+        return step
+
+    return tuple(map(cut, steps))
+
+
+def _chosen(matrix: Matrix, rows: slice | npt.NDArray[np.intp]) -> Matrix:
+    if isinstance(rows, slice):
+        return replace(matrix, n_rows=rows.stop - rows.start, data=matrix.data[rows])
+
+    def read(first: int, last: int) -> npt.NDArray[np.uint8]:
+        return np.asarray(matrix.data[rows[first:last]])
+
+    data = StreamedRows(read, 0, len(rows), matrix.data.shape[1])
+    return replace(matrix, n_rows=len(rows), data=data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,11 @@ and HALVES), with pairs (0, 0) for those that the 128 before have already.
 
 from dataclasses import dataclass
 
-from numba import float32
-
 from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
+    float32,
     hmax_abs,
     hsum,
     ld_f32x16,

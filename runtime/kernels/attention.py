@@ -12,8 +12,6 @@ Queries are scaled by log2(e) more, so that powers of 2 take the place of expone
 is a kernel of its own (`cap_scores`), compiled only for models that have one.
 """
 
-from numba import float32
-
 from gguf_tools.control import call3, call5, call8, call10
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
@@ -21,6 +19,7 @@ from gguf_tools.simd import (
     bits_i32x16,
     cvt_i32x16,
     first_lane,
+    float32,
     fma,
     hmax,
     hsum,

@@ -6,18 +6,17 @@ bytes below 64 and 64 bits that are set for minus, or `weights(p, j)`, bytes bel
 `bias` more than the weight. A format of smaller blocks brings `scales(row, i)` (f32x4) and
 `weights(row, i)` of the i-th 64 weights of a row. All of them read activations as BYTES_16.
 
-The loops are made around a format's functions: numba would not keep kernels on disk that hand
-functions over as arguments.
+The loops are made around a format's functions.
 """
 
-from numba import float32, int8
-
-from gguf_tools.jit import jit, jit_for
+from gguf_tools.jit import jit
 from gguf_tools.simd import (
     cvt_f32x16,
     dpbusd7,
+    float32,
     fma,
     hsum,
+    int8,
     ld_f32x4,
     ld_f32x16,
     ld_i8x64,
@@ -31,36 +30,34 @@ from gguf_tools.simd import (
     zero_i8x64,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.ahead import ask_ahead
 
 SIGNED_BIAS = 64  # of the bytes that `signed_rows` makes
 
 # The scales of the i-th 64 weights: 4 groups of 16, each in 4 lanes.
-_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_of_4 = make_shuffle("_scales_of_4", [i // 4 for i in range(16)], VECTORS["f32x4"])
+_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], "f32x16")
+_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], "f32x16")
+_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], "f32x16")
+_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], "f32x16")
+_scales_of_4 = make_shuffle("_scales_of_4", [i // 4 for i in range(16)], "f32x4")
 
-twice = make_shuffle("twice", [i // 2 for i in range(16)], VECTORS["f32x8"])
+twice = make_shuffle("twice", [i // 2 for i in range(16)], "f32x8")
 """Scales of 8 groups of 32 as scales of 16 groups of 16."""
 
-_once = make_shuffle("_once", range(0, 16, 2), VECTORS["f32x16"])
+_once = make_shuffle("_once", range(0, 16, 2), "f32x16")
 
 
-def signed_loops(name, block_bytes, group, scales, magnitudes, signs):
+def signed_loops(block_bytes, group, scales, magnitudes, signs):
     """matvec and rows (with one scale for `group` weights) of a format of blocks of 256."""
-    compiled = jit_for(name)
 
-    @compiled
+    @jit
     def dot(p, j, x):
         """Sums of 4 products: the activation takes the sign."""
         q = ld_i8x64(x + j * 64)
         q = sel_bits(signs(p, j), zero_i8x64() - q, q)
         return cvt_f32x16(dpbusd7(zero_i32x16(), magnitudes(p, j), q))
 
-    @compiled
+    @jit
     def matvec(w, row_bytes, first, last, xq, y, k):
         dx = xq + k
         for r in range(first, last):
@@ -78,7 +75,7 @@ def signed_loops(name, block_bytes, group, scales, magnitudes, signs):
                 p += block_bytes
             st_f32(y + r * 4, hsum(total + other))
 
-    @compiled
+    @jit
     def rows(p, q, place, k):
         middle = splat_i8x64(int8(SIGNED_BIAS))
         for b in range(k // 256):
@@ -91,15 +88,14 @@ def signed_loops(name, block_bytes, group, scales, magnitudes, signs):
     return matvec, rows
 
 
-def biased_loops(name, block_bytes, group, bias, scales, weights):
+def biased_loops(block_bytes, group, bias, scales, weights):
     """matvec and rows of a format of blocks of 256 whose bytes are `bias` more than the weights."""
-    compiled = jit_for(name)
 
-    @compiled
+    @jit
     def dot(p, j, x):
         return cvt_f32x16(dpbusd7(zero_i32x16(), weights(p, j), ld_i8x64(x + j * 64)))
 
-    @compiled
+    @jit
     def matvec(w, row_bytes, first, last, xq, y, k):
         dx = xq + k
         sums = dx + k // 4
@@ -120,7 +116,7 @@ def biased_loops(name, block_bytes, group, bias, scales, weights):
                 p += block_bytes
             st_f32(y + r * 4, hsum(total + other) - float32(bias) * hsum(below))
 
-    @compiled
+    @jit
     def rows(p, q, place, k):
         for b in range(k // 256):
             for j in range(4):
@@ -131,11 +127,10 @@ def biased_loops(name, block_bytes, group, bias, scales, weights):
     return matvec, rows
 
 
-def short_loops(name, bytes_per_64, bias, scales, weights):
+def short_loops(bytes_per_64, bias, scales, weights):
     """matvec and rows (with one scale for 16 weights) of a format of blocks of 64 or 128."""
-    compiled = jit_for(name)
 
-    @compiled
+    @jit
     def matvec(w, row_bytes, first, last, xq, y, k):
         dx = xq + k
         sums = dx + k // 4
@@ -151,7 +146,7 @@ def short_loops(name, bytes_per_64, bias, scales, weights):
                 total = fma(cvt_f32x16(t), _scales_of_4(s), total)
             st_f32(y + r * 4, hsum(total) - float32(bias) * hsum(below))
 
-    @compiled
+    @jit
     def rows(row, q, place, k):
         for i in range(k // 64):
             st(q + i * 64, weights(row, i))

@@ -4,18 +4,19 @@ Buffers appear in arguments as base | bytes per thread | bytes per token; the se
 buffers that all threads share. Shared buffers may be written up to 31 floats past their width.
 """
 
-import numpy as np
-from numba import float32
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
+    first_lane,
+    float32,
     fma,
     hsum,
     ld_f32,
     ld_f32x16,
+    splat_f32x4,
     splat_f32x16,
     st,
     st_f32,
+    vsqrt,
     zero_f32x16,
 )
 from runtime.kernels.functions import over_exp, tanh16
@@ -49,7 +50,8 @@ def _square_sum(x, n):
 @jit
 def _scale_to_one(x, weight, out, n, epsilon):
     """out = x / sqrt(mean of squares + epsilon) * weight"""
-    s1 = float32(1.0) / np.sqrt(_square_sum(x, n) / float32(n) + epsilon)
+    mean = _square_sum(x, n) / float32(n) + epsilon
+    s1 = float32(1.0) / first_lane(vsqrt(splat_f32x4(mean)))  # no function of the C library
     s = splat_f32x16(s1)
     for i in range(0, n - 15, 16):
         st(out + i * 4, ld_f32x16(x + i * 4) * s * ld_f32x16(weight + i * 4))

@@ -14,11 +14,11 @@ summed up next, which then needs no other thread's work.
 """
 
 import numpy as np
-from numba import float32
 
 from gguf_tools.control import call3, call5, call7
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
+    float32,
     fma,
     ld_f32,
     ld_f32x16,

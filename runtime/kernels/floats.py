@@ -1,10 +1,9 @@
 """F32, F16 and BF16 weights on the CPU: float32 arithmetic, any row length."""
 
-from numba import float32
-
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     cvt_f32x16,
+    float32,
     fma,
     hsum,
     ld_bf16,

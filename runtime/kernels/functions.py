@@ -1,12 +1,12 @@
 """Elementary functions of 16 floats; NaN stays NaN where a caller could miss it."""
 
-from numba import float32, int32
-
 from gguf_tools.jit import jit
 from gguf_tools.simd import (
     bits_f32x16,
     cvt_i32x16,
+    float32,
     fma,
+    int32,
     sel_lt,
     splat_f32x16,
     splat_i32x16,

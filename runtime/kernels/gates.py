@@ -6,10 +6,9 @@ NaN.
 
 from typing import Any
 
-from numba import float32
-
-from gguf_tools.jit import Kernel, jit, jit_for, kernel
+from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
+    float32,
     fma,
     ld_f32x16,
     sel_lt,
@@ -60,7 +59,7 @@ def swiglu_oai(x, up):
 def _alone(function: Any) -> Any:
     """A loop that applies `function` to columns."""
 
-    @jit_for(function.py_func.__qualname__)
+    @jit
     def loop(op, state, thread, first, last):
         end = min(last * ROWS, arg(op, 3))
         for t in range(n_tokens(state)):
@@ -74,7 +73,7 @@ def _alone(function: Any) -> Any:
 def _gate(function: Any) -> Any:
     """A loop that applies `function` of gate and up to columns."""
 
-    @jit_for(function.py_func.__qualname__)
+    @jit
     def loop(op, state, thread, first, last):
         end = min(last * ROWS, arg(op, 9))
         for t in range(n_tokens(state)):
@@ -88,7 +87,7 @@ def _gate(function: Any) -> Any:
 
 
 def _times_up(function: Any) -> Any:
-    @jit_for(function.py_func.__qualname__)
+    @jit
     def product(gate, up):
         return function(gate) * up
 

@@ -1,10 +1,8 @@
 """What the IQ1, IQ2 and IQ3 formats share: code tables, and signs of 7 bits for 8 weights."""
 
-from numba import int64, uint64
-
 from gguf_tools.jit import jit
 from gguf_tools.quants.grids import read_grid
-from gguf_tools.simd import bits_i8x8, concat, ld_i8x8, ld_u8, ld_u32, make_table
+from gguf_tools.simd import bits_i8x8, concat, int64, ld_i8x8, ld_u8, ld_u32, make_table, uint64
 
 ONES = 0x0101010101010101
 

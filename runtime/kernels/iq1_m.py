@@ -2,8 +2,6 @@
 code, a sign) | 4 words of 4 x 3-bit scales and a quarter of f16 d; weight = d * (2 * scale + 1) *
 (grid[code] + 1/8, or - 1/8 where the sign is set), one scale for 16 weights."""
 
-from numba import float32, int32, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x4,
@@ -12,12 +10,15 @@ from gguf_tools.simd import (
     cvt_f32x4,
     cvt_f32x16,
     first_lane,
+    float32,
+    int32,
     ld_i16x4,
     ld_u64,
     splat_f32x16,
     splat_i32x4,
     ucvt_i32x4,
     ucvt_i32x16,
+    uint64,
 )
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import biased_loops
@@ -63,7 +64,7 @@ def _weights(p, j):
     return concat(low, concat(_sixteen(p, 4 * j + 2), _sixteen(p, 4 * j + 3)))
 
 
-_matvec, _rows = biased_loops("iq1_m", BYTES, 16, BIAS, _scales, _weights)
+_matvec, _rows = biased_loops(BYTES, 16, BIAS, _scales, _weights)
 
 
 @kernel("iiiicci")

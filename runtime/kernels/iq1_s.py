@@ -2,14 +2,15 @@
 of codes, a 3-bit scale, a sign); weight = d * (2 * scale + 1) * (grid[code] + 1/8, or - 1/8 where
 the sign is set), one scale and sign for 32 weights."""
 
-from numba import float32, int16, int64, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.grids import read_grid
 from gguf_tools.simd import (
     bits_i8x8,
     concat,
     cvt_f32x8,
+    float32,
+    int16,
+    int64,
     ld_f16,
     ld_i16x8,
     ld_u16,
@@ -18,6 +19,7 @@ from gguf_tools.simd import (
     splat_f32x8,
     splat_i16x8,
     ucvt_i32x8,
+    uint64,
 )
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import biased_loops, twice
@@ -63,7 +65,7 @@ def _weights(p, j):
     return concat(_thirty_two(p, 2 * j), _thirty_two(p, 2 * j + 1))
 
 
-_matvec, _rows = biased_loops("iq1_s", BYTES, 32, BIAS, _scales, _weights)
+_matvec, _rows = biased_loops(BYTES, 32, BIAS, _scales, _weights)
 
 
 @kernel("iiiicci")

@@ -39,7 +39,7 @@ def _signs(p, j):
     return ld_u64(p + 34 + j * 8)
 
 
-_matvec, _rows = signed_loops("iq2_s", BYTES, 16, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops(BYTES, 16, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiicci")

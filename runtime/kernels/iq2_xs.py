@@ -1,12 +1,13 @@
 """IQ2_XS on the CPU: 74 bytes per 256 weights, f16 d | 32 x (code of 9 bits, 7 sign bits) | 16
 scales of 4 bits; weight = d * (2 * scale + 1) / 8 * grid[code], one scale for 16 weights."""
 
-from numba import float32, int16, int64, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_i8x16,
     cvt_f32x16,
+    float32,
+    int16,
+    int64,
     ld_f16,
     ld_i8x8,
     ld_u16,
@@ -15,6 +16,7 @@ from gguf_tools.simd import (
     splat_i16x8,
     ucvt_i16x8,
     ucvt_i32x16,
+    uint64,
 )
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import SIGNED_BIAS, signed_loops
@@ -67,7 +69,7 @@ def _signs(p, j):
     return unfold_signs(low | (high << uint64(32)))
 
 
-_matvec, _rows = signed_loops("iq2_xs", BYTES, 16, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops(BYTES, 16, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiicci")

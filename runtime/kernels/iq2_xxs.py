@@ -1,16 +1,16 @@
 """IQ2_XXS on the CPU: 66 bytes per 256 weights, f16 d | 8 x (4 codes of 8 bits, 4 x 7 sign bits and
 a 4-bit scale); weight = d * (2 * scale + 1) / 8 * grid[code], one scale for 32 weights."""
 
-from numba import float32, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     cvt_f32x8,
     cvt_i32x8,
+    float32,
     ld_f16,
     ld_i64x8,
     ld_u32,
     splat_f32x8,
+    uint64,
 )
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import SIGNED_BIAS, signed_loops, twice
@@ -42,7 +42,7 @@ def _signs(p, j):
     return unfold_signs(uint64(low) | (uint64(high) << uint64(32)))
 
 
-_matvec, _rows = signed_loops("iq2_xxs", BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiicci")

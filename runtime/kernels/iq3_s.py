@@ -2,18 +2,18 @@
 sign bits | 8 scales of 4 bits; weight = d * (2 * scale + 1) * grid[code]: a code stands for 4
 weights, a scale for 32."""
 
-from numba import float32, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_i8x8,
     concat,
     cvt_f32x8,
+    float32,
     ld_f16,
     ld_u32,
     ld_u64,
     splat_f32x8,
     ucvt_i32x8,
+    uint64,
 )
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import SIGNED_BIAS, signed_loops, twice
@@ -59,7 +59,7 @@ def _signs(p, j):
     return ld_u64(p + 74 + j * 8)
 
 
-_matvec, _rows = signed_loops("iq3_s", BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiicci")

@@ -2,10 +2,8 @@
 and a 4-bit scale); weight = d * (2 * scale + 1) / 4 * grid[code]: a code stands for 4 weights, a
 scale for 32."""
 
-from numba import float32
-
 from gguf_tools.jit import jit, kernel
-from gguf_tools.simd import concat, cvt_f32x8, ld_f16, ld_i32x8, ld_u64, splat_f32x8
+from gguf_tools.simd import concat, cvt_f32x8, float32, ld_f16, ld_i32x8, ld_u64, splat_f32x8
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import SIGNED_BIAS, signed_loops, twice
 from runtime.kernels.formats import FormatKernels
@@ -39,7 +37,7 @@ def _signs(p, j):
     return unfold_signs(ld_u64(p + 66 + j * 8))
 
 
-_matvec, _rows = signed_loops("iq3_xxs", BYTES, 32, _scales, _magnitudes, _signs)
+_matvec, _rows = signed_loops(BYTES, 32, _scales, _magnitudes, _signs)
 
 
 @kernel("iiiicci")

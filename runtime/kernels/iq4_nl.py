@@ -1,7 +1,5 @@
 """IQ4_NL on the CPU: 18 bytes per 32 weights, f16 d | 16 x 2 nibbles; weight = d * VALUES[q]."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -12,8 +10,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32,
@@ -32,7 +32,6 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -42,7 +41,7 @@ VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 BIAS = 128  # makes them unsigned bytes
 
 unsigned_values = make_constant(
-    "unsigned_values", [v + BIAS - 256 * (v >= 0) for v in VALUES], VECTORS["i8x16"]
+    "unsigned_values", [v + BIAS - 256 * (v >= 0) for v in VALUES], "i8x16"
 )
 
 

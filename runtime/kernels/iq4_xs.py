@@ -2,8 +2,6 @@
 low halves | 128 x 2 nibbles; weight = d * (scale - 32) * VALUES[q]. Each group of 32 weights has a
 scale of 6 bits and nibbles as in IQ4_NL: 16 bytes, the first 16 weights in their low halves."""
 
-from numba import float32, int8, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_i8x8,
@@ -17,8 +15,10 @@ from gguf_tools.simd import (
     cvt_i32x16,
     dpbusd,
     f16_splat16,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32x16,
@@ -34,20 +34,20 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    uint64,
     zero_f32x16,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.iq4_nl import BIAS, unsigned_values
 from runtime.kernels.q4_k import minima
 
-_twice = make_shuffle("_twice", [i // 2 for i in range(16)], VECTORS["i8x8"])
+_twice = make_shuffle("_twice", [i // 2 for i in range(16)], "i8x8")
 # Of (scale, scale * sum) of 8 groups, the scales of 4, each in 4 lanes.
-_first_4 = make_shuffle("_first_4", [2 * (i // 4) for i in range(16)], VECTORS["f32x16"])
-_last_4 = make_shuffle("_last_4", [8 + 2 * (i // 4) for i in range(16)], VECTORS["f32x16"])
+_first_4 = make_shuffle("_first_4", [2 * (i // 4) for i in range(16)], "f32x16")
+_last_4 = make_shuffle("_last_4", [8 + 2 * (i // 4) for i in range(16)], "f32x16")
 
 
 @jit

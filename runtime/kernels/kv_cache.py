@@ -14,8 +14,6 @@ padded with zeros to a multiple of 16 (f16) or 32 (q8_0).
 
 from dataclasses import dataclass
 
-from numba import float32
-
 from gguf_tools.control import call7
 from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
@@ -25,6 +23,7 @@ from gguf_tools.simd import (
     cvt_i32x16,
     f16_splat16,
     f32_to_f16,
+    float32,
     fma,
     hmax,
     ld_f16x16,

@@ -7,11 +7,10 @@ For a prompt, 32 rows of weights at a time are decoded to bytes (or float32) in 
 scratch, turned so that 16 rows lie in the 16 lanes, and multiplied with all tokens.
 """
 
-from numba import float32
-
 from gguf_tools.control import call3, call5, call7, call9, call12
 from gguf_tools.jit import Kernel, jit, kernel
 from gguf_tools.simd import (
+    float32,
     hsum,
     st,
     st_f32,

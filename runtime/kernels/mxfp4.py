@@ -1,8 +1,6 @@
 """MXFP4 on the CPU: 17 bytes per 32 weights, exponent e | 16 x 2 nibbles; weight = 2^(e - 128) *
 VALUES[q], the first 16 weights in the low halves."""
 
-from numba import float32, int8, int32, int64, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f32x8,
@@ -15,8 +13,12 @@ from gguf_tools.simd import (
     cvt_f32x16,
     dpbusd7,
     first_lane,
+    float32,
     fma,
     hsum,
+    int8,
+    int32,
+    int64,
     keep,
     ld_f32,
     ld_f32x8,
@@ -34,12 +36,12 @@ from gguf_tools.simd import (
     st_f32,
     to_f32,
     ucvt_i32x4,
+    uint64,
     zero_f32x8,
     zero_f32x16,
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -48,8 +50,8 @@ from runtime.kernels.q4_0 import even, odd
 VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 BIAS = 12  # makes them unsigned bytes
 
-unsigned_values = make_constant("unsigned_values", [v + BIAS for v in VALUES], VECTORS["i8x16"])
-_twice = make_shuffle("_twice", [i // 2 for i in range(8)], VECTORS["i32x4"])
+unsigned_values = make_constant("unsigned_values", [v + BIAS for v in VALUES], "i8x16")
+_twice = make_shuffle("_twice", [i // 2 for i in range(8)], "i32x4")
 
 
 @jit

@@ -1,13 +1,14 @@
 """NVFP4 on the CPU: 36 bytes per 64 weights, 4 scales (unsigned float of 4 and 3 bits) | 4 x 8 x 2
 nibbles; weight = scale / 2 * VALUES[nibble]. In each 8 bytes, the low halves come first."""
 
-from numba import float32, int8, int32
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f32x4,
     bits_i8x32,
     bits_i16x16,
+    float32,
+    int8,
+    int32,
     ld_i8x8,
     ld_i8x32,
     lookup16,
@@ -19,7 +20,6 @@ from gguf_tools.simd import (
     ucvt_i32x8,
     zero_f32x4,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import short_loops
 from runtime.kernels.formats import FormatKernels
@@ -27,11 +27,11 @@ from runtime.kernels.mxfp4 import BIAS, unsigned_values
 
 BYTES = 36
 
-_first_4 = make_shuffle("_first_4", range(4), VECTORS["i32x8"])
+_first_4 = make_shuffle("_first_4", range(4), "i32x8")
 _weave = make_shuffle(
     "_weave",
     [32 * half + 8 * group + i for group in range(4) for half in range(2) for i in range(8)],
-    VECTORS["i8x32"],
+    "i8x32",
     two=True,
 )
 
@@ -54,7 +54,7 @@ def _weights(row, i):
     return lookup16(unsigned_values(), woven)
 
 
-_matvec, _rows = short_loops("nvfp4", BYTES, BIAS, _scales, _weights)
+_matvec, _rows = short_loops(BYTES, BIAS, _scales, _weights)
 
 
 @kernel("iiiicci")

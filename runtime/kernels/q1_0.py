@@ -1,10 +1,8 @@
 """Q1_0 on the CPU: 18 bytes per 128 weights, f16 d | 128 bits; weight = d where the bit is set,
 else -d."""
 
-from numba import int8
-
 from gguf_tools.jit import jit, kernel
-from gguf_tools.simd import ld_f16, ld_u64, sel_bits, splat_f32x4, splat_i8x64, zero_i8x64
+from gguf_tools.simd import int8, ld_f16, ld_u64, sel_bits, splat_f32x4, splat_i8x64, zero_i8x64
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import short_loops
 from runtime.kernels.formats import FormatKernels
@@ -21,7 +19,7 @@ def _weights(row, i):
     return sel_bits(bits, splat_i8x64(int8(2)), zero_i8x64())
 
 
-_matvec, _rows = short_loops("q1_0", 9, 1, _scales, _weights)
+_matvec, _rows = short_loops(9, 1, _scales, _weights)
 
 
 @kernel("iiiicci")

@@ -1,10 +1,16 @@
 """Q2_0 on the CPU: 18 bytes per 64 weights, f16 d | 16 x 4 bit pairs, for neighbours; weight =
 d * (q - 1)."""
 
-from numba import int8
-
 from gguf_tools.jit import jit, kernel
-from gguf_tools.simd import bits_i8x64, ld_f16, ld_i8x16, splat_f32x4, splat_i8x64, ucvt_i32x16
+from gguf_tools.simd import (
+    bits_i8x64,
+    int8,
+    ld_f16,
+    ld_i8x16,
+    splat_f32x4,
+    splat_i8x64,
+    ucvt_i32x16,
+)
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import short_loops
 from runtime.kernels.formats import FormatKernels
@@ -22,7 +28,7 @@ def _weights(row, i):
     return bits_i8x64(spread) & splat_i8x64(int8(3))
 
 
-_matvec, _rows = short_loops("q2_0", 18, 1, _scales, _weights)
+_matvec, _rows = short_loops(18, 1, _scales, _weights)
 
 
 @kernel("iiiicci")

@@ -2,8 +2,6 @@
 f16 d | f16 dmin; weight = d * scale * q - dmin * minimum. Bit pair j of byte 32 h + i belongs to
 weight 128 h + 32 j + i."""
 
-from numba import int8
-
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     bits_i8x16,
@@ -17,6 +15,7 @@ from gguf_tools.simd import (
     f16_splat16,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32x16,
@@ -34,7 +33,6 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import PAIRS_16
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -45,10 +43,10 @@ def _pair(j: int) -> list[int]:
     return [group for half in (0, 8) for i in (0, 1) for group in [half + 2 * j + i] * 4]
 
 
-pair_0 = make_shuffle("pair_0", _pair(0), VECTORS["f32x16"])
-pair_1 = make_shuffle("pair_1", _pair(1), VECTORS["f32x16"])
-pair_2 = make_shuffle("pair_2", _pair(2), VECTORS["f32x16"])
-pair_3 = make_shuffle("pair_3", _pair(3), VECTORS["f32x16"])
+pair_0 = make_shuffle("pair_0", _pair(0), "f32x16")
+pair_1 = make_shuffle("pair_1", _pair(1), "f32x16")
+pair_2 = make_shuffle("pair_2", _pair(2), "f32x16")
+pair_3 = make_shuffle("pair_3", _pair(3), "f32x16")
 
 
 @kernel("iiiicci")

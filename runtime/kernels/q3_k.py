@@ -2,8 +2,6 @@
 6-bit scales | f16 d; weight = d * (scale - 32) * (q - 4). The bit pairs lie as in Q2_K; bit
 4 h + j of high byte i belongs to weight 128 h + 32 j + i."""
 
-from numba import float32, int8, uint64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_i8x8,
@@ -16,8 +14,10 @@ from gguf_tools.simd import (
     cvt_i32x16,
     dpbusd7,
     f16_splat16,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32x16,
@@ -31,6 +31,7 @@ from gguf_tools.simd import (
     splat_i8x64,
     st,
     st_f32,
+    uint64,
     zero_f32x16,
     zero_i32x16,
 )

@@ -1,7 +1,5 @@
 """Q4_0 on the CPU: 18 bytes per 32 weights, f16 d | 16 x 2 nibbles; weight = d * (q - 8)."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -12,8 +10,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd7,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32,
@@ -31,7 +31,6 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -44,10 +43,10 @@ def _lanes(start: int, count: int, repeat: int = 1) -> list[int]:
     return [at if at < 64 else 64 + at - 8 for at in places]
 
 
-nibbles_of_4 = make_shuffle("nibbles_of_4", _lanes(2, 16), VECTORS["i8x64"], two=True)
-scales_of_4 = make_shuffle("scales_of_4", _lanes(0, 2, 2), VECTORS["i8x64"], two=True)
-even = make_shuffle("even", [2 * (i // 4) for i in range(16)], VECTORS["f32x8"])
-odd = make_shuffle("odd", [1, 3, 5, 7], VECTORS["f32x8"])
+nibbles_of_4 = make_shuffle("nibbles_of_4", _lanes(2, 16), "i8x64", two=True)
+scales_of_4 = make_shuffle("scales_of_4", _lanes(0, 2, 2), "i8x64", two=True)
+even = make_shuffle("even", [2 * (i // 4) for i in range(16)], "f32x8")
+odd = make_shuffle("odd", [1, 3, 5, 7], "f32x8")
 
 
 @kernel("iiiicci")

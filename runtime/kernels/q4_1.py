@@ -1,7 +1,5 @@
 """Q4_1 on the CPU: 20 bytes per 32 weights, f16 d | f16 m | 16 x 2 nibbles; weight = d * q + m."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -12,8 +10,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd7,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32,
@@ -31,7 +31,6 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -45,8 +44,8 @@ def _lanes(start: int, count: int) -> list[int]:
     return [at if at < 64 else 64 + at - 16 for at in places]
 
 
-_nibbles = make_shuffle("_nibbles", _lanes(4, 16), VECTORS["i8x64"], two=True)
-_scales = make_shuffle("_scales", _lanes(0, 4), VECTORS["i8x64"], two=True)
+_nibbles = make_shuffle("_nibbles", _lanes(4, 16), "i8x64", two=True)
+_scales = make_shuffle("_scales", _lanes(0, 4), "i8x64", two=True)
 
 
 @kernel("iiiicci")

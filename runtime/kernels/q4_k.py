@@ -1,8 +1,6 @@
 """Q4_K on the CPU: 144 bytes per 256 weights, f16 d | f16 dmin | 12 bytes of 6-bit scales and
 minima | 128 x 2 nibbles; weight = d * scale * q - dmin * minimum."""
 
-from numba import int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x16,
@@ -17,6 +15,7 @@ from gguf_tools.simd import (
     dpbusd7,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32x16,
@@ -37,34 +36,33 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import NIBBLES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
 # Of each 32 bytes in two loads, the first and the last 16: the order of NIBBLES_32.
 first_halves = make_shuffle(
-    "first_halves", [32 * i + j for i in range(4) for j in range(16)], VECTORS["i8x64"], two=True
+    "first_halves", [32 * i + j for i in range(4) for j in range(16)], "i8x64", two=True
 )
 last_halves = make_shuffle(
-    "last_halves", [32 * i + j for i in range(4) for j in range(16, 32)], VECTORS["i8x64"], two=True
+    "last_halves", [32 * i + j for i in range(4) for j in range(16, 32)], "i8x64", two=True
 )
 
 # Bytes of a block: d and dmin in 0-3, the low 6 bits of scales 0-3 in 4-7 and of minima 0-3 in
 # 8-11, with the top 2 bits of scales and minima 4-7 above them, and their low nibbles in 12-15.
 _parts = make_shuffle(
-    "_parts", [4, 8, 5, 9, 6, 10, 7, 11, *(12 + i // 2 for i in range(8))], VECTORS["i8x16"]
+    "_parts", [4, 8, 5, 9, 6, 10, 7, 11, *(12 + i // 2 for i in range(8))], "i8x16"
 )
-_moved_up = make_shuffle("_moved_up", [0] * 8 + list(range(8)), VECTORS["i8x16"])
-_low_mask = make_constant("_low_mask", [63] * 8 + [15, 0] * 4, VECTORS["i8x16"])
-_nibble_mask = make_constant("_nibble_mask", [0] * 8 + [0, 15] * 4, VECTORS["i8x16"])
-_top_mask = make_constant("_top_mask", [0] * 8 + [48] * 8, VECTORS["i8x16"])
+_moved_up = make_shuffle("_moved_up", [0] * 8 + list(range(8)), "i8x16")
+_low_mask = make_constant("_low_mask", [63] * 8 + [15, 0] * 4, "i8x16")
+_nibble_mask = make_constant("_nibble_mask", [0] * 8 + [0, 15] * 4, "i8x16")
+_top_mask = make_constant("_top_mask", [0] * 8 + [48] * 8, "i8x16")
 
-_scales_of_8 = make_shuffle("_scales_of_8", range(0, 16, 2), VECTORS["i8x16"])
-_minima_of_8 = make_shuffle("_minima_of_8", range(1, 16, 2), VECTORS["i8x16"])
-even_scales = make_shuffle("even_scales", [4 * (i // 4) for i in range(16)], VECTORS["f32x16"])
-odd_scales = make_shuffle("odd_scales", [4 * (i // 4) + 2 for i in range(16)], VECTORS["f32x16"])
-minima = make_shuffle("minima", range(1, 16, 2), VECTORS["f32x16"])
+_scales_of_8 = make_shuffle("_scales_of_8", range(0, 16, 2), "i8x16")
+_minima_of_8 = make_shuffle("_minima_of_8", range(1, 16, 2), "i8x16")
+even_scales = make_shuffle("even_scales", [4 * (i // 4) for i in range(16)], "f32x16")
+odd_scales = make_shuffle("odd_scales", [4 * (i // 4) + 2 for i in range(16)], "f32x16")
+minima = make_shuffle("minima", range(1, 16, 2), "f32x16")
 
 
 @jit

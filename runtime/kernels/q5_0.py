@@ -1,8 +1,6 @@
 """Q5_0 on the CPU: 22 bytes per 32 weights, f16 d | 32 high bits | 16 x 2 nibbles;
 weight = d * (q - 16)."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -13,8 +11,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32,
@@ -37,13 +37,12 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.q4_0 import even, odd
 
-each_bit = make_constant("each_bit", [1, 2, 4, 8, 16, 32, 64, -128] * 8, VECTORS["i8x64"])
+each_bit = make_constant("each_bit", [1, 2, 4, 8, 16, 32, 64, -128] * 8, "i8x64")
 
 
 def lanes(start: int, count: int, repeat: int = 1) -> list[int]:
@@ -53,13 +52,13 @@ def lanes(start: int, count: int, repeat: int = 1) -> list[int]:
     return [at if at < 64 else 64 + at - 24 for at in places]
 
 
-_nibbles = make_shuffle("_nibbles", lanes(6, 16), VECTORS["i8x64"], two=True)
-_low_bits = make_shuffle("_low_bits", lanes(2, 2, 8), VECTORS["i8x64"], two=True)
-_high_bits = make_shuffle("_high_bits", lanes(4, 2, 8), VECTORS["i8x64"], two=True)
+_nibbles = make_shuffle("_nibbles", lanes(6, 16), "i8x64", two=True)
+_low_bits = make_shuffle("_low_bits", lanes(2, 2, 8), "i8x64", two=True)
+_high_bits = make_shuffle("_high_bits", lanes(4, 2, 8), "i8x64", two=True)
 _scales = make_shuffle(
     "_scales",
     [at for b in range(4) for at in 2 * lanes(0, 2)[2 * b : 2 * b + 2]],
-    VECTORS["i8x64"],
+    "i8x64",
     two=True,
 )
 

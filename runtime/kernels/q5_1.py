@@ -1,8 +1,6 @@
 """Q5_1 on the CPU: 24 bytes per 32 weights, f16 d | f16 m | 32 high bits | 16 x 2 nibbles;
 weight = d * q + m."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -11,8 +9,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd7,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32,
@@ -30,7 +30,6 @@ from gguf_tools.simd import (
     zero_i32x4,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import HALVES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -45,10 +44,10 @@ def _lanes(start: int, count: int, repeat: int = 1) -> list[int]:
     return [at if at < 64 else 64 + at - 32 for at in places]
 
 
-_nibbles = make_shuffle("_nibbles", _lanes(8, 16), VECTORS["i8x64"], two=True)
-_low_bits = make_shuffle("_low_bits", _lanes(4, 2, 8), VECTORS["i8x64"], two=True)
-_high_bits = make_shuffle("_high_bits", _lanes(6, 2, 8), VECTORS["i8x64"], two=True)
-_scales = make_shuffle("_scales", _lanes(0, 4), VECTORS["i8x64"], two=True)
+_nibbles = make_shuffle("_nibbles", _lanes(8, 16), "i8x64", two=True)
+_low_bits = make_shuffle("_low_bits", _lanes(4, 2, 8), "i8x64", two=True)
+_high_bits = make_shuffle("_high_bits", _lanes(6, 2, 8), "i8x64", two=True)
+_scales = make_shuffle("_scales", _lanes(0, 4), "i8x64", two=True)
 
 
 @kernel("iiiicci")

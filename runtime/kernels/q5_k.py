@@ -1,8 +1,6 @@
 """Q5_K on the CPU: 176 bytes per 256 weights, as Q4_K with 32 bytes of high bits before the
 nibbles: bits 2j and 2j + 1 of byte i belong to weights i and i + 32 of the j-th 64."""
 
-from numba import int8
-
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     bits_i8x32,
@@ -13,6 +11,7 @@ from gguf_tools.simd import (
     dpbusd7,
     fma,
     hsum,
+    int8,
     keep,
     ld_i8x16,
     ld_i8x32,
@@ -27,7 +26,6 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import NIBBLES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -41,15 +39,13 @@ from runtime.kernels.q4_k import (
     store_scales,
 )
 
-_even_bits = make_constant(
-    "_even_bits", [1 << 2 * i for i in range(4) for _ in range(16)], VECTORS["i8x64"]
-)
+_even_bits = make_constant("_even_bits", [1 << 2 * i for i in range(4) for _ in range(16)], "i8x64")
 _odd_bits = make_constant(
     "_odd_bits",
     [(2 << 2 * i) - 256 * (i == 3) for i in range(4) for _ in range(16)],
-    VECTORS["i8x64"],
+    "i8x64",
 )
-_four_times = make_shuffle("_four_times", [i % 16 for i in range(64)], VECTORS["i8x16"])
+_four_times = make_shuffle("_four_times", [i % 16 for i in range(64)], "i8x16")
 
 
 @kernel("iiiicci")

@@ -1,8 +1,6 @@
 """Q6_K on the CPU: 210 bytes per 256 weights, 128 x 2 low nibbles | 64 x 4 high bit pairs |
 16 i8 scales | f16 d; weight = d * scale * (q - 32)."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     bits_i8x32,
@@ -14,8 +12,10 @@ from gguf_tools.simd import (
     cvt_i32x16,
     dpbusd7,
     f16_splat16,
+    float32,
     fma,
     hsum,
+    int8,
     keep,
     ld_f16,
     ld_f32x16,
@@ -30,16 +30,15 @@ from gguf_tools.simd import (
     zero_f32x16,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
 
 # The scales of the i-th 64 weights: 4 groups of 16, each in 4 lanes.
-_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], VECTORS["f32x16"])
-_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], VECTORS["f32x16"])
+_scales_0 = make_shuffle("_scales_0", [0 + i // 4 for i in range(16)], "f32x16")
+_scales_1 = make_shuffle("_scales_1", [4 + i // 4 for i in range(16)], "f32x16")
+_scales_2 = make_shuffle("_scales_2", [8 + i // 4 for i in range(16)], "f32x16")
+_scales_3 = make_shuffle("_scales_3", [12 + i // 4 for i in range(16)], "f32x16")
 
 
 @kernel("iiiicci")

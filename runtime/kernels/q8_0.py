@@ -1,7 +1,5 @@
 """Q8_0 on the CPU: 34 bytes per 32 weights, f16 d | 32 x i8."""
 
-from numba import float32, int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_f16x8,
@@ -9,8 +7,10 @@ from gguf_tools.simd import (
     cvt_f32x8,
     cvt_f32x16,
     dpbusd,
+    float32,
     fma,
     hsum,
+    int8,
     ld_f16,
     ld_f32,
     ld_f32x8,
@@ -27,7 +27,6 @@ from gguf_tools.simd import (
     zero_i32x8,
     zero_i32x16,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_32
 from runtime.kernels.ahead import ask_ahead
 from runtime.kernels.formats import FormatKernels
@@ -38,11 +37,11 @@ from runtime.kernels.q4_0 import odd
 _scales = make_shuffle(
     "_scales",
     [at + i for at in (0, 34, 64 + 28, 64 + 62) for _ in range(2) for i in range(2)],
-    VECTORS["i8x64"],
+    "i8x64",
     two=True,
 )
-_first_2 = make_shuffle("_first_2", [0] * 8 + [2] * 8, VECTORS["f32x8"])
-_last_2 = make_shuffle("_last_2", [4] * 8 + [6] * 8, VECTORS["f32x8"])
+_first_2 = make_shuffle("_first_2", [0] * 8 + [2] * 8, "f32x8")
+_last_2 = make_shuffle("_last_2", [4] * 8 + [6] * 8, "f32x8")
 
 
 @kernel("iiiicci")

@@ -3,14 +3,13 @@ weight = d * (trit - 1). A byte q holds the fraction 0.abcde in base 3, in 1/256
 whole part of 3 * fraction(q * 3^i). Trit i of bytes 0-31 belongs to weight 32 i + j, of bytes 32-47
 to 160 + 16 i + j, of the last four to 240 + 4 i + j."""
 
-from numba import int16
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     concat,
     cvt_i8x16,
     cvt_i8x32,
     f16_splat16,
+    int16,
     ld_i8x8,
     ld_i8x16,
     ld_i8x32,
@@ -22,15 +21,14 @@ from gguf_tools.simd import (
     ucvt_i16x16,
     ucvt_i16x32,
 )
-from gguf_tools.vectors import VECTORS
 from runtime.kernels.activations import BYTES_16
 from runtime.kernels.decoded import biased_loops
 from runtime.kernels.formats import FormatKernels
 
 BYTES = 54
 
-_last_4 = make_shuffle("_last_4", [2 + i % 4 for i in range(16)], VECTORS["i16x8"])
-_powers_4 = make_constant("_powers_4", [3 ** (i // 4) for i in range(16)], VECTORS["i16x16"])
+_last_4 = make_shuffle("_last_4", [2 + i % 4 for i in range(16)], "i16x8")
+_powers_4 = make_constant("_powers_4", [3 ** (i // 4) for i in range(16)], "i16x16")
 
 
 @jit
@@ -67,7 +65,7 @@ def _weights(p, j):
     return concat(concat(_sixteen(p, 9), _sixteen(p, 27)), concat(_sixteen(p, 81), last))
 
 
-_matvec, _rows = biased_loops("tq1_0", BYTES, 32, 1, _scales, _weights)
+_matvec, _rows = biased_loops(BYTES, 32, 1, _scales, _weights)
 
 
 @kernel("iiiicci")

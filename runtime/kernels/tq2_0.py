@@ -1,14 +1,13 @@
 """TQ2_0 on the CPU: 66 bytes per 256 weights, 64 x 4 bit pairs | f16 d; weight = d * (q - 1). The
 bit pairs lie as in Q2_K: pair i of byte 32 h + j belongs to weight 128 h + 32 i + j."""
 
-from numba import int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     bits_i8x64,
     bits_i16x16,
     concat,
     f16_splat16,
+    int8,
     ld_i8x32,
     splat_i8x64,
 )
@@ -30,7 +29,7 @@ def _weights(p, j):
     return bits_i8x64(concat(words, words >> 2)) & splat_i8x64(int8(3))
 
 
-_matvec, _rows = biased_loops("tq2_0", BYTES, 32, 1, _scales, _weights)
+_matvec, _rows = biased_loops(BYTES, 32, 1, _scales, _weights)
 
 
 @kernel("iiiicci")

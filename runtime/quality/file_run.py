@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from itertools import takewhile
 
-import numpy as np
-
 from gguf_tools.recipes import block_number
 from runtime.program import Floats
-from runtime.quality.likely_costs import Probes, estimate, layer_shares, lookup_error
+from runtime.quality.likely_costs import estimate, layer_shares, lookup_error
 from runtime.quality.source_run import SourceRun
 from runtime.sources import Source
 
@@ -33,8 +31,6 @@ class FileRun:
 
         `there` are the tensors of `file` that are. A GGUFError where it cannot be run.
         """
-        if self.run.keep_more():
-            return True
         missing = {block_number(name) for name in file.tensors if name not in there}
         if -1 in missing:
             return False
@@ -86,7 +82,5 @@ class FileRun:
             ids = [run.read[0][position] for position in run.positions]
             cost += lookup_error(name, ids, run.source, file)
         if name == (HEAD if HEAD in run.source.tensors else EMBEDDING):
-            probes = Probes(np.arange(len(run.positions)))
-            run.model.head(run.states[-1][run.positions], probes.observe)
-            cost += estimate(name, probes.inputs.get(name, {}), None, run.source, file)
+            cost += estimate(name, run.head_inputs(name), None, run.source, file)
         return cost

@@ -66,11 +66,7 @@ def log_probabilities(logits: Floats) -> Floats:
     with np.errstate(invalid="ignore"):  # of a damaged model
         logits -= logits.max(axis=-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    if not np.isfinite(logits).all():
-        raise FormatError(
-            "a model answers with no number (NaN or infinity): its weights are damaged, or too "
-            "large for this computation; see what `gguf verify FILE` finds"
-        )
+    _check_finite(logits)
     return logits
 
 
@@ -88,6 +84,70 @@ def differ(log_q: Floats, log_p: Floats, tokens: npt.NDArray[np.int64]) -> Diffe
         kl=terms.sum(axis=-1, dtype=np.float64),
         same_top=log_q.argmax(axis=-1) == log_p.argmax(axis=-1),
     )
+
+
+class BandwiseDifferences:
+    """What `differ` gives, of logits that come a band of the vocabulary at a time."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        """The tokens (n,) that came."""
+        self._p, self._q = _Sums(tokens), _Sums(tokens)
+        self._apart = np.zeros(len(tokens))  # sum of exp(p - the largest) (p - q)
+
+    def add(self, q: Floats, p: Floats) -> None:
+        """The next band of a candidate's logits and of a reference's; both (n, width)."""
+        with np.errstate(invalid="ignore"):  # of a damaged model
+            self._q.add(q)
+            parts, shrunk = self._p.add(p)
+            parts *= p - q
+            self._apart = self._apart * shrunk + parts.sum(axis=-1, dtype=np.float64)
+
+    def result(self) -> Differences:
+        """Of all bands; FormatError where an answer was no number."""
+        log_p, log_q = self._p.log_total(), self._q.log_total()
+        kl = self._apart / self._p.total - log_p + log_q
+        _check_finite(kl)
+        return Differences(
+            nll=log_q - self._q.came,
+            reference_nll=log_p - self._p.came,
+            kl=kl,
+            same_top=self._p.best == self._q.best,
+        )
+
+
+class _Sums:
+    """The softmax of logits that come band by band, without its terms."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        n = len(tokens)
+        self.total = np.zeros(n)  # sum of exp(logit - the largest)
+        self.best = np.full(n, -1, np.int64)  # the token of the largest
+        self.came = np.full(n, np.nan)  # the logit of the token that came
+        self._tokens = tokens
+        self._largest = np.full(n, -np.inf, np.float32)
+        self._n_seen = 0  # tokens of the vocabulary so far
+
+    def add(self, logits: Floats) -> tuple[Floats, Doubles]:
+        """exp(logits - the largest so far), and what sums of the bands before shrink by."""
+        rows = np.arange(len(logits))
+        best = logits.argmax(axis=-1)
+        largest = np.maximum(self._largest, logits[rows, best])
+        self.best = np.where(logits[rows, best] > self._largest, self._n_seen + best, self.best)
+        shrunk = np.exp((self._largest - largest).astype(np.float64))
+        parts: Floats = np.exp(logits - largest[:, None])
+        self.total = self.total * shrunk + parts.sum(axis=-1, dtype=np.float64)
+        self._largest = largest
+        at = self._tokens - self._n_seen
+        here = (at >= 0) & (at < logits.shape[1])
+        self.came[here] = logits[here, at[here]]
+        self._n_seen += logits.shape[1]
+        return parts, shrunk
+
+    def log_total(self) -> Doubles:
+        """The logarithm of the sum of exp(logit)."""
+        total: Doubles = np.log(self.total) + self._largest
+        _check_finite(total)
+        return total
 
 
 def perplexity(nll: Doubles) -> Estimate:
@@ -132,6 +192,14 @@ def mean_of(values: Doubles) -> Estimate:
     n = len(values)
     error = math.sqrt(float(values.var()) / (n - 1)) if n > 1 else 0.0
     return Estimate(float(values.mean()), error)
+
+
+def _check_finite(numbers: npt.NDArray[np.floating]) -> None:
+    if not np.isfinite(numbers).all():
+        raise FormatError(
+            "a model answers with no number (NaN or infinity): its weights are damaged, or too "
+            "large for this computation; see what `gguf verify FILE` finds"
+        )
 
 
 def _of_tokens(log_p: Floats, tokens: npt.NDArray[np.int64]) -> Doubles:

@@ -8,8 +8,9 @@ gguf_tools/quality_sheet.py for what becomes of the figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,9 @@ from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
 from runtime.quality.file_run import HEAD, FileRun
 from runtime.quality.measures import (
+    BandwiseDifferences,
     Differences,
-    differ,
     distance,
-    log_probabilities,
     mean_of,
     perplexity,
 )
@@ -47,7 +47,7 @@ def measure(begun: FileRun, file: Source, *, bits: int, threads: int) -> Sheet:
     parts: list[Differences] = []
     with run.run_as(file) as model:
         for index, found in enumerate(begun.hidden):
-            parts += _compare(run, index, model, found)
+            parts.append(_compare(run, index, model, found))
     apart = distance(parts)
     said = perplexity(np.concatenate([part.nll for part in parts]))
     sheet = Sheet(
@@ -69,7 +69,7 @@ def measure(begun: FileRun, file: Source, *, bits: int, threads: int) -> Sheet:
     if sheet.is_cliff:
         n_tried = TRIED_ON_CLIFF
     kl = np.concatenate([part.kl for part in parts])  # of the first window's tokens first
-    everything = mean_of(kl[run.compared_positions() - run.first_scored]).value
+    everything = mean_of(kl[run.compared_positions() - run.scored.start]).value
     return replace(sheet, costs=costs(begun, file, n_tried, everything))
 
 
@@ -82,47 +82,74 @@ def costs(begun: FileRun, file: Source, n_tried: int, everything: float) -> tupl
     likely = sorted(estimates, key=lambda name: (-estimates[name], name))[:n_tried]
     if not likely:
         return ()
-    places = run.compared_positions()
-    answers = run.answers_at(places)
     found = []
-    for name in likely:
-        share = _divergence(run, file, {name}, answers, places) / max(everything, 1e-12)
+    for name, divergence in _divergences(run, file, likely):
+        share = divergence / max(everything, 1e-12)
         found.append(Cost(name, file.tensors[name].quant.name, _short(share)))
     return tuple(sorted(found, key=lambda cost: -cost.share))
 
 
-def _compare(
-    run: SourceRun, index: int, model: LayerwiseModel, found: Floats
-) -> Iterator[Differences]:
-    """How the answers to a window differ, a few rows of logits at a time."""
-    for rows in run.scored(index):
-        log_q = log_probabilities(model.head(found[rows]))
-        tokens = run.windows[index][rows.start + 1 : rows.stop + 1]
-        yield differ(log_q, run.answers(index, rows), tokens)
+def _compare(run: SourceRun, index: int, model: LayerwiseModel, found: Floats) -> Differences:
+    """How the answers to a window differ."""
+    differences = BandwiseDifferences(run.windows[index][run.scored.start + 1 :])
+    expected = run.model.head_bands(run.ends[index][run.scored])
+    for p, q in zip(expected, model.head_bands(found[run.scored]), strict=True):
+        differences.add(q, p)
+    return differences.result()
 
 
-def _divergence(
-    run: SourceRun, file: Source, names: set[str], answers: Floats, places: npt.NDArray[np.intp]
-) -> float:
-    """The mean divergence from the source's answers where only these tensors are the file's."""
-    layers = [block_number(name) for name in names]
-    n_layers = len(run.states) - 1
-    first = min(
-        layer if layer >= 0 else (n_layers if name == HEAD else -1)
-        for layer, name in zip(layers, names, strict=True)
-    )
-    first = min(first, n_layers - 1)  # a program without layers is none
-    mixed = Overlay(run.source, file, names)
-    with run.run_as(mixed, range(max(first, 0), n_layers)) as model:
-        x = run.states[first] if first >= 0 else model.embed(run.read[0])
-        x = x[: places[-1] + 1]  # no token sees a later one
-        log_q = log_probabilities(model.head(run_layers(model, x)[places]))
-    return _mean_kl(answers, log_q)
+def _divergences(run: SourceRun, file: Source, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """For each tensor the mean divergence from the source's answers where only it is the file's."""
+    places = run.compared_positions()
+    tokens = run.windows[0][places + 1]
+    expected = run.states[-1][places]
+    waiting: dict[str, Floats] = {}  # hidden states that the source's own head is still to read
+    for name in names:
+        with _changed(run, file, name) as model:
+            hidden = _last_states(run, model, name, places)
+            if block_number(name) >= 0:
+                waiting[name] = hidden
+            else:
+                pairs = zip(run.model.head_bands(expected), model.head_bands(hidden), strict=True)
+                (divergence,) = _mean_divergences(pairs, tokens, 1)
+                yield name, divergence
+    some_at_once = max(1, len(run.read[0]) // len(places) - 1)  # as many tokens as a window has
+    for first in range(0, len(waiting), some_at_once):
+        some = dict(islice(waiting.items(), first, first + some_at_once))
+        rows = np.concatenate([expected, *some.values()])
+        bands = (np.split(band, len(some) + 1) for band in run.model.head_bands(rows))
+        yield from zip(some, _mean_divergences(bands, tokens, len(some)), strict=True)
 
 
-def _mean_kl(log_p: Floats, log_q: Floats) -> float:
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
-    return mean_of(kl).value
+def _changed(run: SourceRun, file: Source, name: str) -> LayerwiseModel:
+    """The source's layers from this tensor's on, with the file's tensor in its place."""
+    n_layers = len(run.probes)
+    # A program without layers is none: for the head there is one that is not run.
+    first = n_layers - 1 if name == HEAD else max(block_number(name), 0)
+    return run.run_as(Overlay(run.source, file, {name}), range(first, n_layers))
+
+
+def _last_states(
+    run: SourceRun, model: LayerwiseModel, name: str, places: npt.NDArray[np.intp]
+) -> Floats:
+    """Hidden states of some tokens at the end of the layers, where a tensor is changed."""
+    if name == HEAD:
+        return run.states[-1][places]
+    layer = block_number(name)
+    x = run.states[layer] if layer >= 0 else model.embed(run.read[0])
+    return run_layers(model, x[: places[-1] + 1])[places]  # no token sees a later one
+
+
+def _mean_divergences(
+    bands: Iterable[Sequence[Floats]], tokens: npt.NDArray[np.int64], n_candidates: int
+) -> Iterator[float]:
+    """Of each candidate; a band is a reference's logits, and then theirs."""
+    of_each = [BandwiseDifferences(tokens) for _ in range(n_candidates)]
+    for p, *candidates in bands:
+        for differences, q in zip(of_each, candidates, strict=True):
+            differences.add(q, p)
+    for differences in of_each:
+        yield mean_of(differences.result().kl).value
 
 
 def _short(value: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -14,7 +14,6 @@ from runtime.layerwise import LayerwiseModel
 from runtime.program import Floats
 from runtime.quality.evaluation import Ids, with_bos
 from runtime.quality.likely_costs import Probes, probed_positions
-from runtime.quality.measures import log_probabilities
 from runtime.sources import Source
 
 WINDOW = 256  # tokens
@@ -23,10 +22,7 @@ SHORTEST = 64
 WIDEST = 4 << 20  # floats of a window, in the widest place of a layer
 SMALL = 200_000_000  # weights; models with more read one short window
 SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
-ROWS_BYTES = 16 << 20  # of the rows of logits that are made at a time
-KEPT_BYTES = 64 << 20  # of the first window's answers, at most, that are kept once made
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
-COMPARED_BYTES = 16 << 20  # of these answers: fewer tokens where a vocabulary is large
 
 
 class SourceRun:
@@ -65,9 +61,6 @@ class SourceRun:
             self.states: list[Floats] = []  # of the first window, before each layer and at the end
             self.probes: list[Probes] = []  # of each layer
             self.ends = [self._run(index, threads) for index in range(len(self.read))]
-            n_kept = min(len(self.read[0]), KEPT_BYTES // (4 * self.model.config.n_vocab))
-            self._kept = np.empty((n_kept, self.model.config.n_vocab), np.float32)
-            self._n_kept = 0  # of its rows so far: answers from the first scored token on
         except BaseException:
             self.model.close()
             raise
@@ -88,49 +81,22 @@ class SourceRun:
         self._threads = threads
         self.model = self.run_as(self.source)
 
-    def scored(self, index: int) -> Iterator[slice]:
-        """The tokens of a window whose answers are compared, as many at a time as are made."""
-        last = len(self.read[0]) - 1
-        step = max(1, ROWS_BYTES // (4 * self.model.config.n_vocab))
-        for first in range(self.first_scored, last, step):
-            yield slice(first, min(first + step, last))
-
     @property
-    def first_scored(self) -> int:
-        return min(SKIPPED, (len(self.read[0]) - 1) // 2)
+    def scored(self) -> slice:
+        """The tokens of a window whose answers are compared."""
+        last = len(self.read[0]) - 1
+        return slice(min(SKIPPED, last // 2), last)
 
     def compared_positions(self) -> npt.NDArray[np.intp]:
         """Of the scored tokens in the first window's first half as many as are compared."""
-        last = max(SHORTEST, len(self.read[0]) // 2) - 2
-        affordable = max(1, COMPARED_BYTES // (4 * self.model.config.n_vocab))
-        count = min(COMPARED, affordable, last + 1 - self.first_scored)
-        return np.linspace(self.first_scored, last, count).astype(np.intp)
+        first, last = self.scored.start, max(SHORTEST, len(self.read[0]) // 2) - 2
+        return np.linspace(first, last, min(COMPARED, last + 1 - first)).astype(np.intp)
 
-    def answers(self, index: int, rows: slice) -> Floats:
-        """The log-probabilities (n, n_vocab) that follow some tokens of a window.
-
-        Of the first window they may be kept already.
-        """
-        first, last = rows.start - self.first_scored, rows.stop - self.first_scored
-        if index == 0 and last <= self._n_kept:
-            return self._kept[first:last]
-        return log_probabilities(self.model.head(self.ends[index][rows]))
-
-    def answers_at(self, places: npt.NDArray[np.intp]) -> Floats:
-        """The same for single tokens of the first window."""
-        if places[-1] - self.first_scored < self._n_kept:
-            return self._kept[places - self.first_scored]
-        return log_probabilities(self.model.head(self.ends[0][places]))
-
-    def keep_more(self) -> bool:
-        """Make some more of the first window's answers, to be kept; False where that is done."""
-        for rows in self.scored(0):
-            last = rows.stop - self.first_scored
-            if self._n_kept < last <= len(self._kept):
-                self._kept[self._n_kept : last] = self.answers(0, rows)
-                self._n_kept = last
-                return True
-        return False
+    def head_inputs(self, name: str) -> Mapping[int, Floats]:
+        """What the head, the matrix of this name, is multiplied with for a few tokens."""
+        probes = Probes(np.arange(len(self.positions)))
+        next(self.model.head_bands(self.states[-1][self.positions], probes.observe))
+        return probes.inputs.get(name, {})
 
     def _run(self, index: int, threads: Callable[[], int]) -> Floats:
         """The hidden states of a window after all layers; those of the first are kept."""

@@ -96,7 +96,7 @@ def tile(name: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
     of_rows, of_tokens = (
         (tensor.rows_32, tensor.tokens_32) if is_wide else (tensor.rows_16, tensor.tokens_16)
     )
-    put = make_put(f"{name}_of_a_test", form, tensor.WORDS)
+    put = make_put(form, tensor.WORDS)
     w, k = padded(blocks), x.shape[1]
     xq, xd, xs = (np.array(part) for part in zip(*(quantised(row) for row in x), strict=True))
     sums = np.zeros((TOKENS, ROWS), np.float32)

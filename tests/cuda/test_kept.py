@@ -125,6 +125,8 @@ def test_sources() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
                 ("gguf_tools", "runtime")
             ):
-                found = ROOT / f"{str(node.module).replace('.', '/')}.py"
-                assert found in sources, f"{path.name} imports {node.module}"
+                found = ROOT / str(node.module).replace(".", "/")
+                assert {found.with_suffix(".py"), found / "__init__.py"} & sources, (
+                    f"{path.name} imports {node.module}"
+                )
     assert quants[1] in sources

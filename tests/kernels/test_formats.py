@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gguf_tools.jit import CACHE_FOLDER, Kernel
+from gguf_tools.jit import Kernel
+from gguf_tools.kernel_files import CACHE_FOLDER
 from runtime.kernels.formats import FormatKernels
 from runtime.kernels.matmul import MOST_COLUMNS
 from runtime.kernels.table import FORMATS
@@ -174,7 +175,7 @@ def check_products() -> None:
 @pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are kept in memory only")
 @pytest.mark.parametrize("name", FORMATS)
 def test_kernels_are_kept_on_disk(name: str) -> None:
-    """numba keeps no kernel that passes functions about or looks at large arrays."""
+    """Those are not that need a function which other processes may not have."""
     for each in (FORMATS[name].matvec, FORMATS[name].rows, FORMATS[name].matvec.for_columns(3)):
         assert each.address
         assert Kernel(each.function, each.letters, each.n_columns).is_ready

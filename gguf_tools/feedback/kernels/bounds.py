@@ -1,6 +1,6 @@
 """Which scales and minima can be stored."""
 
-from numba import float32
+import numpy as np
 
 from gguf_tools.feedback.kernels.rounding import (
     HAS_MINIMUM,
@@ -22,7 +22,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 
-MOST = float32(65504.0)  # float16's largest
+MOST = np.float32(65504.0)  # float16's largest
 
 D, DMIN, BY_D, BY_DMIN, S_LOW, S_HIGH, M_LOW, M_HIGH = 0, 64, 128, 192, 256, 320, 384, 448
 """Where in `bounds`: units and their inverses, then the bounds themselves."""

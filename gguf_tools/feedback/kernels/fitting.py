@@ -1,6 +1,6 @@
 """The search for a group's scale and minimum."""
 
-from numba import float32
+import numpy as np
 
 from gguf_tools.feedback.kernels.bounds import (
     BY_D,
@@ -28,6 +28,7 @@ from gguf_tools.feedback.kernels.rounding import (
 )
 from gguf_tools.jit import jit
 from gguf_tools.simd import (
+    float32,
     ld_f32,
     ld_f32x16,
     ld_i64,
@@ -38,7 +39,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 
-MOST_LOSS = float32(3.0e38)
+MOST_LOSS = np.float32(3.0e38)
 
 
 @jit

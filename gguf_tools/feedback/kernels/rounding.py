@@ -1,9 +1,10 @@
 """Columns rounded one after another, each error going on to the next ones."""
 
-from numba import float32
+import numpy as np
 
 from gguf_tools.jit import jit
 from gguf_tools.simd import (
+    float32,
     fma,
     ld_f32,
     ld_f32x16,
@@ -15,7 +16,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 
-MAGIC = float32(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction
+MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves no fraction
 
 GROUP, LOWEST, HIGHEST, HAS_MINIMUM, LOWEST_SCALE, HIGHEST_SCALE = 0, 8, 16, 24, 32, 40
 N_RANGES, N_FACTORS, N_REFITS, N_MOVES, N_VALUES, VALUES = 48, 56, 64, 72, 80, 88

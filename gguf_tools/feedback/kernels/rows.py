@@ -1,7 +1,5 @@
 """Bundles of 16 rows, panel by panel."""
 
-from numba import float32
-
 from gguf_tools.feedback.kernels.bounds import set_bounds, to_half
 from gguf_tools.feedback.kernels.fitting import fit_group
 from gguf_tools.feedback.kernels.rounding import (
@@ -17,6 +15,7 @@ from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
+    float32,
     ld_f32,
     ld_f32x16,
     ld_i64,

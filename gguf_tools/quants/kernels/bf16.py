@@ -1,9 +1,7 @@
 """BF16: the upper half of a float32, rounded half to even; a NaN gets its quiet bit."""
 
-from numba import int32
-
 from gguf_tools.jit import kernel
-from gguf_tools.simd import cvt_i16x16, ld_i32x16, splat_i32x16, st
+from gguf_tools.simd import cvt_i16x16, int32, ld_i32x16, splat_i32x16, st
 
 GROUP = 16
 SCRATCH = 0

@@ -4,15 +4,16 @@ The scales of 16 blocks are found in the 16 lanes; the levels are then made bloc
 weights the scales come from the searches of the K formats.
 """
 
-from numba import float32, int32, int64
-
 from gguf_tools.jit import jit
 from gguf_tools.quants.kernels.lanes import inverse, only_small, round_level, store_halves, turn
 from gguf_tools.quants.kernels.search import fit_scale, fit_scale_and_minimum
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
+    float32,
     hsum,
+    int32,
+    int64,
     ld_f32,
     ld_f32x16,
     ld_i32x16,

@@ -3,8 +3,6 @@
 With weights it is 16 blocks, for their scales are fitted once more, a block in each lane.
 """
 
-from numba import float32, int64
-
 from gguf_tools.jit import jit
 from gguf_tools.quants.kernels.lanes import round_level, round_to_byte, turn
 from gguf_tools.quants.kernels.search import fit_scale_and_minimum, fit_steps
@@ -14,6 +12,8 @@ from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
     f32_to_f16,
+    float32,
+    int64,
     ld_f32,
     ld_f32x16,
     ld_i32,

@@ -1,13 +1,13 @@
 """F16: IEEE halves, rounded half to even; a NaN keeps only its sign."""
 
-from numba import int16, int32
-
 from gguf_tools.jit import kernel
 from gguf_tools.simd import (
     bits_i16x16,
     bits_i32x16,
     cvt_f16x16,
     cvt_i16x16,
+    int16,
+    int32,
     ld_f32x16,
     splat_i16x16,
     splat_i32x16,

@@ -1,12 +1,11 @@
 """The search of IQ4_NL and IQ4_XS for 16 groups of 32, one in each lane."""
 
-from numba import float32
-
 from gguf_tools.jit import jit
 from gguf_tools.quants.kernels.search import TINY
 from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
+    float32,
     ld_f32x16,
     sel_lt,
     splat_f32x16,

@@ -1,7 +1,5 @@
 """IQ4_XS: two blocks at once, which are 16 groups of 32."""
 
-from numba import float32, int64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.iq4 import fit_scale, store_levels
 from gguf_tools.quants.kernels.lanes import inverse, round_level, turn
@@ -10,6 +8,8 @@ from gguf_tools.simd import (
     concat,
     cvt_i32x16,
     f32_to_f16,
+    float32,
+    int64,
     ld_f32,
     ld_f32x16,
     ld_i32,

@@ -1,12 +1,16 @@
 """What the quantisers share: 16 blocks or groups in the 16 lanes of a vector."""
 
-from numba import float32, int8, int32, int64
+import numpy as np
 
 from gguf_tools.jit import jit
 from gguf_tools.simd import (
     bits_f32x16,
     bits_i32x16,
     cvt_f16x16,
+    float32,
+    int8,
+    int32,
+    int64,
     ld_i8x32,
     ld_u16,
     sel_lt,
@@ -20,7 +24,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 
-MAGIC = float32(12582912.0)  # 1.5 * 2^23
+MAGIC = np.float32(12582912.0)  # 1.5 * 2^23
 
 
 @jit

@@ -1,7 +1,5 @@
 """Q3_K: a block is 16 groups of 16, one in each lane."""
 
-from numba import float32, int8, int64
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.lanes import pack_two_bits, round_level, round_to_byte, turn
 from gguf_tools.quants.kernels.search import TINY, fit_scale, fit_scale_by_turns
@@ -10,6 +8,9 @@ from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
     f32_to_f16,
+    float32,
+    int8,
+    int64,
     ld_f32,
     ld_f32x16,
     ld_i8x32,

@@ -1,7 +1,5 @@
 """Q5_K: two blocks at once, or sixteen."""
 
-from numba import int8
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.blocks_k import (
     GROUP,
@@ -13,7 +11,7 @@ from gguf_tools.quants.kernels.blocks_k import (
     fit_sixteen,
     fit_two,
 )
-from gguf_tools.simd import ld_i8x32, splat_i8x32, st, zero_i8x32
+from gguf_tools.simd import int8, ld_i8x32, splat_i8x32, st, zero_i8x32
 
 __all__ = [
     "GROUP",

@@ -1,7 +1,5 @@
 """Q8_0, block by block: the largest magnitude needs no order."""
 
-from numba import float32, int32
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.quants.kernels.lanes import only_small
 from gguf_tools.simd import (
@@ -10,7 +8,9 @@ from gguf_tools.simd import (
     cvt_i8x16,
     cvt_i32x16,
     f32_to_f16,
+    float32,
     hmax,
+    int32,
     ld_f32x16,
     sel_lt,
     splat_f32x16,

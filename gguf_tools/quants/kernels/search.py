@@ -4,13 +4,15 @@ Line by line the functions of `gguf_tools.quants.search`; the order of every sum
 comparison falls for NaN are the same.
 """
 
-from numba import float32, int32
+import numpy as np
 
 from gguf_tools.jit import jit
 from gguf_tools.quants.kernels.lanes import round_level, round_small, round_to_byte
 from gguf_tools.simd import (
     cvt_f32x16,
     cvt_i32x16,
+    float32,
+    int32,
     ld_f32x16,
     sel_lt,
     splat_f32x16,
@@ -20,7 +22,7 @@ from gguf_tools.simd import (
     zero_f32x16,
 )
 
-TINY = float32(1e-15)
+TINY = np.float32(1e-15)
 
 
 @jit

@@ -1,9 +1,8 @@
 """How much an error counts at each weight: importance * sqrt(sigma^2 + weight^2)."""
 
-from numba import float32
-
 from gguf_tools.jit import jit, kernel
 from gguf_tools.simd import (
+    float32,
     ld_f32,
     ld_f32x16,
     splat_f32x16,

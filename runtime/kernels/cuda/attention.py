@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda, types
 from numpy import float32
 
-from gguf_tools.jit import jit
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16
 from runtime.kernels.cuda.warps import block_max, block_sum, eighth_sum
@@ -28,7 +28,7 @@ def shared_bytes(key_padded: int, value_padded: int) -> int:
     return 4 * (key_padded + N_WARPS * value_padded + CHUNK + 32)
 
 
-@jit
+@helper
 def eight_f16(numbers, scales, at):
     """Eight numbers of the cache, from one that is a multiple of 8."""
     a, b, c, d = load16(numbers, 2 * at)
@@ -44,14 +44,14 @@ def eight_f16(numbers, scales, at):
     )
 
 
-@jit
+@helper
 def two_f16(numbers, scales, at):
     """Two numbers of the cache, from an even one."""
     pair = load4(numbers, 2 * at)
     return half(pair), half(pair >> 16)
 
 
-@jit
+@helper
 def eight_q8_0(numbers, scales, at):
     d = half(load2(scales, 2 * (at >> 5)))
     a, b = load8(numbers, at)
@@ -67,14 +67,14 @@ def eight_q8_0(numbers, scales, at):
     )
 
 
-@jit
+@helper
 def two_q8_0(numbers, scales, at):
     d = half(load2(scales, 2 * (at >> 5)))
     pair = load2(numbers, at)
     return d * signed(pair), d * signed(pair >> 8)
 
 
-@jit
+@helper
 def signed(word):
     """The int8 in the low byte."""
     return float32(((word & 255) ^ 128) - 128)

@@ -2,7 +2,7 @@
 
 from numpy import float32
 
-from gguf_tools.jit import jit
+from gguf_tools.compiler import helper
 from gguf_tools.quants.iq4 import LEVELS
 from runtime.kernels.cuda.primitives import as_float, half, load1, load2, load4, load8
 from runtime.kernels.cuda.unpacking import (
@@ -18,7 +18,7 @@ IQ4_LEVELS = table_words(LEVELS)
 MXFP4_LEVELS = table_words([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
 
-@jit
+@helper
 def nibbles(a, b, c, d, scale, offset):
     """32 weights of 4 bits with one scale and one offset."""
     return (
@@ -29,7 +29,7 @@ def nibbles(a, b, c, d, scale, offset):
     )
 
 
-@jit
+@helper
 def five_bits(a, b, c, d, high, scale, offset):
     """32 weights of 4 bits and a fifth in `high`."""
     return (
@@ -50,7 +50,7 @@ def five_bits(a, b, c, d, high, scale, offset):
     )
 
 
-@jit
+@helper
 def levels(a, b, c, d, table, scale):
     """32 weights that are numbers of levels."""
     a, e = look_up(a, table)
@@ -60,7 +60,7 @@ def levels(a, b, c, d, table, scale):
     return (a, b, c, d), (e, f, g, h), (scale, scale), (float32(0), float32(0))
 
 
-@jit
+@helper
 def q4_0(w, row, unit):
     at = row + 18 * unit
     d = half(load2(w, at))
@@ -68,7 +68,7 @@ def q4_0(w, row, unit):
     return nibbles(a, b, c, e, d, float32(-8) * d)
 
 
-@jit
+@helper
 def q4_1(w, row, unit):
     at = row + 20 * unit
     dm = load4(w, at)
@@ -76,7 +76,7 @@ def q4_1(w, row, unit):
     return nibbles(a, b, c, e, half(dm), half(dm >> 16))
 
 
-@jit
+@helper
 def q5_0(w, row, unit):
     at = row + 22 * unit
     d = half(load2(w, at))
@@ -85,7 +85,7 @@ def q5_0(w, row, unit):
     return five_bits(a, b, c, e, high, d, float32(-16) * d)
 
 
-@jit
+@helper
 def q5_1(w, row, unit):
     at = row + 24 * unit
     dm, high = load8(w, at)
@@ -94,7 +94,7 @@ def q5_1(w, row, unit):
     return five_bits(a, b, c, e, high, half(dm), half(dm >> 16))
 
 
-@jit
+@helper
 def q8_0(w, row, unit):
     at = row + 34 * unit
     d = half(load2(w, at))
@@ -103,14 +103,14 @@ def q8_0(w, row, unit):
     return (a, b, c, e), (f, g, h, i), (d, d), (float32(0), float32(0))
 
 
-@jit
+@helper
 def iq4_nl(w, row, unit):
     at = row + 18 * unit
     a, b, c, e = words(w, at + 2)
     return levels(a, b, c, e, IQ4_LEVELS, half(load2(w, at)))
 
 
-@jit
+@helper
 def mxfp4(w, row, unit):
     at = row + 17 * unit
     exponent = load1(w, at)  # the scale is 2^(exponent - 128)

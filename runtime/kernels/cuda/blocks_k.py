@@ -2,7 +2,7 @@
 
 from numpy import float32
 
-from gguf_tools.jit import jit
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.blocks_32 import IQ4_LEVELS, levels
 from runtime.kernels.cuda.primitives import half, load1, load2, load4, load8, load16
 from runtime.kernels.cuda.unpacking import (
@@ -15,7 +15,7 @@ from runtime.kernels.cuda.unpacking import (
 )
 
 
-@jit
+@helper
 def q2_k(w, row, unit):
     at = row + 84 * (unit >> 3)
     h, pair, m = unit >> 2 & 1, unit >> 1 & 1, unit & 1  # half, two of its four fields, which 16
@@ -33,7 +33,7 @@ def q2_k(w, row, unit):
     )
 
 
-@jit
+@helper
 def q3_k(w, row, unit):
     at = row + 110 * (unit >> 3)
     h, pair, m = unit >> 2 & 1, unit >> 1 & 1, unit & 1
@@ -62,14 +62,14 @@ def q3_k(w, row, unit):
     )
 
 
-@jit
+@helper
 def _q3_k_step(w, scales, run):
     low = load1(w, scales + (run & 7)) >> (run >> 3) * 4 & 15
     high = load1(w, scales + 8 + (run & 3)) >> (run >> 2) * 2 & 3
     return float32((low | high << 4) - 32)
 
 
-@jit
+@helper
 def steps_of(first, second, third, group):
     """Scale and minimum of a group of 32, 0 to 63 each, in Q4_K and Q5_K (k_scales.py)."""
     if group < 4:
@@ -80,7 +80,7 @@ def steps_of(first, second, third, group):
     return scale, third >> at + 4 & 15 | (second >> at + 6 & 3) << 4
 
 
-@jit
+@helper
 def q4_k(w, row, unit):
     at = row + 144 * (unit >> 3)
     pair, m = unit >> 1 & 3, unit & 1  # two groups of 32, which 16 of each
@@ -97,7 +97,7 @@ def q4_k(w, row, unit):
     )
 
 
-@jit
+@helper
 def q5_k(w, row, unit):
     at = row + 176 * (unit >> 3)
     pair, m = unit >> 1 & 3, unit & 1
@@ -126,7 +126,7 @@ def q5_k(w, row, unit):
     )
 
 
-@jit
+@helper
 def q6_k(w, row, unit):
     at = row + 210 * (unit >> 3)
     h, m = unit >> 2 & 1, unit & 3  # half, which 16 of its 64 bytes
@@ -154,7 +154,7 @@ def q6_k(w, row, unit):
     )
 
 
-@jit
+@helper
 def iq4_xs(w, row, unit):
     at = row + 136 * (unit >> 3)
     group = unit & 7

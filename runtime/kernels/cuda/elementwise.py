@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from gguf_tools.jit import jit, jit_for
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
 
 ROOT_HALF = np.float32(math.sqrt(0.5))
@@ -15,28 +15,28 @@ ALPHA, LIMIT = np.float32(1.702), np.float32(7)  # of swiglu_oai
 HALF, ONE, ZERO = np.float32(0.5), np.float32(1), np.float32(0)
 
 
-@jit
+@helper
 def sigmoid(x):
     e = math.exp(-abs(x))
     return (ONE if x >= ZERO else e) / (ONE + e)
 
 
-@jit
+@helper
 def silu(x):
     return x * sigmoid(x)
 
 
-@jit
+@helper
 def gelu(x):
     return HALF * x * (ONE + math.tanh(ROOT_2_OVER_PI * x * (ONE + CUBIC * x * x)))
 
 
-@jit
+@helper
 def gelu_erf(x):
     return HALF * x * (ONE + math.erf(x * ROOT_HALF))
 
 
-@jit
+@helper
 def relu(x):
     return max(x, ZERO)
 
@@ -44,15 +44,15 @@ def relu(x):
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_erf": gelu_erf, "relu": relu}
 
 
-def _gated(name, activation):
-    @jit_for(f"cuda_{name}")
+def _gated(activation):
+    @helper
     def gated(x, up):
         return activation(x) * up
 
     return gated
 
 
-@jit
+@helper
 def swiglu_oai(x, up):
     x, up = min(x, LIMIT), min(max(up, -LIMIT), LIMIT)
     return x * sigmoid(ALPHA * x) * (up + ONE)
@@ -79,7 +79,7 @@ def _make_activate(name, function):
 
 
 GATES = {
-    **{name: _make_gate(name, _gated(name, function)) for name, function in ACTIVATIONS.items()},
+    **{name: _make_gate(name, _gated(function)) for name, function in ACTIVATIONS.items()},
     "swiglu_oai": _make_gate("swiglu_oai", swiglu_oai),
 }
 ALONE = {name: _make_activate(name, function) for name, function in ACTIVATIONS.items()}

@@ -3,8 +3,8 @@
 numba-cuda has a cache of its own, which looks only at the file that defines a kernel, and which
 never finds a kernel again that is made by a function. This one stands in its place: an entry is
 named by the kernel's name here, its arguments' types and the GPU's compute capability, in a folder
-beside those of compiled kernels for the processor (gguf_tools/jit.py) that is named by a hash of
-all sources and of the compilers' versions. What cannot be read is compiled again.
+beside those of compiled kernels for the processor (gguf_tools/kernel_files.py) that is named by a
+hash of all sources and of the compilers' versions. What cannot be read is compiled again.
 """
 
 import hashlib
@@ -20,9 +20,12 @@ from typing import Any
 
 from numba import config, cuda
 
-from gguf_tools.jit import CACHE_FOLDER
+from gguf_tools.kernel_files import CACHE_FOLDER
 
-SOURCES = ("gguf_tools/jit.py", "gguf_tools/quants/iq4.py", "runtime/kernels/cuda/*.py")
+SOURCES = (
+    *("gguf_tools/compiler/*.py", "gguf_tools/kernel_files.py", "gguf_tools/quants/iq4.py"),
+    "runtime/kernels/cuda/*.py",
+)
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings")
 
 _PROJECT = Path(__file__).resolve().parents[3]
@@ -103,7 +106,7 @@ def folder() -> Path | None:
     where = CACHE_FOLDER.parent / f"cuda-{_digest()}"
     try:
         where.mkdir(parents=True, exist_ok=True)
-        os.utime(where)  # in use: jit.py removes folders that nobody used for long
+        os.utime(where)  # in use: kernel_files.py removes folders that nobody used for long
     except OSError:
         return None
     return where

@@ -14,7 +14,7 @@ from typing import Any
 from numba import cuda
 from numpy import float32, int32
 
-from gguf_tools.jit import jit, jit_for
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.blocks_32 import UNPACKINGS as OF_32
 from runtime.kernels.cuda.blocks_k import UNPACKINGS as OF_256
 from runtime.kernels.cuda.kept import kernel
@@ -62,17 +62,17 @@ def quantise(x, x_stride, xq, xd, xs, k):
             xs[at // 16 + lane // 16] = scale * total
 
 
-@jit
+@helper
 def dot_16(a, b):
     """The sum of 16 products of int8."""
     return dp4a(a[3], b[3], dp4a(a[2], b[2], dp4a(a[1], b[1], dp4a(a[0], b[0], int32(0)))))
 
 
-def quantised_dot(name: str, unpacking: Unpacking) -> Any:
+def quantised_dot(unpacking: Unpacking) -> Any:
     """dot(w, row, xq, xd, xs, x, k, lane): the row at byte `row`, the activations from x on."""
     unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
 
-    @jit_for(f"cuda_{name}")
+    @helper
     def dot(w, row, xq, xd, xs, x, k, lane):
         total = float32(0)
         for unit in range(lane, k // 32, 32):
@@ -89,10 +89,10 @@ def quantised_dot(name: str, unpacking: Unpacking) -> Any:
     return dot
 
 
-def halves_dot(name: str, low: Any, high: Any) -> Any:
+def halves_dot(low: Any, high: Any) -> Any:
     """The same of a format of 16 bits: xq are float32, xd and xs are not read."""
 
-    @jit_for(f"cuda_{name}")
+    @helper
     def dot(w, row, xq, xd, xs, x, k, lane):
         total = float32(0)
         whole = k // 8 if k % 8 == 0 else 0  # rows that do not begin with 16 bytes go one by one
@@ -110,7 +110,7 @@ def halves_dot(name: str, low: Any, high: Any) -> Any:
     return dot
 
 
-@jit
+@helper
 def f32_dot(w, row, xq, xd, xs, x, k, lane):
     """The same of F32."""
     total = float32(0)
@@ -126,22 +126,22 @@ def f32_dot(w, row, xq, xd, xs, x, k, lane):
     return total
 
 
-@jit
+@helper
 def low_half(word):
     return half(word & 0xFFFF)
 
 
-@jit
+@helper
 def high_half(word):
     return half(word >> 16 & 0xFFFF)
 
 
-@jit
+@helper
 def low_bfloat(word):
     return as_float(word << 16)
 
 
-@jit
+@helper
 def high_bfloat(word):
     return as_float(word & -65536)
 
@@ -181,8 +181,8 @@ def make_products(name: str, dot: Any) -> Products:
 
 
 PRODUCTS = {
-    **{name: make_products(name, quantised_dot(name, form)) for name, form in BLOCKS.items()},
+    **{name: make_products(name, quantised_dot(form)) for name, form in BLOCKS.items()},
     "F32": make_products("F32", f32_dot),
-    "F16": make_products("F16", halves_dot("F16", low_half, high_half)),
-    "BF16": make_products("BF16", halves_dot("BF16", low_bfloat, high_bfloat)),
+    "F16": make_products("F16", halves_dot(low_half, high_half)),
+    "BF16": make_products("BF16", halves_dot(low_bfloat, high_bfloat)),
 }

@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda, types
 from numpy import float32
 
-from gguf_tools.jit import jit
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.primitives import as_float, load16, two_bfloats, two_halves
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD
@@ -36,29 +36,29 @@ HALVES = STEP // 2  # columns of 16 bits at a time
 LARGEST_HALF = np.float32(65504)
 
 
-@jit
+@helper
 def rows_32(words, at):
     """A lane's words of 16 rows and 32 columns."""
     return words[at], words[at + 8 * WORDS], words[at + 4], words[at + 8 * WORDS + 4]
 
 
-@jit
+@helper
 def tokens_32(words, at):
     """A lane's words of 8 tokens and 32 columns."""
     return words[at], words[at + 4]
 
 
-@jit
+@helper
 def rows_16(words, at):
     return words[at], words[at + 8 * WORDS]
 
 
-@jit
+@helper
 def tokens_16(words, at):
     return (words[at],)
 
 
-@jit
+@helper
 def places(warp, lane):
     """Where a warp's rows and tokens begin; a lane's row, token and word in fragments; the first
     token of its products."""
@@ -74,7 +74,7 @@ def places(warp, lane):
     )
 
 
-@jit
+@helper
 def scaled(c, scale, other, d, e):
     """Four products, each times the scales of its row and of its token."""
     return (
@@ -85,19 +85,19 @@ def scaled(c, scale, other, d, e):
     )
 
 
-@jit
+@helper
 def shifted(c, offset, other, d, e):
     """The same with offsets of rows times sums of tokens added."""
     return c[0] + offset * d, c[1] + offset * e, c[2] + other * d, c[3] + other * e
 
 
-def _tensor_tile(name: str, unpacking: Unpacking, generation: str) -> Any:
+def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
     has_offset = unpacking.has_offset
     is_wide = unpacking.per_scale == 32
     multiply = MULTIPLY[generation, unpacking.per_scale]
     rows_of, tokens_of = (rows_32, tokens_32) if is_wide else (rows_16, tokens_16)
     runs_at_once = unpacking.per_scale // 16
-    load = make_loader(name, unpacking, WORDS)
+    load = make_loader(unpacking, WORDS)
 
     @cuda.jit(device=True)
     def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
@@ -165,7 +165,7 @@ def _tensor_tile(name: str, unpacking: Unpacking, generation: str) -> Any:
     return tile
 
 
-@jit
+@helper
 def packed_halves(low, high):
     """Two activations as float16; what is too large becomes the largest."""
     low = max(min(low, LARGEST_HALF), -LARGEST_HALF)
@@ -173,7 +173,7 @@ def packed_halves(low, high):
     return two_halves(low, high)
 
 
-@jit
+@helper
 def packed_bfloats(low, high):
     return two_bfloats(low, high)
 
@@ -250,7 +250,7 @@ def store(sums, y, y_at, n_rows, row, pair):
 
 def _make(generation: str) -> dict[str, Tiles]:
     return {
-        name: make_tiles(f"{name}_{generation}", _tensor_tile(name, unpacking, generation))
+        name: make_tiles(f"{name}_{generation}", _tensor_tile(unpacking, generation))
         for name, unpacking in BLOCKS.items()
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 from numba import cuda, types
 from numpy import float32, int32
 
-from gguf_tools.jit import jit, jit_for
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16
 from runtime.kernels.cuda.products import BLOCKS
@@ -37,12 +37,12 @@ class Tiles:
     expert_matmul: Any
 
 
-def make_put(name: str, unpacking: Unpacking, words: int) -> Any:
+def make_put(unpacking: Unpacking, words: int) -> Any:
     """put(w, place, here, row, unit, weights, scales, offsets): unit `here` of the row at byte
     `place`, or zeros below 0, to where unit `unit` of a tile's row is; rows of so many words."""
     unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
 
-    @jit_for(f"cuda_{name}_{words}")
+    @helper
     def put(w, place, here, row, unit, weights, scales, offsets):
         run = first_run(unit, apart)
         at = row * words + 4 * run
@@ -71,9 +71,9 @@ def make_put(name: str, unpacking: Unpacking, words: int) -> Any:
     return put
 
 
-def make_loader(name: str, unpacking: Unpacking, words: int) -> Any:
+def make_loader(unpacking: Unpacking, words: int) -> Any:
     """What brings STEP columns of a tile to shared memory, in rows of so many words."""
-    put = make_put(name, unpacking, words)
+    put = make_put(unpacking, words)
 
     @cuda.jit(device=True)
     def load(
@@ -123,9 +123,9 @@ def make_loader(name: str, unpacking: Unpacking, words: int) -> Any:
     return load
 
 
-def _quantised_tile(name: str, unpacking: Unpacking) -> Any:
+def _quantised_tile(unpacking: Unpacking) -> Any:
     has_offset = unpacking.has_offset
-    load = make_loader(name, unpacking, WORDS)
+    load = make_loader(unpacking, WORDS)
 
     @cuda.jit(device=True)
     def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
@@ -228,7 +228,7 @@ def _float_tile(size: int, element: Any) -> Any:
     return tile
 
 
-@jit
+@helper
 def wide_tokens(y_at):
     """How many sixteens of a tile's tokens are there, given that the first ones are."""
     n = 0
@@ -248,17 +248,17 @@ def _store(sums, y, y_at, first_row, n_rows, down, along):
                 y[at + row] = sums[i, j]
 
 
-@jit
+@helper
 def f32_at(w, at):
     return as_float(load2(w, at) | load2(w, at + 2) << 16)
 
 
-@jit
+@helper
 def f16_at(w, at):
     return half(load2(w, at))
 
 
-@jit
+@helper
 def bf16_at(w, at):
     return as_float(load2(w, at) << 16)
 
@@ -343,10 +343,7 @@ def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts
 
 
 TILES = {
-    **{
-        name: make_tiles(name, _quantised_tile(name, unpacking))
-        for name, unpacking in BLOCKS.items()
-    },
+    **{name: make_tiles(name, _quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
     "F32": make_tiles("F32", _float_tile(4, f32_at)),
     "F16": make_tiles("F16", _float_tile(2, f16_at)),
     "BF16": make_tiles("BF16", _float_tile(2, bf16_at)),

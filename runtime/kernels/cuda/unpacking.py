@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gguf_tools.jit import jit
+from gguf_tools.compiler import helper
 from runtime.kernels.cuda.primitives import funnel, load1, load4, permute
 
 BITS_4, BITS_2, BITS_1 = 0x0F0F0F0F, 0x03030303, 0x01010101  # of every byte
@@ -31,13 +31,13 @@ class Unpacking:
     per_scale: int = 32  # weights that share a scale and an offset: 32 or 16
 
 
-@jit
+@helper
 def first_run(unit, apart):
     """The run of 16 weights that a unit begins with."""
     return unit + (unit & -apart)
 
 
-@jit
+@helper
 def words(w, at):
     """Four words from any byte; up to 4 bytes behind them are read, too."""
     start = at & -4
@@ -47,20 +47,20 @@ def words(w, at):
     return funnel(a, b, shift), funnel(b, c, shift), funnel(c, d, shift), funnel(d, e, shift)
 
 
-@jit
+@helper
 def signed_byte(w, at):
     """The int8 at a byte."""
     byte = load1(w, at)
     return byte - 256 if byte > 127 else byte
 
 
-@jit
+@helper
 def fifth_bits(bits, first):
     """Bits `first` to `first` + 3, each as bit 4 of a byte."""
     return (((bits >> first) & 15) * 0x00204081 & BITS_1) << 4
 
 
-@jit
+@helper
 def look_up(q, table):
     """The levels of 8 nibbles in a table of 16 int8: those of the low halves, of the high ones."""
     near = _look_up_4(q, table)
@@ -68,7 +68,7 @@ def look_up(q, table):
     return permute(near, far, 0x6420), permute(near, far, 0x7531)
 
 
-@jit
+@helper
 def _look_up_4(q, table):
     """The levels of four nibbles; a selector has three bits, the fourth chooses the half."""
     low = permute(table[0], table[1], q & 0x7777)

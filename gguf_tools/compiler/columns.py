@@ -23,7 +23,7 @@ from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import models, register_model
 
-from gguf_tools.vectors import I64
+from gguf_tools.compiler.vectors import I64
 
 # --- the types -------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ What names instructions of one processor is here, chosen by `DOT`: the byte dot 
 byte table. `gguf_tools.simd` and `gguf_tools.tiles` make operations for kernels out of these.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-from gguf_tools.processor import FEATURES, IS_ARM, choose_dot
-
-# --- which byte dot product ------------------------------------------------------------------
-
-DOT = os.environ.get("GGUF_TOOLS_DOT") or choose_dot(FEATURES, is_arm=IS_ARM)
-"""How bytes are multiplied: avx512vnni, avxvnni, avx2; i8mm (ARM's usdot), neon (its sdot), armv8
-(neither); or portable. The variable overrides the choice, for tests."""
-
-X86_DOTS = ("avx512vnni", "avxvnni", "avx2")
-ARM_DOTS = ("i8mm", "neon", "armv8")
-
+from gguf_tools.processor import ARM_DOTS, DOT
 
 # --- the types -------------------------------------------------------------------------------
 
