@@ -111,6 +111,11 @@ def check(
     """
     begun = UnfinishedFile(Path(request["file"]))
     checks = request.get("checks", True)
+
+    def threads() -> int:
+        """One while the conversion has the others."""
+        return request["threads"] if is_finished(0) else 1
+
     findings: list[Finding] = []
     made: Comparing | Finding | None = None
     with ThreadPoolExecutor(1) as executor, ExitStack() as stack:
@@ -118,8 +123,10 @@ def check(
         try:
             texts = Texts(begun.metadata, request.get("ids"))
             if checks:
-                made = source if isinstance(source, Finding) else _run_source(source, texts)
-            run = _run_text(request, source, texts, stack)
+                made = (
+                    source if isinstance(source, Finding) else _run_source(source, texts, threads())
+                )
+            run = _run_text(request, source, texts, threads, stack)
             if checks:
                 tokenizer = texts.tokenizer
                 template = executor.submit(check_template, begun.metadata, tokenizer)
@@ -144,8 +151,8 @@ def check(
         if isinstance(run, str):
             return Answer(findings, no_sheet=run)
         try:
-            bits, threads = request["sheet"]["bits"], request["threads"]
-            return Answer(findings, measure(run, file, bits=bits, threads=threads))
+            bits, n_threads = request["sheet"]["bits"], request["threads"]
+            return Answer(findings, measure(run, file, bits=bits, threads=n_threads))
         except GGUFError as error:
             return Answer(findings, no_sheet=str(error))
 
@@ -178,7 +185,7 @@ def _look_early(
 ) -> None:
     """Do with what is written of the file what can be done while the rest is."""
     seen: set[str] = set()
-    is_busy = True
+    is_busy = False
     try:
         with GrowingFile(begun) as file:
             while looking and not is_finished(0 if is_busy else POLL):
@@ -200,7 +207,11 @@ def _open_or_say(request: dict[str, Any]) -> Source | Finding:
 
 
 def _run_text(
-    request: dict[str, Any], source: Source | Finding, texts: Texts, stack: ExitStack
+    request: dict[str, Any],
+    source: Source | Finding,
+    texts: Texts,
+    threads: Callable[[], int],
+    stack: ExitStack,
 ) -> FileRun | str:
     """What the source makes of the quality sheet's text, or why that cannot be known."""
     wanted = request.get("sheet")
@@ -209,8 +220,9 @@ def _run_text(
     if isinstance(source, Finding):
         return source.problems[0] if source.problems else source.text
     try:
-        # One thread: the conversion has the others.
-        run = SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=wanted["compiles"])
+        run = SourceRun(
+            source, texts.long, bos=texts.bos, threads=threads, compiles=wanted["compiles"]
+        )
     except UnsupportedModelError:
         return "its architecture cannot be run yet"
     except GGUFError as error:
@@ -231,12 +243,11 @@ def _check_tokenizer(tokenizer: Tokenizer, encodings: dict[str, Any] | None) -> 
     return Finding(f"tokenizer agrees on {found.n_texts} texts", details=(compared,))
 
 
-def _run_source(source: Source, texts: Texts) -> Comparing | Finding:
+def _run_source(source: Source, texts: Texts, threads: int) -> Comparing | Finding:
     """What the source's weights make of a few tokens, or why that cannot be known."""
     try:
-        # One thread: the conversion has the others.
         ids, layers = _ids(texts, source), choose_layers(source)
-        return Comparing(run_source(source, ids, threads=1, layers=layers))
+        return Comparing(run_source(source, ids, threads=threads, layers=layers))
     except UnsupportedModelError:
         return Finding("not run: its architecture cannot be run yet")
     except GGUFError as error:

@@ -85,7 +85,7 @@ def measured(folder: Path, path: Path, *, bits: int = 4, threads: int = 2) -> Sh
     source = open_source({"source": str(folder), "is_checkpoint": True, "adapters": ()})
     with GGUFFile(path) as file:
         texts = Texts(file.metadata, None)
-        with SourceRun(source, texts.long, bos=texts.bos, threads=1, compiles=False) as run:
+        with SourceRun(source, texts.long, bos=texts.bos, threads=lambda: 1, compiles=False) as run:
             return measure(FileRun(run), file, bits=bits, threads=threads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -34,16 +34,17 @@ class SourceRun:
         ids: Sequence[int],
         *,
         bos: int | None,
-        threads: int,
+        threads: Callable[[], int],
         compiles: bool,
     ) -> None:
         """Runs the layers. `ids` are the text's; each window begins with `bos`, where there is one.
+        `threads` is asked again before each layer: there may be more by then.
 
         GGUFError where there is no decoder for the model, or where it knows other tokens. Kernels
         that are missing are compiled if it `compiles` them, and for a model that NumPy would take
         too long for.
         """
-        self.source, self._threads = source, threads
+        self.source, self._threads = source, threads()
         self.n_weights = sum(tensor.n_elements for tensor in source.tensors.values())
         self._compiles = compiles or self.n_weights > SMALL
         self.windows = cut(ids, source, n_windows=2)
@@ -59,7 +60,7 @@ class SourceRun:
             self.positions = probed_positions(len(self.read[0]))
             self.states: list[Floats] = []  # of the first window, before each layer and at the end
             self.probes: list[Probes] = []  # of each layer
-            self.ends = [self._run_first(), *map(self._run, self.read[1:])]
+            self.ends = [self._run(index, threads) for index in range(len(self.read))]
         except BaseException:
             self.model.close()
             raise
@@ -97,17 +98,21 @@ class SourceRun:
         next(self.model.head_bands(self.states[-1][self.positions], probes.observe))
         return probes.inputs.get(name, {})
 
-    def _run_first(self) -> Floats:
-        x = self.model.embed(self.read[0])
-        for index in range(len(self.model.program.layers)):
+    def _run(self, index: int, threads: Callable[[], int]) -> Floats:
+        """The hidden states of a window after all layers; those of the first are kept."""
+        x = self.model.embed(self.read[index])
+        for layer in range(len(self.model.program.layers)):
+            if (count := threads()) != self._threads:
+                self.use_threads(count)
+            if index > 0:
+                x = self.model.layer(layer, x)
+                continue
             self.states.append(x)
             self.probes.append(Probes(self.positions))
-            x = self.model.layer(index, x, self.probes[-1].observe)
-        self.states.append(x)
+            x = self.model.layer(layer, x, self.probes[-1].observe)
+        if index == 0:
+            self.states.append(x)
         return x
-
-    def _run(self, ids: list[int]) -> Floats:
-        return run_layers(self.model, self.model.embed(ids))
 
     def __enter__(self) -> SourceRun:
         return self
