@@ -35,6 +35,7 @@ from gguf_tools.journal import SUFFIX, Journal
 from gguf_tools.lora_merging import Scaled, with_adapters
 from gguf_tools.losses import Loss, measure
 from gguf_tools.matching import MatchedModel, match_tensors
+from gguf_tools.memory import return_memory
 from gguf_tools.overrides import NO_OVERRIDES, Overrides
 from gguf_tools.plan import Plan, TensorPlan, build_plan
 from gguf_tools.quants.multiples import keep_multiples
@@ -157,6 +158,7 @@ def convert(
             if journal is not None:
                 journal.confirm_inputs()
             if check is not None:
+                return_memory()  # what checks it needs some
                 found = check(writer.part)
                 if found:
                     writer.fill_room(found)

@@ -21,6 +21,7 @@ from gguf_tools.conversion import match_checkpoint
 from gguf_tools.encoders import read_vocabulary
 from gguf_tools.errors import GGUFError, UnsupportedModelError
 from gguf_tools.lora_merging import read_scaled
+from gguf_tools.memory import return_memory
 from gguf_tools.plan import model_metadata
 from gguf_tools.quality_sheet import Sheet
 from gguf_tools.reader import GGUFFile, UnfinishedFile
@@ -139,6 +140,9 @@ def check(
         encodings = wait()
         if checks:
             findings += [_check_tokenizer(tokenizer, encodings), template.result()]
+            del tokenizer, template
+        del texts
+        return_memory()  # a tokenizer has a good part of what the text's last steps take
         if isinstance(made, Finding):
             findings.append(made)
         try:
