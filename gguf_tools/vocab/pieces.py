@@ -96,7 +96,7 @@ def byte_level_pieces(source: TokenizerJson, n_vocab: int) -> Pieces:
         pairs = [(a, b) for a, b in pairs if a in names and b in names and a + b in names]
     if any(" " in text for text in names):  # not possible in the byte alphabet
         pairs = [(_no_space(left), _no_space(right)) for left, right in pairs]
-    merges = [f"{left} {right}" for left, right in pairs]
+    merges = list(map(" ".join, pairs))
     pieces = Pieces("gpt2", table, names, merges)
     _check_fits(pieces, max(source.vocab.values()), n_vocab, NAME)
     return pieces

@@ -1,8 +1,9 @@
 """`tokenizer.json`: the Hugging Face tokenizers file, checked and taken apart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from operator import add
 from typing import Any
 
@@ -95,17 +96,17 @@ def _vocab(entries: object) -> dict[str, int]:
 
 def _merges(entries: object, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs in order; both spellings, "a b" and ["a", "b"], are in use."""
-    if entries is None:
+    if not entries and isinstance(entries, list | None):
         return []
     if not isinstance(entries, list):
         raise CheckpointError(f"{NAME}: the merges are not a list")
-    pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in entries]
-    if not _are_pairs(pairs):
-        bad = next(rank for rank, pair in enumerate(pairs) if not _are_pairs([pair]))
+    sides = _sides(entries)
+    if sides is None:
+        bad = next(rank for rank, entry in enumerate(entries) if _sides([entry]) is None)
         raise CheckpointError(
             f"{NAME}: merge {bad:,} is {printable(entries[bad], 60)}, not two tokens"
         )
-    lefts, rights = ([pair[side] for pair in pairs] for side in (0, 1))
+    lefts, rights = sides
     made = list(map(add, lefts, rights))
     # A quarter of a million: looked at together, and one by one only to name the one at fault.
     if not all(all(map(vocab.__contains__, texts)) for texts in (lefts, rights, made)):
@@ -121,11 +122,17 @@ def _merges(entries: object, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     return list(zip(lefts, rights, strict=True))
 
 
-def _are_pairs(merges: list[Any]) -> bool:
-    """Whether each is a list of two texts."""
-    if not set(map(type, merges)) <= {list} or not set(map(len, merges)) <= {2}:
-        return False
-    return {type(text) for merge in merges for text in merge} <= {str}
+def _sides(entries: list[Any]) -> tuple[Sequence[str], Sequence[str]] | None:
+    """The first and the second tokens of at least one entry; None unless each is two texts."""
+    if set(map(type, entries)) == {str}:  # as nearly always: the quick way
+        lefts, spaces, rights = zip(*map(str.partition, entries, repeat(" ")), strict=True)
+        is_right = set(spaces) == {" "} and " " not in "".join(rights)
+        return (lefts, rights) if is_right else None
+    pairs = [entry.split(" ") if isinstance(entry, str) else entry for entry in entries]
+    if set(map(type, pairs)) != {list} or set(map(len, pairs)) != {2}:
+        return None
+    lefts, rights = zip(*pairs, strict=True)
+    return (lefts, rights) if set(map(type, lefts + rights)) == {str} else None
 
 
 def _steps(data: Mapping[str, Any], part: str) -> Iterator[dict[str, Any]]:
