@@ -24,6 +24,7 @@ from gguf_tools.processor import FEATURES, join_features
 
 KEEP_DAYS = 30  # kernel folders of other versions are removed after this long without use
 DIGEST_BYTES = 32
+SUFFIX = ".o"
 
 _PACKAGES = Path(__file__).resolve().parent.parent
 # What kernels are made of; the rest of the project may change without compiling them again.
@@ -91,7 +92,7 @@ def _machine() -> Any:
 
 def _path(name: str) -> Path:
     assert CACHE_FOLDER is not None
-    return CACHE_FOLDER / f"{name.replace(':', '.')}.o"
+    return CACHE_FOLDER / (name.replace(":", ".") + SUFFIX)
 
 
 def _digest() -> str:

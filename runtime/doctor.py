@@ -16,7 +16,7 @@ import psutil
 from gguf_tools.cores import default_threads
 from gguf_tools.describe import short_size
 from gguf_tools.errors import printable
-from gguf_tools.kernel_files import CACHE_FOLDER, NO_CACHE_REASON
+from gguf_tools.kernel_files import CACHE_FOLDER, NO_CACHE_REASON, SUFFIX
 from gguf_tools.processor import DOT, core_name
 from runtime.backends.cuda_toolkit import REMEDY, missing_packages
 from runtime.bandwidth import measure_bandwidth
@@ -195,7 +195,7 @@ def _examine_cache() -> KernelCache:
     if CACHE_FOLDER is None:
         return KernelCache(None, False, NO_CACHE_REASON, 0, 0)
     files = [path for path in CACHE_FOLDER.rglob("*") if path.is_file()]
-    kernels = sum(path.suffix == ".nbi" for path in files)
+    kernels = sum(path.suffix == SUFFIX for path in files)
     return KernelCache(
         str(CACHE_FOLDER), True, "", kernels, sum(path.stat().st_size for path in files)
     )

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from gguf_tools.cores import choose_threads
+from gguf_tools.kernel_files import CACHE_FOLDER
 from gguf_tools.processor import DOT, core_name
 from runtime.backends.cuda_toolkit import missing_packages
 from runtime.bandwidth import buffer_size, last_level_cache, measure_bandwidth
@@ -132,6 +133,13 @@ def test_what_is_told(facts: Facts) -> None:
 def test_a_slow_machine_is_told_so(facts: Facts) -> None:
     unit = VectorUnit("portable", dot_meaning("portable"), True)
     assert "slow" in lines(replace(facts, vector_unit=unit))["byte products"]
+
+
+@pytest.mark.skipif(CACHE_FOLDER is None, reason="kernels are kept in memory only")
+def test_kernels_on_disk_are_counted(facts: Facts) -> None:
+    """That which measures the memory is one of them."""
+    cache = facts.kernel_cache
+    assert cache.usable and cache.kernels >= 1 and cache.bytes > 1000 * cache.kernels
 
 
 def test_a_missing_cache_is_told(facts: Facts) -> None:
