@@ -18,11 +18,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import OutputError, printable
 from gguf_tools.safetensors_file import Bytes
 from gguf_tools.writer import open_locked
@@ -61,7 +61,7 @@ def work_path(output: Path) -> Path:
     return output.with_name(output.name + SUFFIX)
 
 
-class CalibrationFile:
+class CalibrationFile(Closeable):
     """A work file that this process alone writes; for a `with` block. It is left where it is."""
 
     def __init__(self, path: Path, digest: str, *, resume: bool) -> None:
@@ -80,15 +80,7 @@ class CalibrationFile:
         except OSError as error:
             raise self._failed(error) from error
 
-    def __enter__(self) -> "CalibrationFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         os.close(self._fd)
 
     def append(

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from gguf_tools.closing import Closeable
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 MEMORY_LIMIT = 4 << 30  # bytes of address space, where the system can limit it
 FAILURES = (OSError, ValueError, subprocess.SubprocessError)  # of a process that is asked
 
 
-class Question:
+class Question(Closeable):
     """`main(arguments)` of a module, running in a process of its own from now on.
 
     To be closed, by the end of a `with` block: the process ends there if it has not yet.
@@ -40,17 +41,6 @@ class Question:
             )
         except OSError as error:  # no process can be had: that is the answer
             self._failure = error
-
-    def __enter__(self) -> "Question":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def tell(self, line: object) -> None:
         """Write a line of JSON to its standard input; if it is gone, `answer` will say so."""

@@ -11,10 +11,10 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import FormatError, GGUFError, printable
 from gguf_tools.header import HeaderParser, TensorInfo
 from gguf_tools.parts import parse_part_name
@@ -27,7 +27,7 @@ MAPPED_TOGETHER = 2 << 20  # bytes, at most: a large page
 UNDO_MAGIC = b"GGUFUNDO"  # how a file that an edit in place leaves behind begins
 
 
-class GGUFFile:
+class GGUFFile(Closeable):
     """An open GGUF file. Arrays from `raw` are views into the mapping and keep it alive."""
 
     def __init__(
@@ -51,17 +51,6 @@ class GGUFFile:
         self.part_sizes = tuple(len(part.mapping) for part in parts)
         self.data_offsets = tuple(part.header.data_offset for part in parts)
         self.tensors = _join_tensors(parts)
-
-    def __enter__(self) -> "GGUFFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the mapping; it is gone once the last view into it is."""

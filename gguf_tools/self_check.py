@@ -11,9 +11,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from gguf_tools.child import FAILURES, Question
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import OutputError, printable
 from gguf_tools.quality_sheet import Sheet, cliff_warning, fitting, sheet_of_json
 from gguf_tools.values import MetadataValue
@@ -63,7 +63,7 @@ class CliffFoundError(Exception):
         self.sheet = sheet
 
 
-class SelfCheck:
+class SelfCheck(Closeable):
     """The check as a step of a conversion; with `strict`, what is wrong is an error.
 
     For a `with` block: the process that checks begins to load there, beside whatever comes first,
@@ -84,15 +84,7 @@ class SelfCheck:
         self._tokenizer: Question | None = None
         self._running = Question(RUNTIME, [], waits=True)
 
-    def __enter__(self) -> "SelfCheck":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for question in (self._tokenizer, self._running):
             if question is not None:
                 question.close()

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import FormatError, GGUFError, printable
 from gguf_tools.reader import TensorInfo, UnfinishedFile
 from runtime.streamed_rows import Bytes
 
 
-class GrowingFile:
+class GrowingFile(Closeable):
     """A Source, for a `with` block. What is asked for must be of a tensor that is there."""
 
     def __init__(self, begun: UnfinishedFile) -> None:
@@ -75,17 +75,6 @@ class GrowingFile:
 
     def close(self) -> None:
         self._stream.close()
-
-    def __enter__(self) -> GrowingFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _has(self, tensor: TensorInfo) -> bool:
         return tensor.offset + tensor.nbytes <= self._size

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.closing import Closeable
 from gguf_tools.jit import compile_kernels
 from runtime.backends.observing import Observe
 from runtime.backends.reference import ReferenceBackend
@@ -33,7 +33,7 @@ from runtime.sources import Source
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
-class LayerwiseModel:
+class LayerwiseModel(Closeable):
     """Gives hidden states and logits of windows of tokens, each from position 0."""
 
     @_damaged_weights
@@ -114,17 +114,6 @@ class LayerwiseModel:
 
     def close(self) -> None:
         self._backend.close()
-
-    def __enter__(self) -> LayerwiseModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class LayerwiseReference:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import numpy as np
 import psutil
 
+from gguf_tools.closing import Closeable
 from gguf_tools.cores import default_threads
 from gguf_tools.errors import ContextFullError, DeviceError, printable
 from gguf_tools.reader import GGUFFile
@@ -30,7 +30,7 @@ KV_TYPES = ("f16", "q8_0")
 _damaged_weights = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
-class Model:
+class Model(Closeable):
     """Reads tokens and gives logits; remembers them in the KV cache until truncated."""
 
     def __init__(
@@ -177,17 +177,6 @@ class Model:
     def close(self) -> None:
         self._pipeline.close()
         self.tokens.clear()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def context_size(config: ModelConfig, n_ctx: int | None) -> int:

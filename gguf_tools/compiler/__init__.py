@@ -7,6 +7,7 @@ so that a compiled one is an object file that runs in any process (gguf_tools/ke
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numba
@@ -51,9 +52,9 @@ def compile_function(
     arguments = tuple(kinds[letter] for letter in letters)
     with global_compiler_lock:
         compiler = _Plain(function, cpu_target, {"nopython": True, **OPTIONS}, {}, Compiler)
-        result = compiler.compile(arguments, types.void)
-        library = result.library
-        library.add_ir_module(_entry(result.fndesc, symbol))
+        facts = attrgetter("fndesc", "library")
+        described, library = facts(compiler.compile(arguments, types.void))
+        library.add_ir_module(_entry(described, symbol))
         library.finalize()
         address = library.get_pointer_to_function(symbol)
         return Compiled(address, library._get_compiled_object(), _needs(library), library)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gguf_tools.child import FAILURES, Question, limit_memory
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import CheckpointError
 from gguf_tools.pretokenizers import SPLITS
 from gguf_tools.vocab.corpus import COMPARED_TEXTS, TEST_TEXTS
@@ -49,7 +49,7 @@ class Trial:
     ids: Sequence[Sequence[int]]  # what the compared texts are encoded as
 
 
-class RunningTrial:
+class RunningTrial(Closeable):
     """A tokenizer.json that is being tried out; for a `with` block.
 
     Its process loads it at once, beside whatever comes first, and waits to be asked.
@@ -59,15 +59,7 @@ class RunningTrial:
         self.path = path
         self._question = Question("gguf_tools.vocab.trial", [str(path.resolve())], waits=True)
 
-    def __enter__(self) -> "RunningTrial":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._question.close()
 
     def ask(self, keys: Iterable[str]) -> None:

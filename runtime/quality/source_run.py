@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from gguf_tools.closing import Closeable
 from gguf_tools.errors import GGUFError
 from gguf_tools.recipes import block_number
 from runtime.layerwise import LayerwiseModel
@@ -25,7 +25,7 @@ SHORT_WINDOW = 128  # tokens of it; and where kernels are not compiled
 COMPARED = 64  # tokens whose answers to a single tensor's change are compared, at most
 
 
-class SourceRun:
+class SourceRun(Closeable):
     """What the source's weights make of the text. For a `with` block; the source stays open."""
 
     def __init__(
@@ -114,15 +114,7 @@ class SourceRun:
             self.states.append(x)
         return x
 
-    def __enter__(self) -> SourceRun:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.model.close()
 
 
