@@ -72,7 +72,7 @@ class Kernel:
         return f"kernel {self.function.__name__}({self.letters})"
 
     def for_columns(self, n: int) -> "Kernel":
-        """The same for n columns at once (gguf_tools/columns.py).
+        """The same for n columns at once (gguf_tools/compiler/columns.py).
 
         Each of its arguments `c` is two: the address in the first column, and how many bytes
         further on it is in the next.

@@ -51,7 +51,7 @@ def join_features(features: Mapping[str, bool]) -> str:
 
 
 def choose_dot(features: Mapping[str, bool], *, is_arm: bool) -> str:
-    """The best byte dot product (see vectors.py) with these features."""
+    """The best byte dot product (see compiler/vectors.py) with these features."""
     if is_arm:
         if features.get("dotprod"):
             return "i8mm" if features.get("i8mm") else "neon"

@@ -1,6 +1,6 @@
 """What quantising cost a model: the figures that `convert` measures, tells and keeps in the file.
 
-They are of a short text (runtime/quality/sheet_text.py), read by the source's weights and by the
+They are of a short text (gguf_tools/vocab/run_texts.py), read by the source's weights and by the
 file's. A file keeps them under the keys `gguf_tools.quality.*` (KEYS), which are not part of what
 `gguf verify` makes digests of.
 
