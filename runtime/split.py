@@ -29,7 +29,7 @@ from runtime.program import (
 )
 
 RESERVE_SHARE, RESERVE_LEAST = 0.05, 256 << 20  # left free: of all memory, and at least
-FIXED = 32 << 20  # bytes of kernels on each device
+FIXED = 32 << 20  # bytes of kernels on each device, and of weights on their way
 HOST = 0  # the place of the CPU; device i has place i + 1
 
 

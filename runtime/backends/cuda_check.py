@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import cuda
 
-from runtime.backends.cuda_formats import PADDING, kept_as, row_bytes, way_of_tiles
-from runtime.backends.cuda_memory import rows_as_kept
+from runtime.backends.cuda_formats import blocks_held, kept_as, way_of_tiles
+from runtime.backends.cuda_memory import DeviceMemory
 from runtime.backends.cuda_room import is_quantised
 from runtime.kernels.cuda.products import WARPS, quantise
 from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
@@ -78,9 +78,9 @@ def why_wrong(fast: Tiles, plain: Tiles, matrix: Matrix) -> str:
 
 def _product(tiles: Tiles, matrix: Matrix) -> Floats:
     """Some rows of a matrix times some tokens, (tokens, rows)."""
-    n_rows, k = min(matrix.n_rows, N_ROWS), min(matrix.n_columns, MOST_COLUMNS)
-    blocks = rows_as_kept(matrix, slice(0, n_rows))
-    weights = cuda.to_device(np.concatenate([blocks, np.zeros(PADDING, np.uint8)]))
+    matrix = _corner(matrix)
+    n_rows, k = matrix.n_rows, matrix.n_columns
+    weights = DeviceMemory().weights((matrix,))
     x = np.random.default_rng(0).normal(size=N_TOKENS * k).astype(np.float32)
     size, source = N_TOKENS * k, cuda.to_device(x)
     activations = (source, _empty(1), _empty(1))
@@ -89,9 +89,16 @@ def _product(tiles: Tiles, matrix: Matrix) -> Floats:
         grid = (-(-k // (32 * WARPS)), N_TOKENS, 1)
         quantise[grid, (32, WARPS)](source, k, *activations, k)
     made = _empty(N_TOKENS * n_rows)
-    shape = (n_rows, k, row_bytes(matrix), N_TOKENS)
+    shape = (n_rows, k, blocks_held(matrix), N_TOKENS)
     tiles.matmul[(1, 1, 1), (THREADS, 1)](weights, *activations, k, made, n_rows, *shape)
     return np.asarray(made.copy_to_host(), np.float32).reshape(N_TOKENS, n_rows)
+
+
+def _corner(matrix: Matrix) -> Matrix:
+    """Its first rows and columns."""
+    n_rows, k = min(matrix.n_rows, N_ROWS), min(matrix.n_columns, MOST_COLUMNS)
+    blocks = np.ascontiguousarray(matrix.data[:n_rows])[:, : matrix.quant.row_bytes(k)]
+    return Matrix(matrix.name, matrix.quant, n_rows, k, blocks)
 
 
 def _empty(size: int, dtype: npt.DTypeLike = np.float32) -> Any:

@@ -27,7 +27,7 @@ FLOATS = ("F32", "F16", "BF16")
 AMPERE, TURING = (8, 0), (7, 5)  # compute capabilities with tensor cores for int8
 WHOLE = 8  # columns of 16 bits that are loaded together
 
-PADDING = 16  # bytes behind weights: kernels load whole words of blocks that end in one
+TOGETHER = 16  # blocks: a matrix has room for a multiple (runtime/kernels/cuda/unpacking.py)
 ALIGNMENT = 256  # what allocators round each array up to
 
 
@@ -54,19 +54,22 @@ def way_of_tiles(capability: tuple[int, int], kept: str, n_columns: int) -> str:
     return "plain" if kept in FLOATS else "turing"
 
 
-def row_bytes(matrix: Matrix) -> int:
-    """Bytes of a row on the GPU."""
-    kept = kept_as(matrix.quant)
-    if kept == matrix.quant.name:
-        return matrix.quant.row_bytes(matrix.n_columns)
-    return matrix.n_columns * (4 if kept == "F32" else 2)
+def blocks_held(matrix: Matrix) -> int:
+    """Blocks that a matrix has room for on the GPU; numbers, where it is kept as floats."""
+    n_weights = matrix.n_rows * matrix.n_columns
+    if kept_as(matrix.quant) in FLOATS:
+        return n_weights
+    return -(-n_weights // (matrix.quant.block_size * TOGETHER)) * TOGETHER
 
 
 def weight_bytes(matrix: Matrix) -> int:
     """Bytes of a matrix on the GPU."""
-    return matrix.n_rows * row_bytes(matrix)
+    kept = kept_as(matrix.quant)
+    if kept in FLOATS:
+        return blocks_held(matrix) * (4 if kept == "F32" else 2)
+    return blocks_held(matrix) * matrix.quant.block_bytes
 
 
 def held_bytes(matrices: Sequence[Matrix]) -> int:
     """Bytes of the array that matrices of one format and shape lie in, one after the other."""
-    return len(matrices) * weight_bytes(matrices[0]) + PADDING
+    return len(matrices) * weight_bytes(matrices[0])

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cuda_formats import WHOLE, kept_as, row_bytes
+from runtime.backends.cuda_formats import WHOLE, blocks_held, kept_as
 from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised
 from runtime.backends.flow import unknown, width_written, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
 from runtime.kernels.cuda.products import PRODUCTS, WARPS, quantise
+from runtime.kernels.cuda.products import ROWS as ROWS_OF_BLOCK
 from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
 from runtime.program import (
     Activate,
@@ -313,11 +314,11 @@ class _Emitter:
     def _product(self, step: MatMul) -> None:
         matrix = step.matrix
         activations = self._activations(step.source, matrix, matrix.n_columns)
-        size = (matrix.n_rows, matrix.n_columns, row_bytes(matrix))
+        size = (matrix.n_rows, matrix.n_columns, blocks_held(matrix))
         arguments = (self._from.weights(matrix), *activations, *self._places(step.target), *size)
         name = kept_as(matrix.quant)
         if self._n <= FEW_TOKENS:
-            grid = (-(-matrix.n_rows // WARPS), self._n, 1)
+            grid = (-(-matrix.n_rows // ROWS_OF_BLOCK), self._n, 1)
             self._add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
         else:
             grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), 1)
@@ -332,7 +333,7 @@ class _Emitter:
         activations = self._activations(
             step.source, matrix, width if slot_stride else matrix.n_columns
         )
-        size = (matrix.n_rows, matrix.n_columns, row_bytes(matrix))
+        size = (matrix.n_rows, matrix.n_columns, blocks_held(matrix))
         arguments = (
             *(self._from.weights(*step.experts), *activations, slot_stride),
             *(*self._places(step.target), *size),
@@ -340,7 +341,7 @@ class _Emitter:
         name = kept_as(matrix.quant)
         routes = self._places(step.routes)
         if self._n <= FEW_TOKENS:
-            grid = (-(-matrix.n_rows // WARPS), self._n, step.n_used)
+            grid = (-(-matrix.n_rows // ROWS_OF_BLOCK), self._n, step.n_used)
             kernel = PRODUCTS[name].expert_matvec
             self._add(kernel, grid, (32, WARPS), (*arguments, *routes))
             return

@@ -11,12 +11,21 @@ from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError, device_memset
 
 from gguf_tools.errors import DeviceMemoryError
-from runtime.backends.cuda_formats import allocated, held_bytes, kept_as, row_bytes
+from runtime.backends.cuda_formats import (
+    FLOATS,
+    allocated,
+    blocks_held,
+    held_bytes,
+    kept_as,
+    weight_bytes,
+)
+from runtime.kernels.cuda.planes import THREADS, spread
+from runtime.kernels.cuda.products import BLOCKS
 from runtime.program import Matrix
 
 REMEDY = "use fewer --gpu-layers or a smaller --ctx"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # of CUDA's name of the error
-ROWS_AT_ONCE = 1024  # dequantised together on the way to the GPU
+STAGED = 8 << 20  # bytes of rows on their way, beside what is counted (runtime/split.py, FIXED)
 
 Array = Any  # a numba.cuda device array
 
@@ -29,6 +38,7 @@ class DeviceMemory:
         self.size = 0
         self._limit = limit
         self._held: dict[int, tuple[Any, Array]] = {}
+        self._staging: Array | None = None  # where blocks wait to be spread out
 
     def empty(self, size: int, dtype: npt.DTypeLike) -> Array:
         """An array of one dimension."""
@@ -73,26 +83,53 @@ class DeviceMemory:
         key = id(matrices[0])
         if key not in self._held:
             first = matrices[0]
-            each = first.n_rows * row_bytes(first)
+            each = weight_bytes(first)
             blocks = self.empty(held_bytes(matrices), np.uint8)
             for i, matrix in enumerate(matrices):
-                _upload(matrix, blocks[i * each : (i + 1) * each])
+                self._upload(matrix, blocks[i * each : (i + 1) * each])
             self._held[key] = (matrices, blocks)
         return self._held[key][1]
 
     def drop(self) -> None:
         self._held.clear()
+        self._staging = None
+
+    def _upload(self, matrix: Matrix, target: Array) -> None:
+        """The matrix's blocks, their fields apart, or floats where there are no kernels."""
+        kept = kept_as(matrix.quant)
+        row = weight_bytes(matrix) // matrix.n_rows if kept in FLOATS else matrix.data.shape[1]
+        step = max(STAGED // row, 1)
+        for start in range(0, matrix.n_rows, step):
+            chosen = slice(start, start + step)
+            if kept in FLOATS or len(BLOCKS[kept].planes) == 1:
+                rows = rows_as_kept(matrix, chosen)
+                target[start * row : start * row + len(rows)].copy_to_device(rows)
+            else:
+                self._spread(matrix, chosen, target)
+
+    def _spread(self, matrix: Matrix, chosen: slice, target: Array) -> None:
+        rows = rows_as_kept(matrix, chosen)
+        if self._staging is None or len(self._staging) < len(rows):
+            self._staging = cuda.device_array(max(len(rows), STAGED), np.uint8)
+        self._staging[: len(rows)].copy_to_device(rows)
+        form = BLOCKS[matrix.quant.name]
+        n = len(rows) // form.block_bytes
+        before = chosen.start * (matrix.n_columns // form.size)
+        grid = -(-n // THREADS), THREADS
+        for first, width, at in form.places(blocks_held(matrix)):
+            at += before * width
+            spread[grid](self._staging, n, form.block_bytes, first, width, target, at)
 
 
-def _upload(matrix: Matrix, target: Array) -> None:
-    """The matrix's rows as they lie in the file, or as floats where there are no kernels."""
-    each = row_bytes(matrix)
-    if kept_as(matrix.quant) == matrix.quant.name:
-        target.copy_to_device(np.ascontiguousarray(matrix.data).reshape(-1))
-        return
-    for start in range(0, matrix.n_rows, ROWS_AT_ONCE):
-        blocks = rows_as_kept(matrix, slice(start, start + ROWS_AT_ONCE))
-        target[start * each : start * each + len(blocks)].copy_to_device(blocks)
+def spread_out(matrix: Matrix) -> npt.NDArray[np.uint8]:
+    """What a matrix of blocks is on the GPU; `spread` makes the same there."""
+    form, n = BLOCKS[matrix.quant.name], blocks_held(matrix)
+    blocks = rows_as_kept(matrix, slice(None)).reshape(-1, form.block_bytes)
+    planes = np.zeros(n * form.block_bytes, np.uint8)
+    for first, width, at in form.places(n):
+        field = blocks[:, first : first + width].reshape(-1)
+        planes[at : at + len(field)] = field
+    return planes
 
 
 def rows_as_kept(matrix: Matrix, chosen: slice) -> npt.NDArray[np.uint8]:

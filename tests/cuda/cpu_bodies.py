@@ -79,7 +79,7 @@ def _as_float(bits):
     return lambda bits: _float_bits(np.int32(bits))
 
 
-def _loader(function, n_words, n_bits):
+def _loader(function, n_words, n_bits, *, is_signed=False):
     result = types.int32 if n_words == 1 else types.UniTuple(types.int32, n_words)
 
     @intrinsic
@@ -94,7 +94,8 @@ def _loader(function, n_words, n_bits):
             for i in range(n_words):
                 word = builder.load(builder.gep(pointer, [_WORD(i)]))
                 word.align = 1
-                words.append(word if n_bits == 32 else builder.zext(word, _WORD))
+                widen = builder.sext if is_signed else builder.zext
+                words.append(word if n_bits == 32 else widen(word, _WORD))
             return words[0] if n_words == 1 else cgutils.pack_array(builder, words)
 
         return result(array, types.int64), generate
@@ -109,3 +110,4 @@ _loader(primitives.load8, 2, 32)
 _loader(primitives.load4, 1, 32)
 _loader(primitives.load2, 1, 16)
 _loader(primitives.load1, 1, 8)
+_loader(primitives.signed1, 1, 8, is_signed=True)

@@ -21,7 +21,7 @@ import tests.cuda.cpu_bodies  # noqa: F401 - CPU bodies of the primitives
 from runtime.kernels.cuda import tensor_tiles as tensor
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.tiles import ROWS, RUNS, STEP, TOKENS, make_put
-from tests.cuda.test_lanes import padded, quantised, real_blocks
+from tests.cuda.test_lanes import on_gpu, quantised, real_blocks
 from tests.kernels.blocks import dequantise
 
 LANES = np.arange(32)
@@ -97,7 +97,8 @@ def tile(name: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
         (tensor.rows_32, tensor.tokens_32) if is_wide else (tensor.rows_16, tensor.tokens_16)
     )
     put = make_put(form, tensor.WORDS)
-    w, k = padded(blocks), x.shape[1]
+    k = x.shape[1]
+    w, n_blocks = on_gpu(name, blocks, k)
     xq, xd, xs = (np.array(part) for part in zip(*(quantised(row) for row in x), strict=True))
     sums = np.zeros((TOKENS, ROWS), np.float32)
     for start in range(0, k, STEP):
@@ -106,8 +107,8 @@ def tile(name: str, blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
         for thread in range(256):
             row, unit = thread // 4, thread % 4
             here = start // 32 + unit
-            here = here if here * 32 < k else -1
-            put(w, row * blocks.shape[1], here, row, unit, weights, scales, offsets)
+            here = here + row * (k // 32) if here * 32 < k else -1
+            put(w, 0, n_blocks, here, row, unit, weights, scales, offsets)
         others = np.zeros((TOKENS, tensor.WORDS), np.int32)
         n_words, n_runs = min(STEP, k - start) // 4, min(STEP, k - start) // 16
         others[:, :n_words] = xq[:, start : start + STEP].view(np.int32)

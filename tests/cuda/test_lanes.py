@@ -15,9 +15,10 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 
 import tests.cuda.cpu_bodies  # noqa: F401 - CPU bodies of the primitives
+from runtime.backends.cuda_formats import blocks_held
+from runtime.backends.cuda_memory import spread_out
 from runtime.kernels.cuda.products import BLOCKS, PRODUCTS
-
-PADDING = 16  # bytes behind the weights, which loads of whole words may touch
+from runtime.program import Matrix
 
 
 def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -29,20 +30,22 @@ def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return q.reshape(-1), scales, sums.reshape(-1)
 
 
-def padded(rows: np.ndarray) -> np.ndarray:
-    return np.concatenate([rows.reshape(-1), np.zeros(PADDING, np.uint8)])
+def on_gpu(name: str, rows: np.ndarray, n_columns: int) -> tuple[np.ndarray, int]:
+    """The rows as a GPU has them, and the blocks that there is room for."""
+    matrix = Matrix("w", by_name(name), len(rows), n_columns, rows)
+    return spread_out(matrix) if name in BLOCKS else rows.reshape(-1), blocks_held(matrix)
 
 
 def product(name: str, rows: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """rows times x, as 32 lanes compute it."""
-    k, row_bytes = len(x), rows.shape[1]
+    """rows times x, as 32 lanes compute two of them."""
+    k, last = len(x), len(rows) - 1
     activations = quantised(x) if name in BLOCKS else (x, x[:1], x[:1])
-    dot, w = PRODUCTS[name].dot, padded(rows)
+    dots, (w, n) = PRODUCTS[name].dots, on_gpu(name, rows, k)
     sums = [
-        [dot(w, r * row_bytes, *activations, 0, k, lane) for lane in range(32)]
-        for r in range(len(rows))
+        [dots(w, 0, n, r, min(r + 1, last), *activations, 0, k, lane) for lane in range(32)]
+        for r in range(0, len(rows), 2)
     ]
-    return np.array(sums, np.float32).sum(1)
+    return np.array(sums, np.float32).sum(1).reshape(-1)[: len(rows)]
 
 
 def exact(name: str, rows: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -86,7 +89,7 @@ def test_a_row_of_random_blocks(name: str) -> None:
     rng = np.random.default_rng(5)
     quant = by_name(name)
     k = max(quant.block_size, 32) * 5
-    rows = random_rows(name, 6, k, rng)
+    rows = random_rows(name, 5, k, rng)
     x = rng.normal(size=k).astype(np.float32)
     expected = exact(name, rows, x)
     size = np.abs(dequantise(name, rows)) @ np.abs(x)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 from numba import cuda, types
-from numpy import float32
+from numpy import float32, int32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
@@ -77,7 +77,7 @@ def two_q8_0(numbers, scales, at):
 @helper
 def signed(word):
     """The int8 in the low byte."""
-    return float32(((word & 255) ^ 128) - 128)
+    return float32(int32(((word & 255) ^ 128) - 128))
 
 
 def _make_attend(name, eight, two):

@@ -4,172 +4,168 @@ from numpy import float32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.blocks_32 import IQ4_LEVELS, levels
-from runtime.kernels.cuda.primitives import half, load1, load2, load4, load8, load16
+from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16, signed1
 from runtime.kernels.cuda.unpacking import (
     BITS_1,
     BITS_2,
     BITS_4,
     Unpacking,
-    signed_byte,
-    words,
+    joined,
+    masked,
+    small,
+    turned,
 )
 
 
 @helper
-def q2_k(w, row, unit):
-    at = row + 84 * (unit >> 3)
-    h, pair, m = unit >> 2 & 1, unit >> 1 & 1, unit & 1  # half, two of its four fields, which 16
-    qs = at + 16 + 32 * h + 16 * m
-    a, b, c, e = load4(w, qs), load4(w, qs + 4), load4(w, qs + 8), load4(w, qs + 12)
-    near, far = 4 * pair, 4 * pair + 2
-    steps = load4(w, at + 8 * h + 4 * pair) >> 8 * m  # bytes of this run, of the next but one
-    ds = load4(w, at + 80)
-    d, dmin = half(ds), half(ds >> 16)
+def fetch_q2_k(w, base, n, block, part):
+    h, pair, m = part >> 2 & 1, part >> 1 & 1, part & 1  # half, two of its four fields, which 16
+    steps = load4(w, base + 64 * n + 16 * block + 8 * h + 4 * pair)
+    ds = load4(w, base + 80 * n + 4 * block)
+    return (ds, steps, *load16(w, base + 64 * block + 32 * h + 16 * m))
+
+
+@helper
+def q2_k(raw, part):
+    pair, m = part >> 1 & 1, part & 1
+    d, dmin = half(raw[0]), half(raw[0] >> 16)
+    steps = turned(raw[1], 8 * m)  # bytes of this run, of the next but one
+    q = raw[2:]
     return (
-        (a >> near & BITS_2, b >> near & BITS_2, c >> near & BITS_2, e >> near & BITS_2),
-        (a >> far & BITS_2, b >> far & BITS_2, c >> far & BITS_2, e >> far & BITS_2),
-        (d * float32(steps & 15), d * float32(steps >> 16 & 15)),
-        (-dmin * float32(steps >> 4 & 15), -dmin * float32(steps >> 20 & 15)),
+        masked(q, 4 * pair, BITS_2),
+        masked(q, 4 * pair + 2, BITS_2),
+        (d * small(steps & 15), d * small(steps >> 16 & 15)),
+        (-dmin * small(steps >> 4 & 15), -dmin * small(steps >> 20 & 15)),
     )
 
 
 @helper
-def q3_k(w, row, unit):
-    at = row + 110 * (unit >> 3)
-    h, pair, m = unit >> 2 & 1, unit >> 1 & 1, unit & 1
-    a, b, c, e = words(w, at + 32 + 32 * h + 16 * m)
-    i, j, k, n = words(w, at + 16 * m)  # third bits: bit 4 h + field of each byte
-    near, far = 4 * pair, 4 * pair + 2
-    third = 4 * h + 2 * pair
-    run = 8 * h + 4 * pair + m
-    d = half(load2(w, at + 108))
-    scale, other = d * _q3_k_step(w, at + 96, run), d * _q3_k_step(w, at + 96, run + 2)
+def fetch_q3_k(w, base, n, block, part):
+    h, pair, m = part >> 2 & 1, part >> 1 & 1, part & 1
+    d, steps = load2(w, base + 108 * n + 2 * block), base + 96 * n + 12 * block
+    q = load16(w, base + 64 * block + 32 * h + 16 * m)
+    high = load16(w, base + 64 * n + 32 * block + 16 * m)  # bit 4 h + field of each byte
+    return (d, load4(w, steps + 4 * pair), load4(w, steps + 8), *q, *high)
+
+
+@helper
+def q3_k(raw, part):
+    h, pair, m = part >> 2 & 1, part >> 1 & 1, part & 1
+    # Steps of this run, and of the next but one: 4 bits, and 2 more of other bytes.
+    low = turned(raw[1], 4 * h + 8 * m) & 0x000F000F
+    high = turned(raw[2], 4 * h + 2 * pair + 8 * m) & 0x00030003
+    steps = low | high << 4
+    d = half(raw[0])
+    scale, other = d * small((steps & 63) - 32), d * small((steps >> 16) - 32)
+    q, thirds = raw[3:7], raw[7:]
+    near, third = 4 * pair, 4 * h + 2 * pair
     return (
-        (
-            a >> near & BITS_2 | (i >> third & BITS_1) << 2,
-            b >> near & BITS_2 | (j >> third & BITS_1) << 2,
-            c >> near & BITS_2 | (k >> third & BITS_1) << 2,
-            e >> near & BITS_2 | (n >> third & BITS_1) << 2,
-        ),
-        (
-            a >> far & BITS_2 | (i >> third + 1 & BITS_1) << 2,
-            b >> far & BITS_2 | (j >> third + 1 & BITS_1) << 2,
-            c >> far & BITS_2 | (k >> third + 1 & BITS_1) << 2,
-            e >> far & BITS_2 | (n >> third + 1 & BITS_1) << 2,
-        ),
+        joined(masked(q, near, BITS_2), masked(thirds, third, BITS_1), 2),
+        joined(masked(q, near + 2, BITS_2), masked(thirds, third + 1, BITS_1), 2),
         (scale, other),
         (float32(-4) * scale, float32(-4) * other),
     )
 
 
 @helper
-def _q3_k_step(w, scales, run):
-    low = load1(w, scales + (run & 7)) >> (run >> 3) * 4 & 15
-    high = load1(w, scales + 8 + (run & 3)) >> (run >> 2) * 2 & 3
-    return float32((low | high << 4) - 32)
+def steps_of(first, second, third, pair):
+    """Scales and minima of groups 2 pair and 2 pair + 1 in Q4_K and Q5_K, in bytes 0 and 1.
 
-
-@helper
-def steps_of(first, second, third, group):
-    """Scale and minimum of a group of 32, 0 to 63 each, in Q4_K and Q5_K (k_scales.py)."""
-    if group < 4:
-        at = 8 * group
-        return first >> at & 63, second >> at & 63
-    at = 8 * (group - 4)
-    scale = third >> at & 15 | (first >> at + 6 & 3) << 4
-    return scale, third >> at + 4 & 15 | (second >> at + 6 & 3) << 4
-
-
-@helper
-def q4_k(w, row, unit):
-    at = row + 144 * (unit >> 3)
-    pair, m = unit >> 1 & 3, unit & 1  # two groups of 32, which 16 of each
-    a, b, c, e = load16(w, at + 16 + 32 * pair + 16 * m)
-    ds, first, second, third = load16(w, at)
-    d, dmin = half(ds), half(ds >> 16)
-    scale, minimum = steps_of(first, second, third, 2 * pair)
-    next_scale, next_minimum = steps_of(first, second, third, 2 * pair + 1)
+    Of the first four groups they are whole bytes, of the last four 4 bits and 2 more that lie above
+    those (gguf_tools/quants/k_scales.py).
+    """
+    at = 16 * (pair & 1)
+    first, second, third = turned(first, at), turned(second, at), turned(third, at)
+    if pair < 2:
+        return first & 0x3F3F, second & 0x3F3F
     return (
-        (a & BITS_4, b & BITS_4, c & BITS_4, e & BITS_4),
-        (a >> 4 & BITS_4, b >> 4 & BITS_4, c >> 4 & BITS_4, e >> 4 & BITS_4),
-        (d * float32(scale), d * float32(next_scale)),
-        (-dmin * float32(minimum), -dmin * float32(next_minimum)),
+        third & 0x0F0F | first >> 2 & 0x3030,
+        third >> 4 & 0x0F0F | second >> 2 & 0x3030,
     )
 
 
 @helper
-def q5_k(w, row, unit):
-    at = row + 176 * (unit >> 3)
-    pair, m = unit >> 1 & 3, unit & 1
-    a, b, c, e = load16(w, at + 48 + 32 * pair + 16 * m)
-    i, j, k, n = load16(w, at + 16 + 16 * m)  # fifth bits: bit `group` of each byte
-    ds, first, second, third = load16(w, at)
-    d, dmin = half(ds), half(ds >> 16)
-    group = 2 * pair
-    scale, minimum = steps_of(first, second, third, group)
-    next_scale, next_minimum = steps_of(first, second, third, group + 1)
+def fetch_q4_k(w, base, n, block, part):
+    at = base + 144 * block
+    return (*load16(w, at), *load16(w, at + 16 + 16 * part))
+
+
+@helper
+def q4_k(raw, part):
+    pair = part >> 1 & 3  # two groups of 32, of each 16
+    d, dmin = half(raw[0]), half(raw[0] >> 16)
+    steps, minima = steps_of(raw[1], raw[2], raw[3], pair)
     return (
-        (
-            a & BITS_4 | (i >> group & BITS_1) << 4,
-            b & BITS_4 | (j >> group & BITS_1) << 4,
-            c & BITS_4 | (k >> group & BITS_1) << 4,
-            e & BITS_4 | (n >> group & BITS_1) << 4,
-        ),
-        (
-            a >> 4 & BITS_4 | (i >> group + 1 & BITS_1) << 4,
-            b >> 4 & BITS_4 | (j >> group + 1 & BITS_1) << 4,
-            c >> 4 & BITS_4 | (k >> group + 1 & BITS_1) << 4,
-            e >> 4 & BITS_4 | (n >> group + 1 & BITS_1) << 4,
-        ),
-        (d * float32(scale), d * float32(next_scale)),
-        (-dmin * float32(minimum), -dmin * float32(next_minimum)),
+        masked(raw[4:], 0, BITS_4),
+        masked(raw[4:], 4, BITS_4),
+        (d * small(steps & 63), d * small(steps >> 8)),
+        (-dmin * small(minima & 63), -dmin * small(minima >> 8)),
     )
 
 
 @helper
-def q6_k(w, row, unit):
-    at = row + 210 * (unit >> 3)
-    h, m = unit >> 2 & 1, unit & 3  # half, which 16 of its 64 bytes
-    a, b, c, e = words(w, at + 64 * h + 16 * m)
-    i, j, k, n = words(w, at + 128 + 32 * h + 16 * (m & 1))  # two bits each of four runs
-    near, far = m & 2, (m & 2) + 4
-    scales = at + 192 + 8 * h + m
-    d = half(load2(w, at + 208))
-    scale, other = d * float32(signed_byte(w, scales)), d * float32(signed_byte(w, scales + 4))
+def fetch_q5_k(w, base, n, block, part):
+    at = base + 176 * block
+    high = load16(w, at + 16 + 16 * (part & 1))  # fifth bits: bit `group` of each byte
+    return (*load16(w, at), *high, *load16(w, at + 48 + 16 * part))
+
+
+@helper
+def q5_k(raw, part):
+    pair = part >> 1 & 3
+    d, dmin = half(raw[0]), half(raw[0] >> 16)
+    steps, minima = steps_of(raw[1], raw[2], raw[3], pair)
+    fifths, q = raw[4:8], raw[8:]
     return (
-        (
-            a & BITS_4 | (i >> near & BITS_2) << 4,
-            b & BITS_4 | (j >> near & BITS_2) << 4,
-            c & BITS_4 | (k >> near & BITS_2) << 4,
-            e & BITS_4 | (n >> near & BITS_2) << 4,
-        ),
-        (
-            a >> 4 & BITS_4 | (i >> far & BITS_2) << 4,
-            b >> 4 & BITS_4 | (j >> far & BITS_2) << 4,
-            c >> 4 & BITS_4 | (k >> far & BITS_2) << 4,
-            e >> 4 & BITS_4 | (n >> far & BITS_2) << 4,
-        ),
+        joined(masked(q, 0, BITS_4), masked(fifths, 2 * pair, BITS_1), 4),
+        joined(masked(q, 4, BITS_4), masked(fifths, 2 * pair + 1, BITS_1), 4),
+        (d * small(steps & 63), d * small(steps >> 8)),
+        (-dmin * small(minima & 63), -dmin * small(minima >> 8)),
+    )
+
+
+@helper
+def fetch_q6_k(w, base, n, block, part):
+    h, m = part >> 2 & 1, part & 3  # half, which 16 of its 64 bytes
+    d, steps = load2(w, base + 208 * n + 2 * block), base + 192 * n + 16 * block + 8 * h + m
+    q = load16(w, base + 128 * block + 16 * part)
+    high = load16(w, base + 128 * n + 64 * block + 32 * h + 16 * (m & 1))  # 2 bits of four runs
+    return (d, signed1(w, steps), signed1(w, steps + 4), *q, *high)
+
+
+@helper
+def q6_k(raw, part):
+    d, near = half(raw[0]), part & 2
+    scale, other = d * small(raw[1]), d * small(raw[2])
+    q, high = raw[3:7], raw[7:]
+    return (
+        joined(masked(q, 0, BITS_4), masked(high, near, BITS_2), 4),
+        joined(masked(q, 4, BITS_4), masked(high, near + 4, BITS_2), 4),
         (scale, other),
         (float32(-32) * scale, float32(-32) * other),
     )
 
 
 @helper
-def iq4_xs(w, row, unit):
-    at = row + 136 * (unit >> 3)
-    group = unit & 7
-    head, low = load8(w, at)
-    step = low >> 4 * group & 15 | (head >> 16 + 2 * group & 3) << 4
-    a, b = load8(w, at + 8 + 16 * group)
-    c, e = load8(w, at + 16 + 16 * group)
-    return levels(a, b, c, e, IQ4_LEVELS, half(head) * float32(step - 32))
+def fetch_iq4_xs(w, base, n, block, part):
+    return (*load8(w, base + 128 * n + 8 * block), *load16(w, base + 128 * block + 16 * part))
+
+
+@helper
+def iq4_xs(raw, part):
+    step = turned(raw[1], 4 * part) & 15 | (turned(raw[0], 16 + 2 * part) & 3) << 4
+    return levels(raw[2:], IQ4_LEVELS, half(raw[0]) * small(step - 32))
 
 
 UNPACKINGS = {
-    "Q2_K": Unpacking(q2_k, 2, True, 16),
-    "Q3_K": Unpacking(q3_k, 2, True, 16),
-    "Q4_K": Unpacking(q4_k, 2, True),
-    "Q5_K": Unpacking(q5_k, 2, True),
-    "Q6_K": Unpacking(q6_k, 4, True, 16),
-    "IQ4_XS": Unpacking(iq4_xs, 1, False),
+    "Q2_K": Unpacking(fetch_q2_k, q2_k, ((16, 64), (0, 16), (80, 4)), 256, 2, True, 16),
+    "Q3_K": Unpacking(
+        *(fetch_q3_k, q3_k, ((32, 64), (0, 32), (96, 12), (108, 2))), 256, 2, True, 16
+    ),
+    "Q4_K": Unpacking(fetch_q4_k, q4_k, ((0, 144),), 256, 2, True),
+    "Q5_K": Unpacking(fetch_q5_k, q5_k, ((0, 176),), 256, 2, True),
+    "Q6_K": Unpacking(
+        *(fetch_q6_k, q6_k, ((0, 128), (128, 64), (192, 16), (208, 2))), 256, 4, True, 16
+    ),
+    "IQ4_XS": Unpacking(fetch_iq4_xs, iq4_xs, ((8, 128), (0, 8)), 256, 1, False),
 }

@@ -32,16 +32,21 @@ _PROJECT = Path(__file__).resolve().parents[3]
 _names: set[str] = set()
 
 
-def kernel(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """cuda.jit for a kernel that is kept on disk by this name, which no other may have."""
+def kernel(name: str, *, registers: int | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """cuda.jit for a kernel that is kept on disk by this name, which no other may have.
+
+    `registers` are the most that a thread may have. Where a number is given, ptxas has been seen to
+    use what it allows and to put all loads first; without, to have fewer loads under way.
+    """
     if name in _names:
         raise ValueError(f"{name} is the name of another kernel")
     _names.add(name)
 
     def compile_as(function: Callable[..., Any]) -> Any:
-        dispatcher = cuda.jit(function)
-        if not config.ENABLE_CUDASIM:
-            dispatcher._cache = Entries(name)
+        if config.ENABLE_CUDASIM:
+            return cuda.jit(function)
+        dispatcher = cuda.jit(max_registers=registers)(function)
+        dispatcher._cache = Entries(name)
         return dispatcher
 
     return compile_as

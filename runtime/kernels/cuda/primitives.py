@@ -94,6 +94,11 @@ def load1(array, at):
     return struct.unpack_from("<B", array, at)[0]
 
 
+def signed1(array, at):
+    """The byte `at`: -128 to 127."""
+    return struct.unpack_from("<b", array, at)[0]
+
+
 def _bfloat(value):
     bits = int(np.float32(value).view(np.uint32))
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
@@ -113,7 +118,7 @@ def _wrapped(value):
 
 # --- the device's bodies ---------------------------------------------------------------------
 
-_WORD, _SHORT, _FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
+_WORD = ir.IntType(32)
 _POINTER = ir.IntType(8).as_pointer()
 
 ON_WORDS = {
@@ -135,8 +140,9 @@ LOADS = {  # PTX and its operands
     load16: ("ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l"),
     load8: ("ld.global.nc.v2.u32 {$0,$1}, [$2];", "=r,=r,l"),
     load4: ("ld.global.nc.u32 $0, [$1];", "=r,l"),
-    load2: ("ld.global.nc.u16 $0, [$1];", "=h,l"),
-    load1: ("ld.global.nc.u8 $0, [$1];", "=h,l"),
+    load2: ("ld.global.nc.u16 $0, [$1];", "=r,l"),
+    load1: ("ld.global.nc.u8 $0, [$1];", "=r,l"),
+    signed1: ("ld.global.nc.s8 $0, [$1];", "=r,l"),
 }
 
 
@@ -190,7 +196,6 @@ def _pair(function, text, intrinsic, overload):
 def _load(function, form, intrinsic, overload, cgutils):
     text, constraints = form
     n_words = constraints.count("=")
-    is_short = "=h" in constraints
 
     @intrinsic
     def emitted(typingctx, array, at):
@@ -201,9 +206,6 @@ def _load(function, form, intrinsic, overload, cgutils):
             base = proxy(context, builder, value=arguments[0]).data
             place = builder.gep(builder.bitcast(base, _POINTER), [arguments[1]])
             kind = ir.LiteralStructType([_WORD] * n_words) if n_words > 1 else _WORD
-            if is_short:
-                short = _assembly(builder, text, constraints, _SHORT, [place])
-                return builder.zext(short, _WORD)
             loaded = _assembly(builder, text, constraints, kind, [place])
             if n_words == 1:
                 return loaded

@@ -1,4 +1,4 @@
-"""A matrix times a vector, a warp for each row: what decoding does most.
+"""A matrix times a vector, a warp for two rows: what decoding does most.
 
 Blocks of whole numbers are multiplied with activations of 8 bits: `quantise` gives each 32 of them
 one scale, and each 16 the sum that the weights' offsets are multiplied with. Float formats take the
@@ -18,20 +18,22 @@ from gguf_tools.compiler import helper
 from runtime.kernels.cuda.blocks_32 import UNPACKINGS as OF_32
 from runtime.kernels.cuda.blocks_k import UNPACKINGS as OF_256
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16, nearest
+from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load16, nearest
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
 from runtime.kernels.cuda.warps import warp_max, warp_sum
 
-WARPS = 4  # of a block, each with a row of its own
+WARPS = 4  # of a block, each with two rows of its own
+ROWS = 2 * WARPS
+REGISTERS = 128  # of a thread, at most; about half of them are used
 BLOCKS = {**OF_32, **OF_256}
 FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """The kernels of one format; `dot` is what one lane computes of a row."""
+    """The kernels of one format; `dots` is what one lane computes of two rows."""
 
-    dot: Any
+    dots: Any
     matvec: Any
     expert_matvec: Any
 
@@ -68,62 +70,107 @@ def dot_16(a, b):
     return dp4a(a[3], b[3], dp4a(a[2], b[2], dp4a(a[1], b[1], dp4a(a[0], b[0], int32(0)))))
 
 
-def quantised_dot(unpacking: Unpacking) -> Any:
-    """dot(w, row, xq, xd, xs, x, k, lane): the row at byte `row`, the activations from x on."""
-    unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
+@helper
+def float_at(x, at):
+    """Number `at` of float32 that this kernel does not write."""
+    return as_float(load4(x, 4 * at))
+
+
+def quantised_dots(form: Unpacking) -> Any:
+    """dots(w, base, n, row, other, xq, xd, xs, x, k, lane): what a lane makes of two rows.
+
+    The matrix begins at byte `base` and has room for n blocks, or numbers; the activations begin
+    at number x. Both rows are multiplied with what is read of them once.
+    """
+    fetch, decode, size, apart = form.fetch, form.decode, form.size, form.apart
+    units, has_offset = size // 32, form.has_offset
 
     @helper
-    def dot(w, row, xq, xd, xs, x, k, lane):
-        total = float32(0)
-        for unit in range(lane, k // 32, 32):
-            first, other, scales, offsets = unpack(w, row, unit)
-            at = x + 16 * first_run(unit, apart)
-            further = at + 16 * apart
-            near = float32(dot_16(first, load16(xq, at))) * xd[at >> 5]
-            far = float32(dot_16(other, load16(xq, further))) * xd[further >> 5]
-            total += scales[0] * near + scales[1] * far
-            if has_offset:
-                total += offsets[0] * xs[at >> 4] + offsets[1] * xs[further >> 4]
+    def multiplied(raw, part, a, b, d, e, s, t):
+        """A unit of a row times two runs: their numbers, scales and sums."""
+        first, second, scales, offsets = decode(raw, part)
+        near, far = float32(dot_16(first, a)) * d, float32(dot_16(second, b)) * e
+        total = scales[0] * near + scales[1] * far
+        if has_offset:
+            total += offsets[0] * s + offsets[1] * t
         return total
 
-    return dot
+    @helper
+    def dots(w, base, n, row, other, xq, xd, xs, x, k, lane):
+        total, further_total = float32(0), float32(0)
+        part, n_blocks = lane % units, k // size
+        run = first_run(part, apart)
+        row, other = row * n_blocks, other * n_blocks
+        for block in range(lane // units, n_blocks, 32 // units):
+            mine = fetch(w, base, n, row + block, part)
+            theirs = fetch(w, base, n, other + block, part)
+            at = x + 16 * run + size * block
+            a, b = load16(xq, at), load16(xq, at + 16 * apart)
+            at = (x >> 5) + (run >> 1) + units * block
+            d, e = float_at(xd, at), float_at(xd, at + apart // 2)
+            s, t = float32(0), float32(0)
+            if has_offset:
+                at = (x >> 4) + run + 2 * units * block
+                s, t = float_at(xs, at), float_at(xs, at + apart)
+            total += multiplied(mine, part, a, b, d, e, s, t)
+            further_total += multiplied(theirs, part, a, b, d, e, s, t)
+        return total, further_total
+
+    return dots
 
 
-def halves_dot(low: Any, high: Any) -> Any:
+def halves_dots(low: Any, high: Any) -> Any:
     """The same of a format of 16 bits: xq are float32, xd and xs are not read."""
 
     @helper
-    def dot(w, row, xq, xd, xs, x, k, lane):
-        total = float32(0)
+    def multiplied(w, at, a, b):
+        c, d, e, f = load16(w, at)
+        total = low(c) * as_float(a[0]) + high(c) * as_float(a[1])
+        total += low(d) * as_float(a[2]) + high(d) * as_float(a[3])
+        total += low(e) * as_float(b[0]) + high(e) * as_float(b[1])
+        return total + (low(f) * as_float(b[2]) + high(f) * as_float(b[3]))
+
+    @helper
+    def dots(w, base, n, row, other, xq, xd, xs, x, k, lane):
+        total, further_total = float32(0), float32(0)
+        row, other = base + 2 * k * row, base + 2 * k * other
         whole = k // 8 if k % 8 == 0 else 0  # rows that do not begin with 16 bytes go one by one
         for unit in range(lane, whole, 32):
-            at = x + 8 * unit
-            a, b, c, d = load16(w, row + 16 * unit)
-            total += low(a) * xq[at] + high(a) * xq[at + 1]
-            total += low(b) * xq[at + 2] + high(b) * xq[at + 3]
-            total += low(c) * xq[at + 4] + high(c) * xq[at + 5]
-            total += low(d) * xq[at + 6] + high(d) * xq[at + 7]
+            at = 4 * (x + 8 * unit)
+            a, b = load16(xq, at), load16(xq, at + 16)
+            total += multiplied(w, row + 16 * unit, a, b)
+            further_total += multiplied(w, other + 16 * unit, a, b)
         for i in range(8 * whole + lane, k, 32):
-            total += low(load2(w, row + 2 * i)) * xq[x + i]
-        return total
+            a = float_at(xq, x + i)
+            total += low(load2(w, row + 2 * i)) * a
+            further_total += low(load2(w, other + 2 * i)) * a
+        return total, further_total
 
-    return dot
+    return dots
 
 
 @helper
-def f32_dot(w, row, xq, xd, xs, x, k, lane):
+def dot_4(a, b):
+    """The sum of four products of float32."""
+    total = as_float(a[0]) * as_float(b[0]) + as_float(a[1]) * as_float(b[1])
+    return total + (as_float(a[2]) * as_float(b[2]) + as_float(a[3]) * as_float(b[3]))
+
+
+@helper
+def f32_dots(w, base, n, row, other, xq, xd, xs, x, k, lane):
     """The same of F32."""
-    total = float32(0)
+    total, further_total = float32(0), float32(0)
+    row, other = base + 4 * k * row, base + 4 * k * other
     whole = k // 4 if k % 4 == 0 else 0
     for unit in range(lane, whole, 32):
-        at = x + 4 * unit
-        a, b, c, d = load16(w, row + 16 * unit)
-        total += as_float(a) * xq[at] + as_float(b) * xq[at + 1]
-        total += as_float(c) * xq[at + 2] + as_float(d) * xq[at + 3]
+        a = load16(xq, 4 * (x + 4 * unit))
+        total += dot_4(load16(w, row + 16 * unit), a)
+        further_total += dot_4(load16(w, other + 16 * unit), a)
     for i in range(4 * whole + lane, k, 32):
-        bits = load2(w, row + 4 * i) | load2(w, row + 4 * i + 2) << 16
-        total += as_float(bits) * xq[x + i]
-    return total
+        a = float_at(xq, x + i)
+        total += as_float(load4(w, row + 4 * i)) * a
+        further_total += as_float(load4(w, other + 4 * i)) * a
+    return total, further_total
 
 
 @helper
@@ -146,43 +193,51 @@ def high_bfloat(word):
     return as_float(word & -65536)
 
 
-def make_products(name: str, dot: Any) -> Products:
-    """Kernels around a dot."""
+def make_products(name: str, dots: Any, block_bytes: int) -> Products:
+    """Kernels around what a lane makes of two rows; `n` blocks are what a matrix has room for."""
 
-    @kernel(f"{name}_matvec")
-    def matvec(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes):
+    @kernel(f"{name}_matvec", registers=REGISTERS)
+    def matvec(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, n):
         """y = w times each token's activations."""
-        row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
+        row = 2 * (cuda.blockIdx.x * WARPS + cuda.threadIdx.y)
         token = cuda.blockIdx.y
         lane = cuda.threadIdx.x
         if row < n_rows:
-            total = dot(w, row * row_bytes, xq, xd, xs, token * x_stride, k, lane)
-            total = warp_sum(total)
+            other = min(row + 1, n_rows - 1)
+            a, b = dots(w, 0, n, row, other, xq, xd, xs, token * x_stride, k, lane)
+            a, b = warp_sum(a), warp_sum(b)
             if lane == 0:
-                y[token * y_stride + row] = total
+                y[token * y_stride + row] = a
+                y[token * y_stride + other] = b if other > row else a
 
-    @kernel(f"{name}_expert_matvec")
+    @kernel(f"{name}_expert_matvec", registers=REGISTERS)
     def expert_matvec(
-        w, xq, xd, xs, x_stride, slot_stride, y, y_stride, n_rows, k, row_bytes, routes, r_stride
+        w, xq, xd, xs, x_stride, slot_stride, y, y_stride, n_rows, k, n, routes, r_stride
     ):
         """The same with each slot's expert; its activations are `slot_stride` after the last's."""
-        row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
+        row = 2 * (cuda.blockIdx.x * WARPS + cuda.threadIdx.y)
         token, slot = cuda.blockIdx.y, cuda.blockIdx.z
         lane = cuda.threadIdx.x
         if row < n_rows:
-            expert = int(routes[token * r_stride + slot])
-            at = (expert * n_rows + row) * row_bytes
+            other = min(row + 1, n_rows - 1)
+            base = int(routes[token * r_stride + slot]) * n * block_bytes
             x = token * x_stride + slot * slot_stride
-            total = warp_sum(dot(w, at, xq, xd, xs, x, k, lane))
+            a, b = dots(w, base, n, row, other, xq, xd, xs, x, k, lane)
+            a, b = warp_sum(a), warp_sum(b)
             if lane == 0:
-                y[token * y_stride + slot * n_rows + row] = total
+                at = token * y_stride + slot * n_rows
+                y[at + row] = a
+                y[at + other] = b if other > row else a
 
-    return Products(dot, matvec, expert_matvec)
+    return Products(dots, matvec, expert_matvec)
 
 
 PRODUCTS = {
-    **{name: make_products(name, quantised_dot(form)) for name, form in BLOCKS.items()},
-    "F32": make_products("F32", f32_dot),
-    "F16": make_products("F16", halves_dot(low_half, high_half)),
-    "BF16": make_products("BF16", halves_dot(low_bfloat, high_bfloat)),
+    **{
+        name: make_products(name, quantised_dots(form), form.block_bytes)
+        for name, form in BLOCKS.items()
+    },
+    "F32": make_products("F32", f32_dots, 4),
+    "F16": make_products("F16", halves_dots(low_half, high_half), 2),
+    "BF16": make_products("BF16", halves_dots(low_bfloat, high_bfloat), 2),
 }

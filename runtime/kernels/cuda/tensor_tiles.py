@@ -100,7 +100,7 @@ def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
     load = make_loader(unpacking, WORDS)
 
     @cuda.jit(device=True)
-    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+    def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
         scales = cuda.shared.array(ALL_RUNS, types.float32)
         offsets = cuda.shared.array(ALL_RUNS, types.float32)
@@ -118,7 +118,7 @@ def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
             load(
                 w,
                 base,
-                row_bytes,
+                n,
                 n_rows,
                 k,
                 xq,
@@ -144,9 +144,9 @@ def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
                         scale, other = scales[at], scales[at + 8 * RUNS]
                         if has_offset:
                             offset, other_offset = offsets[at], offsets[at + 8 * RUNS]
-                        for n in range(2):
-                            c = multiply(a, near if n == 0 else far, lane)
-                            at = (pair + 8 * n) * RUNS + run
+                        for side in range(2):
+                            c = multiply(a, near if side == 0 else far, lane)
+                            at = (pair + 8 * side) * RUNS + run
                             d, e = their_scales[at], their_scales[at + RUNS]
                             c = scaled(c, scale, other, d, e)
                             if has_offset:
@@ -155,10 +155,10 @@ def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
                                     d += their_sums[at + 1]
                                     e += their_sums[at + RUNS + 1]
                                 c = shifted(c, offset, other_offset, d, e)
-                            sums[2 * m, 2 * n] += c[0]
-                            sums[2 * m, 2 * n + 1] += c[1]
-                            sums[2 * m + 1, 2 * n] += c[2]
-                            sums[2 * m + 1, 2 * n + 1] += c[3]
+                            sums[2 * m, 2 * side] += c[0]
+                            sums[2 * m, 2 * side + 1] += c[1]
+                            sums[2 * m + 1, 2 * side] += c[2]
+                            sums[2 * m + 1, 2 * side + 1] += c[3]
             cuda.syncthreads()
         store(sums, y, y_at, n_rows, row, pair)
 
@@ -182,7 +182,7 @@ def _half_tile(name: str, packed: Any) -> Any:
     multiply_add = MULTIPLY_ADD[name]
 
     @cuda.jit(device=True)
-    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+    def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
         others = cuda.shared.array(ALL_WORDS, types.int32)
         sums = cuda.local.array((4, 4), types.float32)
@@ -200,7 +200,7 @@ def _half_tile(name: str, packed: Any) -> Any:
                 at = line * WORDS + 4 * (item % (HALVES // 8))
                 a, b, c, d = 0, 0, 0, 0
                 if block_row + line < n_rows and here < k:
-                    a, b, c, d = load16(w, base + (block_row + line) * row_bytes + 2 * here)
+                    a, b, c, d = load16(w, base + 2 * ((block_row + line) * k + here))
                 weights[at], weights[at + 1] = a, b
                 weights[at + 2], weights[at + 3] = c, d
                 a, b, c, d = 0, 0, 0, 0
@@ -218,19 +218,19 @@ def _half_tile(name: str, packed: Any) -> Any:
                     far = tokens_32(others, (token + 8) * WORDS + at)
                     for m in range(2):
                         mine = rows_32(weights, (row + 16 * m) * WORDS + at)
-                        for n in range(2):
+                        for side in range(2):
                             products = (
-                                sums[2 * m, 2 * n],
-                                sums[2 * m, 2 * n + 1],
-                                sums[2 * m + 1, 2 * n],
-                                sums[2 * m + 1, 2 * n + 1],
+                                sums[2 * m, 2 * side],
+                                sums[2 * m, 2 * side + 1],
+                                sums[2 * m + 1, 2 * side],
+                                sums[2 * m + 1, 2 * side + 1],
                             )
-                            theirs = near if n == 0 else far
+                            theirs = near if side == 0 else far
                             products = multiply_add(mine, theirs, products, lane)
-                            sums[2 * m, 2 * n] = products[0]
-                            sums[2 * m, 2 * n + 1] = products[1]
-                            sums[2 * m + 1, 2 * n] = products[2]
-                            sums[2 * m + 1, 2 * n + 1] = products[3]
+                            sums[2 * m, 2 * side] = products[0]
+                            sums[2 * m, 2 * side + 1] = products[1]
+                            sums[2 * m + 1, 2 * side] = products[2]
+                            sums[2 * m + 1, 2 * side + 1] = products[3]
             cuda.syncthreads()
         store(sums, y, y_at, n_rows, row, pair)
 
@@ -250,13 +250,13 @@ def store(sums, y, y_at, n_rows, row, pair):
 
 def _make(generation: str) -> dict[str, Tiles]:
     return {
-        name: make_tiles(f"{name}_{generation}", _tensor_tile(unpacking, generation))
-        for name, unpacking in BLOCKS.items()
+        name: make_tiles(f"{name}_{generation}", _tensor_tile(form, generation), form.block_bytes)
+        for name, form in BLOCKS.items()
     }
 
 
 TENSOR_TILES = {generation: _make(generation) for generation in GENERATIONS}
 for _name, _packed in (("F16", packed_halves), ("BF16", packed_bfloats)):
-    _tiles = make_tiles(f"{_name}_ampere", _half_tile(_name, _packed))
+    _tiles = make_tiles(f"{_name}_ampere", _half_tile(_name, _packed), 2)
     TENSOR_TILES["ampere"][_name] = _tiles
 assert ROWS == TOKENS == 64  # eight warps: two of rows, four of tokens

@@ -14,7 +14,7 @@ from numpy import float32, int32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load16
+from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load16
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
 
@@ -38,18 +38,21 @@ class Tiles:
 
 
 def make_put(unpacking: Unpacking, words: int) -> Any:
-    """put(w, place, here, row, unit, weights, scales, offsets): unit `here` of the row at byte
-    `place`, or zeros below 0, to where unit `unit` of a tile's row is; rows of so many words."""
-    unpack, apart, has_offset = unpacking.unpack, unpacking.apart, unpacking.has_offset
+    """put(w, base, n, here, row, unit, weights, scales, offsets): unit `here` of the matrix at byte
+    `base`, or zeros below 0, to where unit `unit` of a tile's row is; rows of so many words."""
+    fetch, decode = unpacking.fetch, unpacking.decode
+    apart, has_offset = unpacking.apart, unpacking.has_offset
+    units = unpacking.size // 32
 
     @helper
-    def put(w, place, here, row, unit, weights, scales, offsets):
+    def put(w, base, n, here, row, unit, weights, scales, offsets):
         run = first_run(unit, apart)
         at = row * words + 4 * run
         further = at + 4 * apart
         item = row * RUNS + run
         if here >= 0:
-            one, two, scale, offset = unpack(w, place, here)
+            part = here % units
+            one, two, scale, offset = decode(fetch(w, base, n, here // units, part), part)
             for i in range(4):
                 weights[at + i] = one[i]
                 weights[further + i] = two[i]
@@ -79,7 +82,7 @@ def make_loader(unpacking: Unpacking, words: int) -> Any:
     def load(
         w,
         base,
-        row_bytes,
+        n,
         n_rows,
         k,
         xq,
@@ -101,8 +104,9 @@ def make_loader(unpacking: Unpacking, words: int) -> Any:
         here = start // 32 + unit
         if first_row + row >= n_rows or here * 32 >= k:
             here = -1
-        place = base + (first_row + row) * row_bytes
-        put(w, place, here, row, unit, weights, scales, offsets)
+        else:
+            here += (first_row + row) * (k // 32)
+        put(w, base, n, here, row, unit, weights, scales, offsets)
         for item in range(thread, TOKENS * RUNS, THREADS):
             token, run = item // RUNS, item % RUNS
             at = token * words + 4 * run
@@ -128,7 +132,7 @@ def _quantised_tile(unpacking: Unpacking) -> Any:
     load = make_loader(unpacking, WORDS)
 
     @cuda.jit(device=True)
-    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+    def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
         scales = cuda.shared.array(ALL_RUNS, types.float32)
         offsets = cuda.shared.array(ALL_RUNS, types.float32)
@@ -148,7 +152,7 @@ def _quantised_tile(unpacking: Unpacking) -> Any:
             load(
                 w,
                 base,
-                row_bytes,
+                n,
                 n_rows,
                 k,
                 xq,
@@ -167,8 +171,8 @@ def _quantised_tile(unpacking: Unpacking) -> Any:
             for run in range(RUNS):
                 for i in range(4):
                     at = (down + 16 * i) * WORDS + 4 * run
-                    for n in range(4):
-                        a[i, n] = weights[at + n]
+                    for word in range(4):
+                        a[i, word] = weights[at + word]
                 for j in range(4):
                     if j < n_wide:
                         at = (along + 16 * j) * WORDS + 4 * run
@@ -189,7 +193,7 @@ def _quantised_tile(unpacking: Unpacking) -> Any:
 
 def _float_tile(size: int, element: Any) -> Any:
     @cuda.jit(device=True)
-    def tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at):
+    def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_FLOATS, types.float32)
         others = cuda.shared.array(ALL_FLOATS, types.float32)
         sums = cuda.local.array((4, 4), types.float32)
@@ -209,8 +213,8 @@ def _float_tile(size: int, element: Any) -> Any:
                 others[at] = float32(0)
                 if column < k:
                     if first_row + row < n_rows:
-                        place = base + (first_row + row) * row_bytes
-                        weights[at] = element(w, place + size * column)
+                        place = base + size * ((first_row + row) * k + column)
+                        weights[at] = element(w, place)
                     if x_at[row] >= 0:
                         others[at] = xq[x_at[row] + column]
             cuda.syncthreads()
@@ -250,7 +254,7 @@ def _store(sums, y, y_at, first_row, n_rows, down, along):
 
 @helper
 def f32_at(w, at):
-    return as_float(load2(w, at) | load2(w, at + 2) << 16)
+    return as_float(load4(w, at))
 
 
 @helper
@@ -263,9 +267,9 @@ def bf16_at(w, at):
     return as_float(load2(w, at) << 16)
 
 
-def make_tiles(name: str, tile: Any) -> Tiles:
+def make_tiles(name: str, tile: Any, block_bytes: int) -> Tiles:
     @kernel(f"{name}_matmul")
-    def matmul(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes, n_tokens):
+    def matmul(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, n, n_tokens):
         """y = each token's activations times w, transposed."""
         x_at = cuda.shared.array(TOKENS, types.int64)
         y_at = cuda.shared.array(TOKENS, types.int64)
@@ -276,7 +280,7 @@ def make_tiles(name: str, tile: Any) -> Tiles:
             x_at[thread] = token * x_stride if inside else -1
             y_at[thread] = token * y_stride if inside else -1
         cuda.syncthreads()
-        tile(w, 0, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at)
+        tile(w, 0, n, n_rows, k, xq, xd, xs, x_at, y, y_at)
 
     @kernel(f"{name}_expert_matmul")
     def expert_matmul(
@@ -290,7 +294,7 @@ def make_tiles(name: str, tile: Any) -> Tiles:
         y_stride,
         n_rows,
         k,
-        row_bytes,
+        n,
         order,
         starts,
         n_used,
@@ -311,8 +315,8 @@ def make_tiles(name: str, tile: Any) -> Tiles:
                     x_at[thread] = token * x_stride + slot * slot_stride
                     y_at[thread] = token * y_stride + slot * n_rows
             cuda.syncthreads()
-            base = expert * n_rows * row_bytes
-            tile(w, base, row_bytes, n_rows, k, xq, xd, xs, x_at, y, y_at)
+            base = expert * n * block_bytes
+            tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at)
 
     return Tiles(matmul, expert_matmul)
 
@@ -343,8 +347,11 @@ def sort_slots(routes, routes_stride, n_tokens, n_used, n_experts, order, starts
 
 
 TILES = {
-    **{name: make_tiles(name, _quantised_tile(unpacking)) for name, unpacking in BLOCKS.items()},
-    "F32": make_tiles("F32", _float_tile(4, f32_at)),
-    "F16": make_tiles("F16", _float_tile(2, f16_at)),
-    "BF16": make_tiles("BF16", _float_tile(2, bf16_at)),
+    **{
+        name: make_tiles(name, _quantised_tile(form), form.block_bytes)
+        for name, form in BLOCKS.items()
+    },
+    "F32": make_tiles("F32", _float_tile(4, f32_at), 4),
+    "F16": make_tiles("F16", _float_tile(2, f16_at), 2),
+    "BF16": make_tiles("BF16", _float_tile(2, bf16_at), 2),
 }

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from gguf_tools.quants import by_name
+from runtime.backends import cuda_memory
 from runtime.backends.cuda import CUDABackend
 from runtime.backends.cuda_formats import NATIVE, weight_bytes
+from runtime.backends.cuda_memory import DeviceMemory, spread_out
 from runtime.backends.cuda_room import HEAD_ROWS
+from runtime.kernels.cuda.products import BLOCKS
 from runtime.program import MatMul, Matrix, Program
 from runtime.stages import whole
 from tests.cuda.device.agreement import FLOAT, INT8, logits, worst
@@ -44,6 +47,25 @@ def test_a_product(name: str, rng: np.random.Generator) -> None:
     expected = program.embed(np.arange(9), 0) @ program.head[0].matrix.rows(slice(None)).T
     worst_of_all = np.abs(tiled - expected).max() / np.abs(expected).max()
     assert worst_of_all <= (FLOAT if name in FLOATS + OTHERS else INT8)
+
+
+@pytest.mark.parametrize("name", [name for name, form in BLOCKS.items() if len(form.planes) > 1])
+def test_fields_lie_apart(
+    name: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NumPy puts them, for two matrices in turn, with three rows at a time on their way."""
+    k = by_name(name).block_size * 3
+    matrices = [random_matrix(rng, 7, k, name) for _ in range(2)]
+    monkeypatch.setattr(cuda_memory, "STAGED", 3 * by_name(name).row_bytes(k))
+    memory = DeviceMemory()
+    held = memory.weights(matrices).copy_to_host().reshape(2, -1)
+    for matrix, found in zip(matrices, held, strict=True):
+        expected = spread_out(matrix)
+        assert len(expected) == weight_bytes(matrix)
+        form, n = BLOCKS[name], 21
+        for _, width, at in form.places(32):
+            here = slice(at, at + n * width)
+            assert np.array_equal(found[here], expected[here])
 
 
 @pytest.mark.parametrize("name", FLOATS)
