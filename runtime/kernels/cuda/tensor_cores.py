@@ -10,7 +10,8 @@ each other, and each lane holds words of 4 bytes: of group = lane // 4 and membe
 (PTX ISA, matrix fragments of mma.m8n8k16, m16n8k16 and m16n8k32 with .s8.) `multiply(rows, tokens,
 lane)` takes the words of 32 columns as (row, row + 8, the same of the next 16), (token, the next),
 or of 16 columns half of them, and gives the four products: row with both tokens, row + 8 with both.
-The Python body is what the simulator runs.
+The Python body is what the simulator runs. `load_words` brings a lane its words of four such pieces
+of shared memory at once (ldmatrix).
 
 Of float16 and bfloat16 a word holds two, and 32 bytes are 16 columns: the lanes' words are the same
 ones (mma.m16n8k16 with .f16 and .bf16). `multiply_add(rows, tokens, sums, lane)` adds the products
@@ -26,6 +27,7 @@ from runtime.kernels.cuda.primitives import as_float, dp4a, half
 
 ALL = 0xFFFFFFFF
 _WORD = ir.IntType(32)
+_SHARED = 3  # the address space of shared memory (NVVM IR)
 
 _INT8 = "row.col.s32.s8.s8.s32"
 _HALF = "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
@@ -49,6 +51,48 @@ TURING_32 = (
     f"{_8_ROWS} {{$0,$1}}, {{$6}}, {{$9}}, {{$0,$1}}; "
     f"{_8_ROWS} {{$2,$3}}, {{$7}}, {{$9}}, {{$2,$3}};"
 )
+
+
+LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
+
+
+def load_words(words, at, lane):
+    """The lanes' words of four times 8 rows of 16 bytes, that begin at words `at` of the lanes 0 to
+    7, 8 to 15, 16 to 23 and 24 to 31 in shared memory: row lane // 4 of each, word lane % 4."""
+    places = [cuda.shfl_sync(ALL, at, 8 * i + lane // 4) for i in range(4)]
+    return tuple(words[place + lane % 4] for place in places)
+
+
+def _emit_load(load_words: Any) -> Any:
+    if config.ENABLE_CUDASIM:
+        return cuda.jit(device=True)(load_words)
+    from numba.cuda import cgutils
+    from numba.cuda.extending import intrinsic, overload
+
+    @intrinsic
+    def emitted(typingctx, words, at):
+        def generate(context, builder, signature, arguments):
+            proxy = cgutils.create_struct_proxy(signature.args[0])
+            base = proxy(context, builder, value=arguments[0]).data
+            place = builder.gep(base, [arguments[1]])
+            shared = builder.addrspacecast(place, ir.PointerType(_WORD, _SHARED))
+            kind = ir.FunctionType(ir.LiteralStructType([_WORD] * 4), [_WORD])
+            # What the block has written before a barrier must be there: no load may move.
+            assembly = ir.InlineAsm(kind, LOAD, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
+            address = builder.ptrtoint(shared, _WORD)
+            made = builder.call(assembly, [address], attrs=("convergent",))
+            return cgutils.pack_array(builder, [builder.extract_value(made, i) for i in range(4)])
+
+        return types.UniTuple(types.int32, 4)(words, types.int64), generate
+
+    @overload(load_words)
+    def typed(words, at, lane):
+        return lambda words, at, lane: emitted(words, types.int64(at))
+
+    return load_words
+
+
+load_words = _emit_load(load_words)
 
 
 def _make_multiply(text: str, n_words: int) -> Any:

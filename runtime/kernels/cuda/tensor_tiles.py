@@ -15,21 +15,24 @@ from numpy import float32
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.primitives import as_float, load16, two_bfloats, two_halves
 from runtime.kernels.cuda.products import BLOCKS
-from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD
+from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD, load_words
 from runtime.kernels.cuda.tiles import (
-    ALL_RUNS,
+    ALL_GROUPS,
     ROWS,
-    RUNS,
     STEP,
-    THREADS,
     TOKENS,
     Tiles,
-    make_loader,
+    fetch_theirs,
+    make_fetch,
+    make_put,
+    make_put_theirs,
     make_tiles,
+    place,
+    source,
 )
 from runtime.kernels.cuda.unpacking import Unpacking
 
-WORDS = STEP // 4 + 4  # of a row in shared memory: the lanes of a fragment are in 32 banks
+WORDS = STEP // 4 + 4  # of a row in shared memory: 8 rows of 16 bytes are in 32 banks
 ALL_WORDS = ROWS * WORDS
 GENERATIONS = ("ampere", "turing")
 HALVES = STEP // 2  # columns of 16 bits at a time
@@ -37,128 +40,128 @@ LARGEST_HALF = np.float32(65504)
 
 
 @helper
-def rows_32(words, at):
-    """A lane's words of 16 rows and 32 columns."""
-    return words[at], words[at + 8 * WORDS], words[at + 4], words[at + 8 * WORDS + 4]
+def row_at(first, lane):
+    """Where a lane has load_words begin: 16 rows from `first` on, 32 bytes, as (row, row + 8) and
+    the same of the next 16 bytes."""
+    return (first + lane % 16) * WORDS + 4 * (lane // 16)
 
 
 @helper
-def tokens_32(words, at):
-    """A lane's words of 8 tokens and 32 columns."""
-    return words[at], words[at + 4]
-
-
-@helper
-def rows_16(words, at):
-    return words[at], words[at + 8 * WORDS]
-
-
-@helper
-def tokens_16(words, at):
-    return (words[at],)
+def token_at(first, lane):
+    """The same of 16 tokens: (token, its next 16 bytes) and the same of token + 8."""
+    return (first + lane // 16 * 8 + lane % 8) * WORDS + 4 * (lane // 8 % 2)
 
 
 @helper
 def places(warp, lane):
-    """Where a warp's rows and tokens begin; a lane's row, token and word in fragments; the first
-    token of its products."""
+    """Where a warp's rows and tokens begin; the first row and token of a lane's products."""
     first_row, first_token = 32 * (warp % 2), 16 * (warp // 2)
-    group, member = lane // 4, lane % 4
+    return first_row, first_token, first_row + lane // 4, first_token + 2 * (lane % 4)
+
+
+@helper
+def wide(a, b, each):
+    """Of load_words' rows and tokens: 16 rows, 8 tokens and 8 more, of 32 columns."""
+    return a, (b[0], b[1]), (b[2], b[3])
+
+
+@helper
+def narrow(a, b, each):
+    """The same of the first 16 columns, or the others."""
+    if each == 0:
+        return (a[0], a[1]), (b[0],), (b[2],)
+    return (a[2], a[3]), (b[1],), (b[3],)
+
+
+@helper
+def added(sums, c, scale, other, d, e):
+    """Four sums, plus products times the scales of their rows and of their tokens."""
     return (
-        first_row,
-        first_token,
-        first_row + group,
-        first_token + group,
-        member,
-        first_token + 2 * member,
+        sums[0] + float32(c[0]) * (scale * d),
+        sums[1] + float32(c[1]) * (scale * e),
+        sums[2] + float32(c[2]) * (other * d),
+        sums[3] + float32(c[3]) * (other * e),
     )
 
 
 @helper
-def scaled(c, scale, other, d, e):
-    """Four products, each times the scales of its row and of its token."""
+def shifted(sums, offset, other, d, e):
+    """Four sums, plus offsets of their rows times sums of their tokens."""
     return (
-        float32(c[0]) * (scale * d),
-        float32(c[1]) * (scale * e),
-        float32(c[2]) * (other * d),
-        float32(c[3]) * (other * e),
+        sums[0] + offset * d,
+        sums[1] + offset * e,
+        sums[2] + other * d,
+        sums[3] + other * e,
     )
 
 
-@helper
-def shifted(c, offset, other, d, e):
-    """The same with offsets of rows times sums of tokens added."""
-    return c[0] + offset * d, c[1] + offset * e, c[2] + other * d, c[3] + other * e
-
-
-def _tensor_tile(unpacking: Unpacking, generation: str) -> Any:
-    has_offset = unpacking.has_offset
-    is_wide = unpacking.per_scale == 32
-    multiply = MULTIPLY[generation, unpacking.per_scale]
-    rows_of, tokens_of = (rows_32, tokens_32) if is_wide else (rows_16, tokens_16)
-    runs_at_once = unpacking.per_scale // 16
-    load = make_loader(unpacking, WORDS)
+def _tensor_tile(form: Unpacking, generation: str) -> Any:
+    has_offset = form.has_offset
+    multiply = MULTIPLY[generation, form.per_scale]
+    fetch, put, put_theirs = make_fetch(form), make_put(form, WORDS), make_put_theirs(form, WORDS)
+    n_each, pieces = 32 // form.per_scale, wide if form.per_scale == 32 else narrow
+    all_groups = ROWS * n_each * (STEP // 32)
 
     @cuda.jit(device=True)
     def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
-        scales = cuda.shared.array(ALL_RUNS, types.float32)
-        offsets = cuda.shared.array(ALL_RUNS, types.float32)
+        scales = cuda.shared.array(all_groups, types.float32)
+        offsets = cuda.shared.array(all_groups, types.float32)
         others = cuda.shared.array(ALL_WORDS, types.int32)
-        their_scales = cuda.shared.array(ALL_RUNS, types.float32)
-        their_sums = cuda.shared.array(ALL_RUNS, types.float32)
-        sums = cuda.local.array((4, 4), types.float32)  # [rows + 8 i][tokens], as c of `scaled`
-        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-        first_row, first_token, row, token, column, pair = places(warp, lane)
-        is_needed = cuda.blockIdx.x * ROWS + first_row < n_rows and y_at[first_token] >= 0
+        their_scales = cuda.shared.array(ALL_GROUPS, types.float32)
+        their_sums = cuda.shared.array(all_groups, types.float32)
+        sums = cuda.local.array((4, 4), types.float32)  # [rows + 8 i][tokens], as in `added`
+        thread = cuda.threadIdx.x
+        line, unit = thread // 4, thread % 4
+        warp, lane = thread // 32, thread % 32
+        first_row, first_token, row, pair = places(warp, lane)
+        is_needed = cuda.blockIdx.x * ROWS + first_row < n_rows and y_at[place(first_token)] >= 0
+        my_row, x = source(n_rows, x_at)
+        rows_at, tokens_at = row_at(first_row, lane), token_at(first_token, lane)
         for i in range(4):
             for j in range(4):
                 sums[i, j] = float32(0)
+        raw, part = fetch(w, base, n, my_row, k, 0, unit)
+        q, floats = fetch_theirs(xq, xd, xs, x, k, 0, unit)
         for start in range(0, k, STEP):
-            load(
-                w,
-                base,
-                n,
-                n_rows,
-                k,
-                xq,
-                xd,
-                xs,
-                x_at,
-                start,
-                weights,
-                scales,
-                offsets,
-                others,
-                their_scales,
-                their_sums,
-            )
+            put(raw, part, line, unit, weights, scales, offsets)
+            put_theirs(q, floats, line, unit, others, their_scales, their_sums)
             cuda.syncthreads()
+            # What the next step takes is on its way while this one is computed.
+            raw, part = fetch(w, base, n, my_row, k, start + STEP, unit)
+            q, floats = fetch_theirs(xq, xd, xs, x, k, start + STEP, unit)
             if is_needed:
-                for run in range(0, RUNS, runs_at_once):
-                    at = token * WORDS + 4 * run + column
-                    near, far = tokens_of(others, at), tokens_of(others, at + 8 * WORDS)
+                for columns in range(STEP // 32):
+                    b = load_words(others, tokens_at + 8 * columns, lane)
                     for m in range(2):
-                        a = rows_of(weights, (row + 16 * m) * WORDS + 4 * run + column)
-                        at = (row + 16 * m) * RUNS + run
-                        scale, other = scales[at], scales[at + 8 * RUNS]
-                        if has_offset:
-                            offset, other_offset = offsets[at], offsets[at + 8 * RUNS]
-                        for side in range(2):
-                            c = multiply(a, near if side == 0 else far, lane)
-                            at = (pair + 8 * side) * RUNS + run
-                            d, e = their_scales[at], their_scales[at + RUNS]
-                            c = scaled(c, scale, other, d, e)
+                        at = rows_at + 16 * m * WORDS + 8 * columns
+                        a = load_words(weights, at, lane)
+                        for each in range(n_each):
+                            group = columns * n_each + each
+                            at = group * ROWS + row + 16 * m
+                            scale, other = scales[place(at)], scales[place(at + 8)]
                             if has_offset:
-                                d, e = their_sums[at], their_sums[at + RUNS]
-                                if is_wide:
-                                    d += their_sums[at + 1]
-                                    e += their_sums[at + RUNS + 1]
-                                c = shifted(c, offset, other_offset, d, e)
-                            sums[2 * m, 2 * side] += c[0]
-                            sums[2 * m, 2 * side + 1] += c[1]
-                            sums[2 * m + 1, 2 * side] += c[2]
-                            sums[2 * m + 1, 2 * side + 1] += c[3]
+                                offset, other_offset = offsets[place(at)], offsets[place(at + 8)]
+                            mine, near, far = pieces(a, b, each)
+                            for side in range(2):
+                                c = multiply(mine, near if side == 0 else far, lane)
+                                made = (
+                                    sums[2 * m, 2 * side],
+                                    sums[2 * m, 2 * side + 1],
+                                    sums[2 * m + 1, 2 * side],
+                                    sums[2 * m + 1, 2 * side + 1],
+                                )
+                                if has_offset:
+                                    at = group * TOKENS + pair + 8 * side
+                                    d, e = their_sums[place(at)], their_sums[place(at + 1)]
+                                    made = shifted(made, offset, other_offset, d, e)
+                                at = columns * TOKENS + pair + 8 * side
+                                d, e = their_scales[place(at)], their_scales[place(at + 1)]
+                                made = added(made, c, scale, other, d, e)
+                                sums[2 * m, 2 * side] = made[0]
+                                sums[2 * m, 2 * side + 1] = made[1]
+                                sums[2 * m + 1, 2 * side] = made[2]
+                                sums[2 * m + 1, 2 * side + 1] = made[3]
             cuda.syncthreads()
         store(sums, y, y_at, n_rows, row, pair)
 
@@ -178,46 +181,82 @@ def packed_bfloats(low, high):
     return two_bfloats(low, high)
 
 
+@helper
+def fetch_halves(w, at, column, k):
+    """Sixteen columns of a row that begins at byte `at`; zeros behind the last."""
+    a, b = (0, 0, 0, 0), (0, 0, 0, 0)
+    if column < k:
+        a = load16(w, at + 2 * column)
+    if column + 8 < k:
+        b = load16(w, at + 2 * column + 16)
+    return (*a, *b)
+
+
+def _make_fetch_theirs(packed: Any) -> Any:
+    @helper
+    def eight(x, at):
+        a, b, c, d = load16(x, 4 * at)
+        e, f, g, h = load16(x, 4 * at + 16)
+        return (
+            packed(as_float(a), as_float(b)),
+            packed(as_float(c), as_float(d)),
+            packed(as_float(e), as_float(f)),
+            packed(as_float(g), as_float(h)),
+        )
+
+    @helper
+    def fetch(x, at, column, k):
+        """Sixteen activations of a token that begins at number `at`, rounded to 16 bits."""
+        a, b = (0, 0, 0, 0), (0, 0, 0, 0)
+        if column < k:
+            a = eight(x, at + column)
+        if column + 8 < k:
+            b = eight(x, at + column + 8)
+        return (*a, *b)
+
+    return fetch
+
+
+@helper
+def put_words(q, words, line, unit):
+    """Eight words to a row of shared memory."""
+    for i in range(8):
+        words[place(line * WORDS + 8 * unit + i)] = q[i]
+
+
 def _half_tile(name: str, packed: Any) -> Any:
-    multiply_add = MULTIPLY_ADD[name]
+    multiply_add, fetch_theirs = MULTIPLY_ADD[name], _make_fetch_theirs(packed)
 
     @cuda.jit(device=True)
     def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
         others = cuda.shared.array(ALL_WORDS, types.int32)
         sums = cuda.local.array((4, 4), types.float32)
-        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-        first_row, first_token, row, token, column, pair = places(warp, lane)
-        block_row = cuda.blockIdx.x * ROWS
-        is_needed = block_row + first_row < n_rows and y_at[first_token] >= 0
+        thread = cuda.threadIdx.x
+        line, unit = thread // 4, thread % 4
+        warp, lane = thread // 32, thread % 32
+        first_row, first_token, row, pair = places(warp, lane)
+        is_needed = cuda.blockIdx.x * ROWS + first_row < n_rows and y_at[place(first_token)] >= 0
+        my_row, x = source(n_rows, x_at)
+        w_at = base + 2 * my_row * k
+        rows_at, tokens_at = row_at(first_row, lane), token_at(first_token, lane)
         for i in range(4):
             for j in range(4):
                 sums[i, j] = float32(0)
+        column = 16 * unit
+        mine, theirs = fetch_halves(w, w_at, column, k), fetch_theirs(xq, x, column, k)
         for start in range(0, k, HALVES):
-            # Eight columns at a time, of a row and of a token.
-            for item in range(cuda.threadIdx.x, ROWS * HALVES // 8, THREADS):
-                line, here = item // (HALVES // 8), start + 8 * (item % (HALVES // 8))
-                at = line * WORDS + 4 * (item % (HALVES // 8))
-                a, b, c, d = 0, 0, 0, 0
-                if block_row + line < n_rows and here < k:
-                    a, b, c, d = load16(w, base + 2 * ((block_row + line) * k + here))
-                weights[at], weights[at + 1] = a, b
-                weights[at + 2], weights[at + 3] = c, d
-                a, b, c, d = 0, 0, 0, 0
-                if x_at[line] >= 0 and here < k:
-                    e, f, g, h = load16(xq, 4 * (x_at[line] + here))
-                    a, b = packed(as_float(e), as_float(f)), packed(as_float(g), as_float(h))
-                    e, f, g, h = load16(xq, 4 * (x_at[line] + here) + 16)
-                    c, d = packed(as_float(e), as_float(f)), packed(as_float(g), as_float(h))
-                others[at], others[at + 1] = a, b
-                others[at + 2], others[at + 3] = c, d
+            put_words(mine, weights, line, unit)
+            put_words(theirs, others, line, unit)
             cuda.syncthreads()
+            column = start + HALVES + 16 * unit
+            mine, theirs = fetch_halves(w, w_at, column, k), fetch_theirs(xq, x, column, k)
             if is_needed:
-                for at in range(column, HALVES // 2, 8):
-                    near = tokens_32(others, token * WORDS + at)
-                    far = tokens_32(others, (token + 8) * WORDS + at)
+                for columns in range(HALVES // 16):
+                    b = load_words(others, tokens_at + 8 * columns, lane)
                     for m in range(2):
-                        mine = rows_32(weights, (row + 16 * m) * WORDS + at)
+                        at = rows_at + 16 * m * WORDS + 8 * columns
+                        a = load_words(weights, at, lane)
                         for side in range(2):
                             products = (
                                 sums[2 * m, 2 * side],
@@ -225,8 +264,8 @@ def _half_tile(name: str, packed: Any) -> Any:
                                 sums[2 * m + 1, 2 * side],
                                 sums[2 * m + 1, 2 * side + 1],
                             )
-                            theirs = near if side == 0 else far
-                            products = multiply_add(mine, theirs, products, lane)
+                            tokens = (b[0], b[1]) if side == 0 else (b[2], b[3])
+                            products = multiply_add(a, tokens, products, lane)
                             sums[2 * m, 2 * side] = products[0]
                             sums[2 * m, 2 * side + 1] = products[1]
                             sums[2 * m + 1, 2 * side] = products[2]
@@ -243,9 +282,9 @@ def store(sums, y, y_at, n_rows, row, pair):
     for i in range(4):
         target = cuda.blockIdx.x * ROWS + row + 8 * i
         for j in range(4):
-            at = y_at[pair + 8 * (j // 2) + j % 2]
+            at = y_at[place(pair + 8 * (j // 2) + j % 2)]
             if target < n_rows and at >= 0:
-                y[at + target] = sums[i, j]
+                y[place(at + target)] = sums[i, j]
 
 
 def _make(generation: str) -> dict[str, Tiles]:

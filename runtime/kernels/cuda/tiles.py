@@ -9,12 +9,13 @@ so that a mixture's slots, sorted by expert, go the same way as the tokens of a 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numba import cuda, types
 from numpy import float32, int32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load16
+from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load8, load16
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
 
@@ -23,7 +24,7 @@ THREADS = 256
 STEP = 128  # columns of whole numbers at a time
 WORDS = STEP // 4 + 1  # of a row in shared memory; an odd number keeps its banks apart
 RUNS = STEP // 16
-ALL_WORDS, ALL_RUNS = ROWS * WORDS, ROWS * RUNS
+ALL_WORDS, ALL_GROUPS = ROWS * WORDS, ROWS * (STEP // 32)
 FLOAT_STEP = 16
 FLOAT_ROW = FLOAT_STEP + 1
 ALL_FLOATS = ROWS * FLOAT_ROW
@@ -37,156 +38,156 @@ class Tiles:
     expert_matmul: Any
 
 
-def make_put(unpacking: Unpacking, words: int) -> Any:
-    """put(w, base, n, here, row, unit, weights, scales, offsets): unit `here` of the matrix at byte
-    `base`, or zeros below 0, to where unit `unit` of a tile's row is; rows of so many words."""
-    fetch, decode = unpacking.fetch, unpacking.decode
-    apart, has_offset = unpacking.apart, unpacking.has_offset
-    units = unpacking.size // 32
+@helper
+def place(i):
+    """An index that is not negative: numba adds an array's length to those that may be."""
+    return np.uint64(i)
+
+
+def make_put(form: Unpacking, words: int) -> Any:
+    """put(raw, part, row, unit, weights, scales, offsets): what a lane has fetched, to where unit
+    `unit` of a tile's row is; rows have so many words, scales and offsets are [group][row]."""
+    decode, apart, has_offset = form.decode, form.apart, form.has_offset
+    per_group = form.per_scale // 16
 
     @helper
-    def put(w, base, n, here, row, unit, weights, scales, offsets):
+    def put(raw, part, row, unit, weights, scales, offsets):
+        one, two, scale, offset = decode(raw, part)
         run = first_run(unit, apart)
         at = row * words + 4 * run
         further = at + 4 * apart
-        item = row * RUNS + run
-        if here >= 0:
-            part = here % units
-            one, two, scale, offset = decode(fetch(w, base, n, here // units, part), part)
-            for i in range(4):
-                weights[at + i] = one[i]
-                weights[further + i] = two[i]
-            scales[item] = scale[0]
-            scales[item + apart] = scale[1]
-            if has_offset:
-                offsets[item] = offset[0]
-                offsets[item + apart] = offset[1]
-        else:
-            for i in range(4):
-                weights[at + i] = 0
-                weights[further + i] = 0
-            scales[item] = float32(0)
-            scales[item + apart] = float32(0)
-            if has_offset:
-                offsets[item] = float32(0)
-                offsets[item + apart] = float32(0)
+        for i in range(4):
+            weights[place(at + i)] = one[i]
+            weights[place(further + i)] = two[i]
+        at = run // per_group * ROWS + row
+        further = (run + apart) // per_group * ROWS + row
+        scales[place(at)] = scale[0]
+        scales[place(further)] = scale[1]
+        if has_offset:
+            offsets[place(at)] = offset[0]
+            offsets[place(further)] = offset[1]
 
     return put
 
 
-def make_loader(unpacking: Unpacking, words: int) -> Any:
-    """What brings STEP columns of a tile to shared memory, in rows of so many words."""
-    put = make_put(unpacking, words)
+def make_fetch(form: Unpacking) -> Any:
+    """fetch(w, base, n, row, k, start, unit): unit `unit` of the columns from `start` on, or the
+    row's last one, and which of its block that is."""
+    fetch_unit, size = form.fetch, form.size
+    units = size // 32
 
-    @cuda.jit(device=True)
-    def load(
-        w,
-        base,
-        n,
-        n_rows,
-        k,
-        xq,
-        xd,
-        xs,
-        x_at,
-        start,
-        weights,
-        scales,
-        offsets,
-        others,
-        their_scales,
-        their_sums,
-    ):
-        thread = cuda.threadIdx.x
-        first_row = cuda.blockIdx.x * ROWS
-        # One unit of weights for each thread.
-        row, unit = thread // 4, thread % 4
-        here = start // 32 + unit
-        if first_row + row >= n_rows or here * 32 >= k:
-            here = -1
+    @helper
+    def fetch(w, base, n, row, k, start, unit):
+        here = min(start // 32 + unit, k // 32 - 1)
+        part = here % units
+        return fetch_unit(w, base, n, row * (k // size) + here // units, part), part
+
+    return fetch
+
+
+@helper
+def fetch_theirs(xq, xd, xs, x, k, start, unit):
+    """The same of a token whose activations begin at number x; no scale and no sums behind the
+    last one, where weights are multiplied that count already."""
+    here = start // 32 + unit
+    column = min(here, k // 32 - 1)
+    at = (x >> 5) + column
+    a, b = load8(xs, 8 * at)
+    d, s, t = as_float(load4(xd, 4 * at)), as_float(a), as_float(b)
+    if here != column:
+        d, s, t = float32(0), float32(0), float32(0)
+    return (*load16(xq, 32 * at), *load16(xq, 32 * at + 16)), (d, s, t)
+
+
+def make_put_theirs(form: Unpacking, words: int) -> Any:
+    """put_theirs(q, floats, token, unit, others, their_scales, their_sums): to a tile's token;
+    scales are [32 columns][token], sums [group][token]."""
+    is_wide = form.per_scale == 32
+
+    @helper
+    def put_theirs(q, floats, token, unit, others, their_scales, their_sums):
+        at = token * words + 8 * unit
+        for i in range(8):
+            others[place(at + i)] = q[i]
+        d, s, t = floats
+        their_scales[place(unit * TOKENS + token)] = d
+        if is_wide:
+            their_sums[place(unit * TOKENS + token)] = s + t
         else:
-            here += (first_row + row) * (k // 32)
-        put(w, base, n, here, row, unit, weights, scales, offsets)
-        for item in range(thread, TOKENS * RUNS, THREADS):
-            token, run = item // RUNS, item % RUNS
-            at = token * words + 4 * run
-            column = start + 16 * run
-            if x_at[token] >= 0 and column < k:
-                source = x_at[token] + column
-                q = load16(xq, source)
-                for i in range(4):
-                    others[at + i] = q[i]
-                their_scales[item] = xd[source >> 5]
-                their_sums[item] = xs[source >> 4]
-            else:
-                for i in range(4):
-                    others[at + i] = 0
-                their_scales[item] = float32(0)
-                their_sums[item] = float32(0)
+            their_sums[place(2 * unit * TOKENS + token)] = s
+            their_sums[place((2 * unit + 1) * TOKENS + token)] = t
 
-    return load
+    return put_theirs
 
 
-def _quantised_tile(unpacking: Unpacking) -> Any:
-    has_offset = unpacking.has_offset
-    load = make_loader(unpacking, WORDS)
+@helper
+def source(n_rows, x_at):
+    """The row of the matrix and the activations that a thread fetches, of a unit each.
+
+    Behind the last row it is the last one, for tokens that are not there the first token's: what is
+    made of them is not stored.
+    """
+    thread = cuda.threadIdx.x
+    row = min(cuda.blockIdx.x * ROWS + thread // 4, n_rows - 1)
+    x = x_at[place(thread // 4)]
+    return row, x if x >= 0 else x_at[0]
+
+
+def _quantised_tile(form: Unpacking) -> Any:
+    has_offset = form.has_offset
+    fetch, put, put_theirs = make_fetch(form), make_put(form, WORDS), make_put_theirs(form, WORDS)
+    per_group = form.per_scale // 16
+    all_groups = ROWS * (RUNS // per_group)
 
     @cuda.jit(device=True)
     def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
         weights = cuda.shared.array(ALL_WORDS, types.int32)
-        scales = cuda.shared.array(ALL_RUNS, types.float32)
-        offsets = cuda.shared.array(ALL_RUNS, types.float32)
+        scales = cuda.shared.array(all_groups, types.float32)
+        offsets = cuda.shared.array(all_groups, types.float32)
         others = cuda.shared.array(ALL_WORDS, types.int32)
-        their_scales = cuda.shared.array(ALL_RUNS, types.float32)
-        their_sums = cuda.shared.array(ALL_RUNS, types.float32)
+        their_scales = cuda.shared.array(ALL_GROUPS, types.float32)
+        their_sums = cuda.shared.array(all_groups, types.float32)
         sums = cuda.local.array((4, 4), types.float32)
         a = cuda.local.array((4, 4), types.int32)
         thread = cuda.threadIdx.x
         down, along = thread // 16, thread % 16
-        first_row = cuda.blockIdx.x * ROWS
+        line, unit = thread // 4, thread % 4
+        row, x = source(n_rows, x_at)
         n_wide = wide_tokens(y_at)
         for i in range(4):
             for j in range(4):
                 sums[i, j] = float32(0)
+        raw, part = fetch(w, base, n, row, k, 0, unit)
+        q, floats = fetch_theirs(xq, xd, xs, x, k, 0, unit)
         for start in range(0, k, STEP):
-            load(
-                w,
-                base,
-                n,
-                n_rows,
-                k,
-                xq,
-                xd,
-                xs,
-                x_at,
-                start,
-                weights,
-                scales,
-                offsets,
-                others,
-                their_scales,
-                their_sums,
-            )
+            put(raw, part, line, unit, weights, scales, offsets)
+            put_theirs(q, floats, line, unit, others, their_scales, their_sums)
             cuda.syncthreads()
+            # What the next step takes is on its way while this one is computed.
+            raw, part = fetch(w, base, n, row, k, start + STEP, unit)
+            q, floats = fetch_theirs(xq, xd, xs, x, k, start + STEP, unit)
             for run in range(RUNS):
                 for i in range(4):
                     at = (down + 16 * i) * WORDS + 4 * run
                     for word in range(4):
-                        a[i, word] = weights[at + word]
+                        a[i, word] = weights[place(at + word)]
                 for j in range(4):
                     if j < n_wide:
-                        at = (along + 16 * j) * WORDS + 4 * run
-                        b, c, d, e = others[at], others[at + 1], others[at + 2], others[at + 3]
-                        item = (along + 16 * j) * RUNS + run
+                        token = along + 16 * j
+                        at = token * WORDS + 4 * run
+                        b, c = others[place(at)], others[place(at + 1)]
+                        d, e = others[place(at + 2)], others[place(at + 3)]
+                        scale = their_scales[place(run // 2 * TOKENS + token)]
                         for i in range(4):
                             dot = dp4a(a[i, 0], b, dp4a(a[i, 1], c, dp4a(a[i, 2], d, int32(0))))
                             dot = dp4a(a[i, 3], e, dot)
-                            at = (down + 16 * i) * RUNS + run
-                            sums[i, j] += float32(dot) * (scales[at] * their_scales[item])
-                            if has_offset:
-                                sums[i, j] += offsets[at] * their_sums[item]
+                            at = run // per_group * ROWS + down + 16 * i
+                            sums[i, j] += float32(dot) * (scales[place(at)] * scale)
+                            if has_offset and run % per_group == 0:
+                                total = their_sums[place(run // per_group * TOKENS + token)]
+                                sums[i, j] += offsets[place(at)] * total
             cuda.syncthreads()
-        _store(sums, y, y_at, first_row, n_rows, down, along)
+        _store(sums, y, y_at, cuda.blockIdx.x * ROWS, n_rows, down, along)
 
     return tile
 
@@ -209,21 +210,21 @@ def _float_tile(size: int, element: Any) -> Any:
             for i in range(4):
                 row, column = down + 16 * i, start + along
                 at = row * FLOAT_ROW + along
-                weights[at] = float32(0)
-                others[at] = float32(0)
+                weights[place(at)] = float32(0)
+                others[place(at)] = float32(0)
                 if column < k:
                     if first_row + row < n_rows:
-                        place = base + size * ((first_row + row) * k + column)
-                        weights[at] = element(w, place)
-                    if x_at[row] >= 0:
-                        others[at] = xq[x_at[row] + column]
+                        at_weight = base + size * ((first_row + row) * k + column)
+                        weights[place(at)] = element(w, at_weight)
+                    if x_at[place(row)] >= 0:
+                        others[place(at)] = xq[place(x_at[place(row)] + column)]
             cuda.syncthreads()
             for column in range(FLOAT_STEP):
                 for i in range(4):
-                    a[i] = weights[(down + 16 * i) * FLOAT_ROW + column]
+                    a[i] = weights[place((down + 16 * i) * FLOAT_ROW + column)]
                 for j in range(4):
                     if j < n_wide:
-                        b = others[(along + 16 * j) * FLOAT_ROW + column]
+                        b = others[place((along + 16 * j) * FLOAT_ROW + column)]
                         for i in range(4):
                             sums[i, j] += a[i] * b
             cuda.syncthreads()
@@ -247,9 +248,9 @@ def _store(sums, y, y_at, first_row, n_rows, down, along):
     for i in range(4):
         row = first_row + down + 16 * i
         for j in range(4):
-            at = y_at[along + 16 * j]
+            at = y_at[place(along + 16 * j)]
             if row < n_rows and at >= 0:
-                y[at + row] = sums[i, j]
+                y[place(at + row)] = sums[i, j]
 
 
 @helper
