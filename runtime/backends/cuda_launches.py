@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cuda_formats import WHOLE, blocks_held, kept_as
-from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised
+from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised, ranges_for
 from runtime.backends.flow import unknown, width_written, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
 from runtime.kernels.cuda.products import PRODUCTS, WARPS, quantise
@@ -259,7 +259,11 @@ class _Emitter:
         room = self._room
         cache = room.caches[step.layer]
         shape = cache.shape
-        n_splits = room.n_splits if self._n == 1 else 1
+        group = shape.n_heads // shape.n_kv_heads
+        n_ranges = ranges_for(room.n_ctx, room.n_batch, self._n)
+        # The queries of a block: of several heads as far as they read the same keys, or tokens.
+        heads_each = attention.heads_of_block(group)
+        tokens_each = attention.QUERIES // heads_each
         arguments = (
             *self._places(step.queries),
             cache.keys.numbers,
@@ -269,7 +273,10 @@ class _Emitter:
             room.mixes,
             room.extremes,
             room.state,
-            shape.n_heads // shape.n_kv_heads,
+            self._n,
+            shape.n_heads,
+            group,
+            heads_each,
             cache.keys.dim,
             cache.keys.padded,
             cache.values.dim,
@@ -281,15 +288,15 @@ class _Emitter:
         )
         self._add(
             attention.ATTEND[room.kv_type],
-            (shape.n_heads, self._n, n_splits),
+            (shape.n_kv_heads * -(-group // heads_each), -(-self._n // tokens_each), n_ranges),
             (attention.THREADS, 1),
             arguments,
             attention.shared_bytes(cache.keys.padded, cache.values.padded),
         )
         sinks = (self._from.vector(step.sinks), step.sinks is not None)
         arguments = (
-            *(room.mixes, room.extremes, n_splits, *sinks),
-            *(*self._places(step.target), shape.value_dim),
+            *(room.mixes, room.extremes, n_ranges, room.state, self._n, tokens_each, step.window),
+            *(*sinks, *self._places(step.target), shape.value_dim),
         )
         block = (_threads(shape.value_dim), 1)
         self._add(attention.combine, (shape.n_heads, self._n, 1), block, arguments)

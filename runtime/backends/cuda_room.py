@@ -28,8 +28,8 @@ from runtime.program import (
 )
 
 ALIGNED = 32  # float32 in a row's length: rows begin where 16 bytes can be loaded
-SPLIT_POSITIONS = 256  # of the context for each block that attends for one token, at least
-MOST_SPLITS = 32
+RANGE = 64  # positions of the context for each block that attends for one token, at least
+MOST_RANGES = 64  # (runtime/kernels/cuda/attention.py)
 HEAD_ROWS = 32  # rows of logits at a time: a row of 150k float32 is 600 kB
 
 Array = Any  # a device array of one dimension
@@ -122,7 +122,6 @@ class Room:
 
     n_ctx: int
     n_batch: int
-    n_splits: int  # ranges of positions that attention is cut into for one token
     buffers: Mapping[str, Buffer]
     widths: Mapping[str, int]  # of the buffers
     kv_type: str
@@ -136,13 +135,17 @@ class Room:
     starts: Array
 
 
+def ranges_for(n_ctx: int, n_batch: int, n_tokens: int) -> int:
+    """The ranges of positions that attention is cut into for so many tokens."""
+    return max(1, min(_ranges(n_ctx), max(_ranges(n_ctx), n_batch) // n_tokens))
+
+
 def make_room(stage: Stage, memory: Memory, *, n_ctx: int, n_batch: int, kv_type: str) -> Room:
     """DeviceMemoryError when it does not fit."""
     taken = {name: array.take(memory) for name, array in _scratch(stage, n_ctx, n_batch).items()}
     return Room(
         n_ctx=n_ctx,
         n_batch=n_batch,
-        n_splits=_splits(n_ctx),
         buffers={
             name: Buffer(_buffer(name, width, n_batch).take(memory), _stride(width))
             for name, width in stage.buffers.items()
@@ -206,8 +209,8 @@ def _keep(
     return Kept(numbers, scales, dim, kind.padded(dim))
 
 
-def _splits(n_ctx: int) -> int:
-    return min(-(-n_ctx // SPLIT_POSITIONS), MOST_SPLITS)
+def _ranges(n_ctx: int) -> int:
+    return min(-(-n_ctx // RANGE), MOST_RANGES)
 
 
 def _stride(width: int) -> int:
@@ -224,8 +227,8 @@ def _scratch(part: Program | Stage, n_ctx: int, n_batch: int) -> dict[str, Neede
     steps = part.steps
     widest = max((part.buffers[name] for name in _quantised(steps)), default=0)
     heads = [part.caches[step.layer] for step in steps if isinstance(step, Attend)]
-    # One token in n_splits ranges, or many in one range each.
-    ranges = max(_splits(n_ctx), n_batch) * max((shape.n_heads for shape in heads), default=0)
+    # One token in many ranges, or many in one range each.
+    ranges = max(_ranges(n_ctx), n_batch) * max((shape.n_heads for shape in heads), default=0)
     mixed = ranges * max((shape.value_dim for shape in heads), default=0)
     mixtures = [step for step in steps if isinstance(step, ExpertMatMul)]
     most_used = max((step.n_used for step in mixtures), default=0)

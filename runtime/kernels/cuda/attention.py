@@ -1,9 +1,13 @@
 """Causal attention with an online softmax over the cache (positions.py).
 
-`attend`: a block for each query head of each token and each of n_splits ranges of positions. It
-takes CHUNK positions at a time: scores in shared memory, then the values they weigh, and whenever
-the largest score grows, what was mixed before shrinks. A range leaves its mix, its largest score
-and its sum; `combine` makes one of them all, and counts the sinks.
+`attend`: a block has QUERIES queries that read the same keys: heads of one KV head, or of several
+tokens where a KV head has fewer. It goes through a range of positions, CHUNK at a time: scores in
+shared memory, then the values they weigh, and whenever the largest score grows, what was mixed
+before shrinks. A range leaves its mix, its largest score and its sum; `combine` makes one of them
+all, counts the sinks, and makes int8 of what it gives if `quantises` (quantising.py).
+
+Loads do not depend on what is there: behind the end of a range its last position is read, and not
+counted. So those of a chunk are all under way together.
 """
 
 import math
@@ -14,18 +18,39 @@ from numpy import float32, int32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16
-from runtime.kernels.cuda.warps import block_max, block_sum, eighth_sum
+from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16, place
+from runtime.kernels.cuda.warps import eighth_sum, warp_max, warp_sum
 
 THREADS = 128
 N_WARPS = THREADS // 32
-CHUNK = THREADS  # positions whose scores are in shared memory, one for each thread
+QUERIES = N_WARPS  # of a block; a warp each makes weights of scores
+CHUNK = 64  # positions
+AT_ONCE = THREADS // 8  # positions that scores are made of, 8 lanes for each
+MOST_RANGES = 64  # that `combine` makes one of
+REGISTERS = 128  # of a thread, at most (products.py)
 LOWEST = np.float32(-3.0e38)  # the largest score of no positions
 
 
 def shared_bytes(key_padded: int, value_padded: int) -> int:
     """Shared memory of a block of `attend`."""
-    return 4 * (key_padded + N_WARPS * value_padded + CHUNK + 32)
+    numbers = key_padded + N_WARPS * value_padded + CHUNK + 1
+    return 4 * QUERIES * numbers
+
+
+def heads_of_block(group: int) -> int:
+    """Heads of one KV head that a block takes queries of, if so many share it; tokens fill up."""
+    return min(QUERIES, 1 << (group - 1).bit_length())
+
+
+@helper
+def positions_of(first_token, n_each, n_tokens, start, window, n_ranges):
+    """What `n_each` tokens from a first one on see together: first position, the one after the
+    last, and how many positions each range has; whole chunks."""
+    first = start + first_token
+    after = start + min(first_token + n_each, n_tokens)
+    begin = max(0, first - window + 1) if window > 0 else 0
+    n_chunks = (after - begin + CHUNK - 1) // CHUNK
+    return begin, after, (n_chunks + n_ranges - 1) // n_ranges * CHUNK
 
 
 @helper
@@ -80,8 +105,30 @@ def signed(word):
     return float32(int32(((word & 255) ^ 128) - 128))
 
 
+@helper
+def dot_8(a, b):
+    """The sum of eight products."""
+    total = a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]
+    return total + a[4] * b[4] + a[5] * b[5] + a[6] * b[6] + a[7] * b[7]
+
+
+@cuda.jit(device=True)
+def _eight_of(numbers, at):
+    """Eight neighbours in shared memory."""
+    return (
+        numbers[place(at)],
+        numbers[place(at + 1)],
+        numbers[place(at + 2)],
+        numbers[place(at + 3)],
+        numbers[place(at + 4)],
+        numbers[place(at + 5)],
+        numbers[place(at + 6)],
+        numbers[place(at + 7)],
+    )
+
+
 def _make_attend(name, eight, two):
-    @kernel(f"{name}_attend")
+    @kernel(f"{name}_attend", registers=REGISTERS)
     def attend(
         q,
         q_stride,
@@ -89,10 +136,13 @@ def _make_attend(name, eight, two):
         key_scales,
         values,
         value_scales,
-        mixes,  # [token][head][split][value_dim]
-        extremes,  # [token][head][split][largest score, sum]
+        mixes,  # [token][head][range][value_dim]
+        extremes,  # [token][head][range][largest score, sum]
         state,
+        n_tokens,
+        n_heads,
         group,  # query heads for each KV head
+        heads_each,  # of a block: QUERIES, or fewer where there are more tokens
         key_dim,
         key_padded,
         value_dim,
@@ -103,77 +153,137 @@ def _make_attend(name, eight, two):
         cap,
     ):
         shared = cuda.shared.array(0, types.float32)
-        query = shared
-        mix_at = key_padded  # a mix for each warp
-        score_at = mix_at + N_WARPS * value_padded
-        sums = shared[score_at + CHUNK :]
-        head, token, split = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+        mix_at = QUERIES * key_padded  # [warp][query][value]
+        score_at = mix_at + N_WARPS * QUERIES * value_padded  # [position][query], then weights
+        shrink_at = score_at + CHUNK * QUERIES
+        blocks_each = (group + heads_each - 1) // heads_each  # for the queries of a KV head
+        kv_head, first_head = (
+            cuda.blockIdx.x // blocks_each,
+            cuda.blockIdx.x % blocks_each * heads_each,
+        )
+        tokens_each = QUERIES // heads_each
+        first_token = cuda.blockIdx.y * tokens_each
+        n_ranges, here = cuda.gridDim.z, cuda.blockIdx.z
         thread = cuda.threadIdx.x
         warp, lane = thread // 32, thread % 32
-        source = token * q_stride + head * key_dim
-        for i in range(thread, key_padded, THREADS):
-            query[i] = q[source + i] * scale if i < key_dim else float32(0)
-        for i in range(thread, N_WARPS * value_padded, THREADS):
-            shared[mix_at + i] = float32(0)
+        # Queries that are not there are zeros, and not stored.
+        for i in range(thread, QUERIES * key_padded, THREADS):
+            query, column = i // key_padded, i % key_padded
+            head, token = first_head + query % heads_each, first_token + query // heads_each
+            value = float32(0)
+            if column < key_dim and head < group and token < n_tokens:
+                value = q[token * q_stride + (kv_head * group + head) * key_dim + column] * scale
+            shared[place(i)] = value
+        for i in range(thread, N_WARPS * QUERIES * value_padded, THREADS):
+            shared[place(mix_at + i)] = float32(0)
         cuda.syncthreads()
 
-        here = state[0] + token
-        first = max(0, here - window + 1) if window > 0 else 0
-        each = (here + 1 - first + cuda.gridDim.z - 1) // cuda.gridDim.z
-        begin = first + split * each
-        end = min(begin + each, here + 1)
+        start = state[0]
+        begin, after, each = positions_of(
+            first_token, tokens_each, n_tokens, start, window, n_ranges
+        )
+        begin += here * each
+        end = min(begin + each, after)
+        # The query whose scores this warp makes weights of: what it sees.
+        head, token = first_head + warp % heads_each, first_token + warp // heads_each
+        last = start + token
+        first = max(0, last - window + 1) if window > 0 else 0
+        is_there = head < group and token < n_tokens
         largest, total = LOWEST, float32(0)
-        rows = (head // group) * n_ctx
-        for start in range(begin, end, CHUNK):
-            n = min(CHUNK, end - start)
-            # Scores: 8 lanes for each position, 16 positions at a time.
-            for j in range(thread // 8, (n + 15) // 16 * 16, THREADS // 8):
-                score = float32(0)
-                if j < n:
-                    row = (rows + start + j) * key_padded
-                    for i in range(thread % 8 * 8, key_padded, 64):
-                        a, b, c, d, e, f, g, h = eight(keys, key_scales, row + i)
-                        score += a * query[i] + b * query[i + 1]
-                        score += c * query[i + 2] + d * query[i + 3]
-                        score += e * query[i + 4] + f * query[i + 5]
-                        score += g * query[i + 6] + h * query[i + 7]
-                score = eighth_sum(score)
-                if cap > float32(0):
-                    score = cap * math.tanh(score / cap)
-                if thread % 8 == 0:
-                    shared[score_at + j] = score
+        rows = kv_head * n_ctx
+        scores = cuda.local.array((4, QUERIES), types.float32)
+        mixed = cuda.local.array((QUERIES, 2), types.float32)
+        for chunk in range(begin, end, CHUNK):
+            # Scores: 8 lanes for each position, four of them in turn.
+            at = chunk + thread // 8
+            key_0 = (rows + min(at, end - 1)) * key_padded
+            key_1 = (rows + min(at + AT_ONCE, end - 1)) * key_padded
+            key_2 = (rows + min(at + 2 * AT_ONCE, end - 1)) * key_padded
+            key_3 = (rows + min(at + 3 * AT_ONCE, end - 1)) * key_padded
+            for i in range(4):
+                for query in range(QUERIES):
+                    scores[i, query] = float32(0)
+            for i in range(thread % 8 * 8, key_padded, 64):
+                a, b = eight(keys, key_scales, key_0 + i), eight(keys, key_scales, key_1 + i)
+                c, d = eight(keys, key_scales, key_2 + i), eight(keys, key_scales, key_3 + i)
+                for query in range(QUERIES):
+                    e = _eight_of(shared, query * key_padded + i)
+                    scores[0, query] += dot_8(a, e)
+                    scores[1, query] += dot_8(b, e)
+                    scores[2, query] += dot_8(c, e)
+                    scores[3, query] += dot_8(d, e)
+            for i in range(4):
+                for query in range(QUERIES):
+                    score = eighth_sum(scores[i, query])
+                    if thread % 8 == 0:
+                        at = (thread // 8 + i * AT_ONCE) * QUERIES + query
+                        shared[place(score_at + at)] = score
             cuda.syncthreads()
-            score = shared[score_at + thread] if thread < n else LOWEST
+            # Weights: a warp for each query, two positions for each lane.
+            at = score_at + lane * QUERIES + warp
+            one, two_ = _seen(shared[place(at)], cap), _seen(shared[place(at + 32 * QUERIES)], cap)
+            position = chunk + lane
+            if not (is_there and first <= position <= last and position < end):
+                one = LOWEST
+            position += 32
+            if not (is_there and first <= position <= last and position < end):
+                two_ = LOWEST
             before = largest
-            largest = max(largest, block_max(score, sums))
-            weight = math.exp(score - largest) if thread < n else float32(0)
+            largest = max(largest, warp_max(max(one, two_)))
+            one = math.exp(one - largest) if one > LOWEST else float32(0)
+            two_ = math.exp(two_ - largest) if two_ > LOWEST else float32(0)
             shrink = math.exp(before - largest)
-            shared[score_at + thread] = weight
-            total = total * shrink + block_sum(weight, sums)
+            total = total * shrink + warp_sum(one + two_)
+            shared[place(at)] = one
+            shared[place(at + 32 * QUERIES)] = two_
+            if lane == 0:
+                shared[place(shrink_at + warp)] = shrink
+            cuda.syncthreads()
             # Values: every fourth position for each warp, two dimensions for each lane.
             for i in range(2 * lane, value_padded, 64):
-                at = mix_at + warp * value_padded + i
-                a, b = shared[at] * shrink, shared[at + 1] * shrink
-                for j in range(warp, n, N_WARPS):
-                    at_value = (rows + start + j) * value_padded + i
-                    first_value, second_value = two(values, value_scales, at_value)
-                    weight = shared[score_at + j]
-                    a += weight * first_value
-                    b += weight * second_value
-                shared[at], shared[at + 1] = a, b
+                for query in range(QUERIES):
+                    shrink = shared[place(shrink_at + query)]
+                    at = mix_at + (warp * QUERIES + query) * value_padded + i
+                    mixed[query, 0] = shared[place(at)] * shrink
+                    mixed[query, 1] = shared[place(at + 1)] * shrink
+                for j in range(CHUNK // N_WARPS):
+                    position = warp + N_WARPS * j
+                    at = (rows + min(chunk + position, end - 1)) * value_padded + i
+                    a, b = two(values, value_scales, at)
+                    for query in range(QUERIES):
+                        weight = shared[place(score_at + position * QUERIES + query)]
+                        mixed[query, 0] += weight * a
+                        mixed[query, 1] += weight * b
+                for query in range(QUERIES):
+                    at = mix_at + (warp * QUERIES + query) * value_padded + i
+                    shared[place(at)] = mixed[query, 0]
+                    shared[place(at + 1)] = mixed[query, 1]
             cuda.syncthreads()
 
-        out = (token * cuda.gridDim.x + head) * cuda.gridDim.z + split
-        for i in range(thread, value_dim, THREADS):
-            mixed = float32(0)
-            for w in range(N_WARPS):
-                mixed += shared[mix_at + w * value_padded + i]
-            mixes[out * value_dim + i] = mixed
-        if thread == 0:
-            extremes[2 * out] = largest
-            extremes[2 * out + 1] = total
+        if begin < end:
+            for i in range(thread, QUERIES * value_dim, THREADS):
+                query, column = i // value_dim, i % value_dim
+                head, token = first_head + query % heads_each, first_token + query // heads_each
+                if head < group and token < n_tokens:
+                    value = float32(0)
+                    for w in range(N_WARPS):
+                        at = mix_at + (w * QUERIES + query) * value_padded + column
+                        value += shared[place(at)]
+                    out = (token * n_heads + kv_head * group + head) * n_ranges + here
+                    mixes[place(out * value_dim + column)] = value
+            if is_there and lane == 0:
+                head, token = first_head + warp % heads_each, first_token + warp // heads_each
+                out = 2 * ((token * n_heads + kv_head * group + head) * n_ranges + here)
+                extremes[place(out)] = largest
+                extremes[place(out + 1)] = total
 
     return attend
+
+
+@helper
+def _seen(score, cap):
+    """A score, below its cap if there is one."""
+    return cap * math.tanh(score / cap) if cap > float32(0) else score
 
 
 ATTEND = {
@@ -183,20 +293,45 @@ ATTEND = {
 
 
 @kernel("combine")
-def combine(mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim):
+def combine(
+    mixes,
+    extremes,
+    n_ranges,
+    state,
+    n_tokens,
+    tokens_each,
+    window,
+    sinks,
+    has_sinks,
+    y,
+    y_stride,
+    value_dim,
+):
     """The ranges of one head of one token as one, for each block."""
+    shares = cuda.shared.array(MOST_RANGES, types.float32)
     head, token = cuda.blockIdx.x, cuda.blockIdx.y
-    first = (token * cuda.gridDim.x + head) * n_splits
+    lane = cuda.threadIdx.x % 32
+    first_token = token // tokens_each * tokens_each
+    begin, after, each = positions_of(
+        first_token, tokens_each, n_tokens, state[0], window, n_ranges
+    )
+    n_used = (after - begin + each - 1) // each
+    first = (token * cuda.gridDim.x + head) * n_ranges
     largest = sinks[head] if has_sinks else LOWEST
-    for split in range(n_splits):
-        largest = max(largest, extremes[2 * (first + split)])
-    total = math.exp(sinks[head] - largest) if has_sinks else float32(0)
-    for split in range(n_splits):
-        share = math.exp(extremes[2 * (first + split)] - largest)
-        total += share * extremes[2 * (first + split) + 1]
+    for i in range(lane, n_used, 32):
+        largest = max(largest, extremes[place(2 * (first + i))])
+    largest = warp_max(largest)
+    total = float32(0)
+    for i in range(lane, n_used, 32):
+        share = math.exp(extremes[place(2 * (first + i))] - largest)
+        total += share * extremes[place(2 * (first + i) + 1)]
+        shares[place(i)] = share  # every warp's are the same
+    total = warp_sum(total)
+    if has_sinks:
+        total += math.exp(sinks[head] - largest)
+    cuda.syncthreads()
     for i in range(cuda.threadIdx.x, value_dim, cuda.blockDim.x):
         mixed = float32(0)
-        for split in range(n_splits):
-            share = math.exp(extremes[2 * (first + split)] - largest)
-            mixed += share * mixes[(first + split) * value_dim + i]
+        for j in range(n_used):
+            mixed += shares[place(j)] * mixes[place((first + j) * value_dim + i)]
         y[token * y_stride + head * value_dim + i] = mixed / total

@@ -11,8 +11,16 @@ import numpy as np
 from llvmlite import ir
 from numba import config, types
 
+from gguf_tools.compiler import helper
+
 LOW_32 = 0xFFFFFFFF
 _BYTES, _UNSIGNED = struct.Struct("<bbbb"), struct.Struct("<I")
+
+
+@helper
+def place(i):
+    """An index that is not negative: numba adds an array's length to those that may be."""
+    return np.uint64(i)
 
 
 def dp4a(a, b, c):

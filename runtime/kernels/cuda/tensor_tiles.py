@@ -13,7 +13,7 @@ from numba import cuda, types
 from numpy import float32
 
 from gguf_tools.compiler import helper
-from runtime.kernels.cuda.primitives import as_float, load16, two_bfloats, two_halves
+from runtime.kernels.cuda.primitives import as_float, load16, place, two_bfloats, two_halves
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD, load_words
 from runtime.kernels.cuda.tiles import (
@@ -27,7 +27,6 @@ from runtime.kernels.cuda.tiles import (
     make_put,
     make_put_theirs,
     make_tiles,
-    place,
     source,
 )
 from runtime.kernels.cuda.unpacking import Unpacking

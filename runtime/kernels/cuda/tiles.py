@@ -9,13 +9,21 @@ so that a mixture's slots, sorted by expert, go the same way as the tokens of a 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numba import cuda, types
 from numpy import float32, int32
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load8, load16
+from runtime.kernels.cuda.primitives import (
+    as_float,
+    dp4a,
+    half,
+    load2,
+    load4,
+    load8,
+    load16,
+    place,
+)
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
 
@@ -36,12 +44,6 @@ class Tiles:
 
     matmul: Any
     expert_matmul: Any
-
-
-@helper
-def place(i):
-    """An index that is not negative: numba adds an array's length to those that may be."""
-    return np.uint64(i)
 
 
 def make_put(form: Unpacking, words: int) -> Any:
