@@ -21,8 +21,9 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.cudadrv import nvrtc, nvvm
 
+from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import NATIVE, way_of_tiles
-from runtime.backends.cuda_launches import Launch, Launches
+from runtime.backends.cuda_launches import Launches
 from runtime.backends.cuda_room import make_room
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
@@ -82,9 +83,11 @@ def launches(
     kv_type: str = "f16",
     tiles: Mapping[str, Tiles] = TILES,
 ) -> list[Launch]:
+    """Of the program's layers."""
     stage, memory = whole(program), HostMemory()
     room = make_room(stage, memory, n_ctx=600, n_batch=TILE, kv_type=kv_type)
-    return Launches(room, memory, tiles).make(stage.steps, n_tokens)
+    steps = [step for layer in program.layers for step in layer]
+    return Launches(room, memory, tiles).make(steps, n_tokens)
 
 
 def compiled(launch: Launch, capability: tuple[int, int]) -> str:
@@ -175,7 +178,7 @@ def one_token_kernels() -> Iterable[Launch]:
     """The ones that most of a token's time goes to."""
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
     both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
-    attention = (each for each in both if kernel_name(each) in ("attend", "store_q8_0"))
+    attention = (each for each in both if kernel_name(each) in ("attend", "store"))
     return product_launch("Q4_K", ONE), *attention
 
 

@@ -3,7 +3,8 @@
 `attend`: a block for each query head of each token and each of n_splits ranges of positions. It
 takes CHUNK positions at a time: scores in shared memory, then the values they weigh, and whenever
 the largest score grows, what was mixed before shrinks. A range leaves its mix, its largest score
-and its sum; `combine` makes one of them all, and counts the sinks.
+and its sum; `combine` makes one of them all, counts the sinks, and makes int8 of what it gives if
+`quantises` (quantising.py).
 """
 
 import math
@@ -15,6 +16,7 @@ from numpy import float32
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16
+from runtime.kernels.cuda.quantising import quantise_32
 from runtime.kernels.cuda.warps import block_max, block_sum, eighth_sum
 
 THREADS = 128
@@ -183,7 +185,9 @@ ATTEND = {
 
 
 @kernel("combine")
-def combine(mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim):
+def combine(
+    mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim, xq, xd, xs, quantises
+):
     """The ranges of one head of one token as one, for each block."""
     head, token = cuda.blockIdx.x, cuda.blockIdx.y
     first = (token * cuda.gridDim.x + head) * n_splits
@@ -199,4 +203,8 @@ def combine(mixes, extremes, n_splits, sinks, has_sinks, y, y_stride, value_dim)
         for split in range(n_splits):
             share = math.exp(extremes[2 * (first + split)] - largest)
             mixed += share * mixes[(first + split) * value_dim + i]
-        y[token * y_stride + head * value_dim + i] = mixed / total
+        value = mixed / total
+        y[token * y_stride + head * value_dim + i] = value
+        if quantises:
+            at = (token * cuda.gridDim.x + head) * value_dim + i
+            quantise_32(value, at, xq, xd, xs)

@@ -23,6 +23,7 @@ from runtime.kernels.cuda.unpacking import Unpacking, first_run
 from runtime.kernels.cuda.warps import warp_max, warp_sum
 
 WARPS = 4  # of a block, each with a row of its own
+MOST_TOGETHER = 3  # matrices in one launch
 BLOCKS = {**OF_32, **OF_256}
 FLOATS = ("F32", "F16", "BF16")
 
@@ -33,6 +34,7 @@ class Products:
 
     dot: Any
     matvec: Any
+    matvecs: Any  # of up to MOST_TOGETHER matrices
     expert_matvec: Any
 
 
@@ -150,34 +152,120 @@ def make_products(name: str, dot: Any) -> Products:
     """Kernels around a dot."""
 
     @kernel(f"{name}_matvec")
-    def matvec(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, row_bytes):
-        """y = w times each token's activations."""
+    def matvec(
+        w,
+        xq,
+        xd,
+        xs,
+        x_stride,
+        k,
+        row_bytes,
+        y,
+        y_stride,
+        n_rows,
+        bias,
+        has_bias,
+        total,
+        total_stride,
+        adds,
+    ):
+        """y = w times each token's activations + bias; then total += y."""
         row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
         token = cuda.blockIdx.y
         lane = cuda.threadIdx.x
         if row < n_rows:
-            total = dot(w, row * row_bytes, xq, xd, xs, token * x_stride, k, lane)
-            total = warp_sum(total)
+            value = dot(w, row * row_bytes, xq, xd, xs, token * x_stride, k, lane)
+            value = warp_sum(value)
             if lane == 0:
-                y[token * y_stride + row] = total
+                if has_bias:
+                    value += bias[row]
+                y[token * y_stride + row] = value
+                if adds:
+                    total[token * total_stride + row] += value
+
+    @kernel(f"{name}_matvecs")
+    def matvecs(
+        xq,
+        xd,
+        xs,
+        x_stride,
+        k,
+        row_bytes,
+        w,
+        y,
+        y_stride,
+        n_rows,
+        bias,
+        has_bias,
+        w_2,
+        y_2,
+        y_stride_2,
+        n_rows_2,
+        bias_2,
+        has_bias_2,
+        w_3,
+        y_3,
+        y_stride_3,
+        n_rows_3,
+        bias_3,
+        has_bias_3,
+    ):
+        """The same of several matrices, without a total: their blocks one after the other."""
+        block, rows = cuda.blockIdx.x, cuda.blockDim.y
+        n_blocks = (n_rows + rows - 1) // rows
+        if block >= n_blocks:
+            block -= n_blocks
+            w, y, y_stride, n_rows = w_2, y_2, y_stride_2, n_rows_2
+            bias, has_bias = bias_2, has_bias_2
+            n_blocks = (n_rows + rows - 1) // rows
+            if block >= n_blocks:
+                block -= n_blocks
+                w, y, y_stride, n_rows = w_3, y_3, y_stride_3, n_rows_3
+                bias, has_bias = bias_3, has_bias_3
+        row = block * rows + cuda.threadIdx.y
+        token = cuda.blockIdx.y
+        lane = cuda.threadIdx.x
+        if row < n_rows:
+            value = dot(w, row * row_bytes, xq, xd, xs, token * x_stride, k, lane)
+            value = warp_sum(value)
+            if lane == 0:
+                if has_bias:
+                    value += bias[row]
+                y[token * y_stride + row] = value
 
     @kernel(f"{name}_expert_matvec")
     def expert_matvec(
-        w, xq, xd, xs, x_stride, slot_stride, y, y_stride, n_rows, k, row_bytes, routes, r_stride
+        w,
+        xq,
+        xd,
+        xs,
+        x_stride,
+        slot_stride,
+        y,
+        y_stride,
+        n_rows,
+        k,
+        row_bytes,
+        routes,
+        routes_stride,
+        biases,
+        has_biases,
     ):
-        """The same with each slot's expert; its activations are `slot_stride` after the last's."""
+        """With each slot's expert; its activations are `slot_stride` after the last's."""
         row = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
         token, slot = cuda.blockIdx.y, cuda.blockIdx.z
         lane = cuda.threadIdx.x
         if row < n_rows:
-            expert = int(routes[token * r_stride + slot])
+            expert = int(routes[token * routes_stride + slot])
             at = (expert * n_rows + row) * row_bytes
             x = token * x_stride + slot * slot_stride
-            total = warp_sum(dot(w, at, xq, xd, xs, x, k, lane))
+            value = warp_sum(dot(w, at, xq, xd, xs, x, k, lane))
             if lane == 0:
-                y[token * y_stride + slot * n_rows + row] = total
+                if has_biases:
+                    value += biases[expert * n_rows + row]
+                y[token * y_stride + slot * n_rows + row] = value
 
-    return Products(dot, matvec, expert_matvec)
+    return Products(dot, matvec, matvecs, expert_matvec)
 
 
 PRODUCTS = {
