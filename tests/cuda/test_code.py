@@ -134,6 +134,24 @@ def test_a_row_of_every_format(name: str) -> None:
         assert ptx.count("dp4a.s32.s32") >= 8
 
 
+def products_launch(name: str) -> Launch:
+    """Of two matrices together."""
+    rng = np.random.default_rng(0)
+    steps = [MatMul("x", target, random_matrix(rng, 8, 256, name)) for target in "yz"]
+    made = launches(program_of(steps, 256, buffers={"y": 8, "z": 8}), ONE)
+    return next(each for each in made if kernel_name(each) == "matvecs")
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
+def test_rows_of_several_matrices(name: str) -> None:
+    """They share one copy of the code."""
+    ptx = compiled(products_launch(name), (8, 0))
+    assert ptx.count("shfl.sync") == 5
+    assert ptx.count("dp4a.s32.s32") == compiled(product_launch(name, ONE), (8, 0)).count(
+        "dp4a.s32.s32"
+    )
+
+
 @pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
 def test_tiles(name: str) -> None:
     ptx = compiled(product_launch(name, TILE), (8, 0))
@@ -179,7 +197,7 @@ def one_token_kernels() -> Iterable[Launch]:
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
     both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
     attention = (each for each in both if kernel_name(each) in ("attend", "store"))
-    return product_launch("Q4_K", ONE), *attention
+    return product_launch("Q4_K", ONE), products_launch("Q4_K"), *attention
 
 
 def find_linker() -> str:
