@@ -88,7 +88,7 @@ class _Emitter:
         few = self._draft.n <= FEW_TOKENS
         fusion = Fusion(self._draft.width, self._draft.shapes, joins_products=few)
         for group, following in fusion.groups(self._steps):
-            quantises = self._quantises(group[0], following)
+            quantises = self._quantises(group, following)
             self._emit(group, quantises)
             for step in group:
                 self._note(step)
@@ -155,9 +155,11 @@ class _Emitter:
         if target is not None:
             self._products.forget(target)
 
-    def _quantises(self, step: Instruction, following: int) -> bool:
-        """Whether all that a step makes is what is next taken as int8, by a kernel that can."""
-        match step:
+    def _quantises(self, group: Group, following: int) -> bool:
+        """Whether all that the first step makes is next taken as int8, and its kernel can do it."""
+        match step := group[0]:
+            case RMSNorm() if isinstance(group[-1], StoreKV):
+                return False
             case RMSNorm() | LayerNorm():
                 width = step.weight.shape[-1]
                 if width != self._draft.width(step.source):

@@ -20,6 +20,7 @@ from runtime.program import (
     MatMul,
     Program,
     RMSNorm,
+    StoreKV,
 )
 from runtime.stages import whole
 from tests.cuda.device.agreement import FLOAT, INT8, worst
@@ -167,6 +168,19 @@ def test_int8_of_a_row_longer_than_a_block(rng: np.random.Generator) -> None:
     found, n, n_apart = differences(program_of(steps, dim, buffers={"y": dim, "z": 2, "s": 2}), 1)
     assert max(found.values()) == 0
     assert (n, n_apart) == (5, 8)
+
+
+def test_queries_that_a_product_takes_too(rng: np.random.Generator) -> None:
+    """The kernel that stores makes no int8."""
+    steps = [
+        RMSNorm("q", "q", random_vector(rng, 32, 1.0), 1e-5),
+        RMSNorm("k", "k", random_vector(rng, 32, 1.0), 1e-5),
+        StoreKV("k", "x", 0),
+        MatMul("q", "y", random_matrix(rng, 4, 32, "Q8_0")),
+    ]
+    buffers, caches = {"q": 32, "k": 32, "y": 4}, (KVShape(1, 1, 32, 32),)
+    found, n, _ = differences(program_of(steps, 32, buffers=buffers, caches=caches), 1)
+    assert n == 3 and max(found.values()) <= SAME
 
 
 def test_a_sum_of_experts_that_is_also_a_source(rng: np.random.Generator) -> None:
