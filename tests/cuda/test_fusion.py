@@ -27,6 +27,7 @@ from runtime.program import (
     RMSNorm,
     Rope,
     RopeTable,
+    Scale,
     StoreKV,
 )
 from tests.cuda.test_code import ONE, TILE, kernel_name, launches
@@ -197,20 +198,28 @@ def test_a_mixture_layer() -> None:
     assert kernels(program) == ["rms_norm", *products, "expert_sum"]
 
 
+def small(*steps: Instruction) -> Program:
+    return Program(WIDTHS, product("x", "y").matrix, (steps,), (), (SHAPE,))
+
+
 def test_who_quantises() -> None:
-    """A launch of its own where another product comes between, or only a part is taken."""
+    """The kernel that makes what is taken next, all of it; else a launch of its own."""
     made = kernels(layer({**Q4_K_M, "k": "F32", "v": "Q4_K"}))
     assert "quantise" not in made and made[:4] == ["rms_norm", "matvecs", "matvec", "store"]
-    gated = [Gate("x", "x", "y"), product("n", "z", "Q8_0"), product("y", "s", "Q8_0")]
+    first, second = product("n", "z", "Q8_0"), product("y", "s", "Q8_0")
+    each = ["quantise", "matvec"]
+    assert kernels(small(Gate("x", "x", "y"), first, second)) == ["gate", *each, *each]
     narrow = MatMul("wide", "y", random_matrix(RNG, 32, 32, "Q8_0"))
-    for steps in (gated, [norm("wide", "wide", 64), narrow]):
-        program = Program(WIDTHS, product("x", "y").matrix, (tuple(steps),), (), (SHAPE,))
-        assert kernels(program).count("quantise") == len(steps) - 1
-    heads = Program(
-        WIDTHS,
-        product("x", "y").matrix,
-        ((norm("wide", "n", 16), product("n", "y", "Q8_0")),),
-        (),
-        (SHAPE,),
-    )
-    assert kernels(heads) == ["rms_norm", "quantise", "matvec"]
+    assert kernels(small(norm("wide", "wide", 64), narrow)) == ["rms_norm", *each]
+    assert kernels(small(norm("wide", "n", 16), first)) == ["rms_norm", *each]
+
+
+def test_int8_of_what_is_no_more() -> None:
+    again = (norm("x", "n"), product("n", "y", "Q8_0"), Scale("n", 2.0), product("n", "z", "Q8_0"))
+    assert kernels(small(*again)) == ["rms_norm", "matvec", "scale", "quantise", "matvec"]
+
+
+def test_heads_that_share_a_scale() -> None:
+    program = decoder_layer(RNG, shape=KVShape(4, 2, 32, 16), quants={"o": "Q8_0"})
+    made = kernels(program)
+    assert made[made.index("combine") + 1] == "quantise"
