@@ -19,10 +19,13 @@ from runtime.program import (
     Gate,
     Instruction,
     KVShape,
+    LayerNorm,
     MatMul,
     Matrix,
     Program,
     RMSNorm,
+    Rope,
+    RopeTable,
     Route,
     Scale,
     StoreKV,
@@ -31,6 +34,7 @@ from runtime.stages import whole
 from tests.kernels.blocks import random_rows
 
 EXACT = 2e-6  # of the largest result: float32 in another order
+HEADS = KVShape(2, 1, 32, 32)
 N_TOKENS = 60  # a prompt's; more than the head makes logits of at a time
 
 
@@ -211,3 +215,67 @@ def mixture(
         "delta": dim,
     }
     return program_of(steps, dim, buffers=buffers)
+
+
+def decoder_layer(
+    rng: np.random.Generator,
+    *,
+    dim: int = 64,
+    ffn_dim: int = 96,
+    shape: KVShape = HEADS,
+    quants: Mapping[str, str] | None = None,
+    biases: bool = False,
+    layer_norms: bool = False,
+    head_norms: bool = False,
+    after_norms: bool = False,
+    n_dims: int = 32,
+    activation: str = "silu",
+) -> Program:
+    """Attention and a gated feed-forward, in the order of runtime/decoders.
+
+    `quants` are the formats of q, k, v, o, gate, up, down; F32 unless said. `after_norms` are of
+    what is added; `n_dims` of a head turn.
+    """
+    kinds = {**dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), "F32"), **(quants or {})}
+
+    def linear(name: str, source: str, target: str, n_rows: int, k: int) -> list[Instruction]:
+        matrix = random_matrix(rng, n_rows, k, kinds[name], spread=float(1 / np.sqrt(k)))
+        bias = [AddBias(target, random_vector(rng, n_rows))] if biases else []
+        return [MatMul(source, target, matrix), *bias]
+
+    def norm(source: str, target: str, size: int = dim) -> Instruction:
+        weight = random_vector(rng, size, 1.0)
+        if layer_norms:
+            return LayerNorm(source, target, weight, random_vector(rng, size), 1e-5)
+        return RMSNorm(source, target, weight, 1e-5)
+
+    heads = {"q": shape.n_heads, "k": shape.n_kv_heads}
+    table = RopeTable(n_dims, True, 0.5 ** np.arange(n_dims / 2), 1.0)
+    after = [norm("delta", "delta")] if after_norms else []
+    wide, narrow = shape.n_heads * shape.value_dim, shape.n_kv_heads * shape.value_dim
+    steps = [
+        norm("x", "normed"),
+        *linear("q", "normed", "q", shape.n_heads * shape.key_dim, dim),
+        *linear("k", "normed", "k", shape.n_kv_heads * shape.key_dim, dim),
+        *linear("v", "normed", "v", narrow, dim),
+        *(norm(name, name, shape.key_dim) for name in heads if head_norms),
+        *(Rope(name, n, shape.key_dim, table) for name, n in heads.items() if n_dims),
+        StoreKV("k", "v", 0),
+        Attend("q", "mixed", 0, float(1 / np.sqrt(shape.key_dim)), 0),
+        *(*linear("o", "mixed", "delta", dim, wide), *after, Add("delta", "x")),
+        norm("x", "normed"),
+        *linear("gate", "normed", "gate", ffn_dim, dim),
+        *linear("up", "normed", "up", ffn_dim, dim),
+        Gate("gate", "up", "gate", activation),
+        *(*linear("down", "gate", "delta", dim, ffn_dim), *after, Add("delta", "x")),
+    ]
+    buffers = {
+        **{name: n * shape.key_dim for name, n in heads.items()},
+        "v": narrow,
+        "mixed": wide,
+        "normed": dim,
+        "delta": dim,
+        "gate": ffn_dim,
+        "up": ffn_dim,
+    }
+    return program_of(steps, dim, buffers=buffers, caches=(shape,))

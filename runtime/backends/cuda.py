@@ -18,10 +18,12 @@ from numba.cuda.cudadrv.error import CudaSupportError
 
 from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from runtime.backends.cuda_check import choose_tiles
+from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import kept_as
 from runtime.backends.cuda_graph import Graph, capture
-from runtime.backends.cuda_launches import FEW_TOKENS, Launch, Launches
+from runtime.backends.cuda_launches import Launches
 from runtime.backends.cuda_memory import OUT_OF_MEMORY, REMEDY, DeviceMemory
+from runtime.backends.cuda_products import FEW_TOKENS
 from runtime.backends.cuda_room import HEAD_ROWS, Buffer, make_room
 from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.program import Floats, Span, Stage, matrices

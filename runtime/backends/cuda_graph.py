@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import config, cuda
 
-from runtime.backends.cuda_launches import Launch
+from runtime.backends.cuda_draft import Launch
 
 
 class Graph:

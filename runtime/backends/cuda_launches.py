@@ -1,24 +1,24 @@
 """From instructions to kernel launches: which kernel, how many threads, which arrays.
 
 The position a step begins at is in memory (`Room.state`), not among the arguments: the launches for
-one token can be captured once and replayed for every token.
+one token can be captured once and replayed for every token. Neighbours that one launch can do go
+together (cuda_fusion.py), and what is quantised next is by the kernel that makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.cuda_formats import WHOLE, blocks_held, kept_as
-from runtime.backends.cuda_room import Array, Buffer, Memory, Room, is_quantised, ranges_for
-from runtime.backends.flow import unknown, width_written, written_by
+from runtime.backends.cuda_draft import MOST_THREADS, THREADS, Constants, Draft, Launch, threads_for
+from runtime.backends.cuda_fusion import Fusion, Group, next_int8
+from runtime.backends.cuda_products import FEW_TOKENS, Products, taken
+from runtime.backends.cuda_room import Buffer, Memory, Room, ranges_for
+from runtime.backends.flow import unknown, written_by
 from runtime.kernels.cuda import attention, elementwise, norms, positions, routing
-from runtime.kernels.cuda.products import PRODUCTS, WARPS, quantise
-from runtime.kernels.cuda.products import ROWS as ROWS_OF_BLOCK
-from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
+from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.program import (
     Activate,
     Add,
@@ -27,15 +27,12 @@ from runtime.program import (
     ExpertBias,
     ExpertMatMul,
     ExpertSum,
-    Floats,
     Gate,
     Instruction,
     LayerNorm,
     MatMul,
-    Matrix,
     RMSNorm,
     Rope,
-    RopeTable,
     Route,
     Scale,
     Show,
@@ -44,32 +41,15 @@ from runtime.program import (
     StoreKV,
 )
 
-FEW_TOKENS = 8  # up to here a warp for each row and token; more share tiles
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """One kernel with its grid and arguments."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    block: tuple[int, int]
-    arguments: tuple[Any, ...]
-    shared: int = 0  # bytes that the kernel divides up itself
-
-    def __call__(self, stream: Any = 0) -> None:
-        self.kernel[self.grid, self.block, stream, self.shared](*self.arguments)
-
 
 class Launches:
-    """Makes launches over one room; arrays of constants go to the GPU when first needed."""
+    """Makes launches over one room."""
 
     def __init__(self, room: Room, memory: Memory, tiles: Mapping[str, Tiles] = TILES) -> None:
         """`tiles` are the kernels for many tokens, by format."""
-        self.room = room
-        self.tiles = tiles
-        self._memory = memory
-        self._angles: dict[int, tuple[RopeTable, Array, Array]] = {}
+        self._room = room
+        self._constants = Constants(room, memory)
+        self._tiles = tiles
 
     def make(
         self,
@@ -84,188 +64,204 @@ class Launches:
         `holding` says how many numbers a token has in buffers that have room for more; `instead`
         are other buffers than the room's, such as its later rows.
         """
-        buffers = {**self.room.buffers, **(instead or {})}
-        return _Emitter(self, buffers, n_tokens, holding or {}).emit(steps)
-
-    def vector(self, values: Floats | None) -> Array:
-        """A vector on the GPU; for none, one that is not read."""
-        return self.room.nothing if values is None else self._memory.hold(values)
-
-    def weights(self, *matrices: Matrix) -> Array:
-        return self._memory.weights(matrices)
-
-    def angles(self, table: RopeTable) -> tuple[Array, Array]:
-        """Cosines and sines of all positions, (n_ctx * n_dims / 2)."""
-        known = self._angles.get(id(table))
-        if known is None:
-            cosines, sines = table.angles(np.arange(self.room.n_ctx))
-            known = (table, self._memory.hold(cosines), self._memory.hold(sines))
-            self._angles[id(table)] = known
-        return known[1:]
+        buffers = {**self._room.buffers, **(instead or {})}
+        draft = Draft(self._room, buffers, n_tokens, holding or {})
+        products = Products(draft, self._constants, self._tiles)
+        computed = [step for step in steps if not isinstance(step, Show)]
+        _Emitter(computed, draft, products, self._constants).emit()
+        return draft.made
 
 
 class _Emitter:
-    """One run of instructions for n tokens; knows what buffers hold at each step."""
+    """One run of instructions, made into launches."""
 
     def __init__(
-        self,
-        launches: Launches,
-        buffers: Mapping[str, Buffer],
-        n_tokens: int,
-        holding: Mapping[str, int],
+        self, steps: Sequence[Instruction], draft: Draft, products: Products, constants: Constants
     ) -> None:
-        self.made: list[Launch] = []
-        self._from = launches
-        self._room = launches.room
-        self._shapes = [cache.shape for cache in launches.room.caches]
-        self._buffers = buffers
-        self._n = n_tokens
-        self._widths = dict(holding)
-        self._quantised: tuple[str, int] | None = None  # the buffer and width that are int8 now
-        self._sorted: str | None = None  # the routes whose slots are sorted now
+        self._steps = steps
+        self._draft = draft
+        self._room = draft.room
+        self._products = products
+        self._constants = constants
 
-    def emit(self, steps: Iterable[Instruction]) -> list[Launch]:
-        for step in steps:
-            self._emit(step)
-            self._note(step)
-        return self.made
+    def emit(self) -> None:
+        few = self._draft.n <= FEW_TOKENS
+        fusion = Fusion(self._draft.width, self._draft.shapes, joins_products=few)
+        for group, following in fusion.groups(self._steps):
+            quantises = self._quantises(group, following)
+            self._emit(group, quantises)
+            for step in group:
+                self._note(step)
+            if quantises:
+                name = str(written_by(group[0]))
+                self._products.quantised(name, self._draft.width(name))
 
-    def _emit(self, step: Instruction) -> None:
-        match step:
-            case RMSNorm():
-                size = len(step.weight)
-                self._norm(norms.rms_norm, step, size, self._from.vector(step.weight))
-            case LayerNorm():
-                size = step.weight.shape[-1]
-                along = size if step.weight.ndim == 2 else 0
-                bias = (self._from.vector(step.bias), step.bias is not None)
-                weight = self._from.vector(step.weight)
-                self._norm(norms.layer_norm, step, size, weight, along, *bias)
+    def _emit(self, group: Group, quantises: bool) -> None:
+        draft, vector = self._draft, self._constants.vector
+        first, last = group[0], group[-1]
+        if isinstance(last, StoreKV):
+            self._heads(group[:-1], last)
+            return
+        total = draft.total(last.target if isinstance(last, Add) else None)
+        match first:
+            case RMSNorm() | LayerNorm():
+                self._norm(first, *total, *self._int8(quantises))
             case MatMul():
-                self._product(step)
-            case AddBias():
-                bias = self._from.vector(step.bias)
-                self._columns(elementwise.add_bias, len(step.bias), step.target, constants=(bias,))
-            case Rope():
-                self._rope(step)
-            case StoreKV():
-                self._store(step)
-            case Attend():
-                self._attend(step)
-            case Gate():
-                kernel, width = elementwise.GATES[step.activation], self._width(step.gate)
-                self._columns(kernel, width, step.gate, step.up, step.target)
-            case Activate():
-                self._on_target(elementwise.ALONE[step.activation], step)
-            case Add():
-                self._on_target(elementwise.add, step, step.source)
-            case Scale():
-                self._on_target(elementwise.scale, step, constants=(np.float32(step.factor),))
-            case SoftCap():
-                self._on_target(elementwise.softcap, step, constants=(np.float32(step.cap),))
-            case Route():
-                self._route(step)
+                self._products.matmuls(group)
             case ExpertMatMul():
-                self._expert_product(step)
-            case ExpertBias():
-                self._expert_bias(step)
+                self._products.experts(group)
             case ExpertSum():
-                self._expert_sum(step)
+                self._expert_sum(first, *total)
+            case AddBias():
+                bias = vector(first.bias)
+                draft.columns(
+                    elementwise.add_bias, len(first.bias), *draft.places(first.target), bias
+                )
+            case Rope():
+                self._rope(first)
+            case Attend():
+                self._attend(first, *self._int8(quantises))
+            case Gate():
+                kernel, width = elementwise.GATES[first.activation], draft.width(first.gate)
+                places = draft.places(first.gate, first.up, first.target)
+                draft.columns(kernel, width, *places, *self._int8(quantises))
+            case Activate():
+                self._on_target(elementwise.ALONE[first.activation], first, *self._int8(quantises))
+            case Add():
+                self._on_target(elementwise.add, first, source=first.source)
+            case Scale():
+                self._on_target(elementwise.scale, first, np.float32(first.factor))
+            case SoftCap():
+                self._on_target(elementwise.softcap, first, np.float32(first.cap))
+            case Route():
+                self._route(first)
+            case ExpertBias():
+                n_rows = first.biases.shape[1]
+                places = draft.places(first.target, first.routes)
+                constants = (vector(first.biases), n_rows)
+                draft.columns(elementwise.expert_bias, first.n_used * n_rows, *places, *constants)
             case SigmoidScale():
-                self._on_target(elementwise.sigmoid_scale, step, step.gate)
-            case Show():
+                self._on_target(elementwise.sigmoid_scale, first, source=first.gate)
+            case StoreKV() | Show():  # is last in its group; is in none
                 pass
             case _:
-                unknown(step)
+                unknown(first)
 
     # --- what buffers hold -----------------------------------------------------------------
 
-    def _width(self, name: str) -> int:
-        return self._widths.get(name, self._room.widths[name])
-
     def _note(self, step: Instruction) -> None:
+        self._draft.note(step)
         target = written_by(step)
-        if target is None:
-            return
-        if self._quantised is not None and self._quantised[0] == target:
-            self._quantised = None
-        if self._sorted == target:
-            self._sorted = None
-        width = width_written(step, self._width, self._shapes)
-        if width is not None:
-            self._widths[target] = width
+        if target is not None:
+            self._products.forget(target)
+
+    def _quantises(self, group: Group, following: int) -> bool:
+        """Whether all that the first step makes is next taken as int8, and its kernel can do it."""
+        match step := group[0]:
+            case RMSNorm() if isinstance(group[-1], StoreKV):
+                return False
+            case RMSNorm() | LayerNorm():
+                width = step.weight.shape[-1]
+                if width != self._draft.width(step.source):
+                    return False
+            case Gate():
+                width = self._draft.width(step.gate)
+            case Activate():
+                width = self._draft.width(step.target)
+            case Attend():
+                shape = self._draft.shapes[step.layer]
+                if shape.value_dim % 32:
+                    return False
+                width = shape.n_heads * shape.value_dim
+            case _:
+                return False
+        product = next_int8(self._steps, following, step.target)
+        return product is not None and taken(product, width) == width
+
+    def _int8(self, quantises: bool) -> tuple[Any, ...]:
+        """Where a kernel puts int8 activations, and whether."""
+        room = self._room.quantised
+        return room.values, room.scales, room.sums, quantises
 
     # --- launches --------------------------------------------------------------------------
-
-    def _add(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        block: tuple[int, int],
-        arguments: tuple[Any, ...],
-        shared: int = 0,
-    ) -> None:
-        self.made.append(Launch(kernel, grid, block, arguments, shared))
-
-    def _places(self, *names: str) -> tuple[Any, ...]:
-        """Array and stride of each buffer."""
-        found = (self._buffers[name] for name in names)
-        return tuple(value for buffer in found for value in (buffer.array, buffer.stride))
-
-    def _columns(
-        self, kernel: Any, width: int, *names: str, constants: tuple[Any, ...] = ()
-    ) -> None:
-        """A thread for each of `width` columns of each token."""
-        threads = _threads(width)
-        grid = (-(-width // threads), self._n, 1)
-        self._add(kernel, grid, (threads, 1), (*self._places(*names), *constants, width))
 
     def _on_target(
         self,
         kernel: Any,
         step: Activate | Add | Scale | SoftCap | SigmoidScale,
-        *sources: str,
-        constants: tuple[Any, ...] = (),
+        *constants: Any,
+        source: str | None = None,
     ) -> None:
-        width = self._width(step.target)
-        self._columns(kernel, width, *sources, step.target, constants=constants)
+        names = (step.target,) if source is None else (source, step.target)
+        places = self._draft.places(*names)
+        self._draft.columns(kernel, self._draft.width(step.target), *places, *constants)
 
-    def _norm(self, kernel: Any, step: RMSNorm | LayerNorm, size: int, *constants: Any) -> None:
-        groups = self._width(step.source) // size
-        places = self._places(step.source, step.target)
-        arguments = (*places, *constants, size, np.float32(step.epsilon))
-        self._add(kernel, (groups, self._n, 1), (_threads(size), 1), arguments)
+    def _norm(self, step: RMSNorm | LayerNorm, *ending: Any) -> None:
+        draft, size = self._draft, step.weight.shape[-1]
+        groups = draft.width(step.source) // size
+        places = draft.places(step.source, step.target)
+        constants: tuple[Any, ...] = (self._constants.vector(step.weight),)
+        kernel = norms.rms_norm
+        if isinstance(step, LayerNorm):
+            kernel, along = norms.layer_norm, size if step.weight.ndim == 2 else 0
+            constants += (along, self._constants.vector(step.bias), step.bias is not None)
+        # A token on its own has the GPU to itself, and but one block of it.
+        threads = threads_for(size, MOST_THREADS if draft.n * groups == 1 else THREADS)
+        arguments = (*places, *constants, size, np.float32(step.epsilon), *ending)
+        draft.add(kernel, (groups, draft.n, 1), (threads, 1), arguments)
 
     def _rope(self, step: Rope) -> None:
         table = step.table
         if table.n_dims < 2:
             return
-        constants = (step.head_dim, table.n_dims, table.interleaved)
-        arguments = (*self._places(step.target), *constants, *self._from.angles(table))
-        block = (_threads(table.n_dims // 2), 1)
-        grid = (step.n_heads, self._n, 1)
-        self._add(positions.rope, grid, block, (*arguments, self._room.state))
+        arguments = (
+            *(*self._draft.places(step.target), step.head_dim),
+            *(table.n_dims, table.interleaved, *self._constants.angles(table)),
+            self._room.state,
+        )
+        block = (threads_for(table.n_dims // 2), 1)
+        self._draft.add(positions.rope, (step.n_heads, self._draft.n, 1), block, arguments)
 
-    def _store(self, step: StoreKV) -> None:
-        room = self._room
-        cache = room.caches[step.layer]
-        for name, kept in ((step.keys, cache.keys), (step.values, cache.values)):
-            size = (kept.dim, kept.padded, room.n_ctx)
-            arguments = (*self._places(name), kept.numbers, kept.scales, *size, room.state)
-            grid = (cache.shape.n_kv_heads, self._n, 1)
-            self._add(positions.STORE[room.kv_type], grid, (_threads(kept.padded), 1), arguments)
+    def _heads(self, before: Group, store: StoreKV) -> None:
+        """Norms of queries and keys, their turns, and what is stored: all in one launch."""
+        draft, room, vector = self._draft, self._room, self._constants.vector
+        cache = room.caches[store.layer]
+        shape = cache.shape
+        weights = [step for step in before if isinstance(step, RMSNorm)]
+        turns = [step.table for step in before if isinstance(step, Rope)]
+        queries = written_by(before[0]) if before else None
+        norm: tuple[Any, ...] = (False, room.nothing, np.float32(0), room.nothing, np.float32(0))
+        if weights:
+            each = ((vector(step.weight), np.float32(step.epsilon)) for step in weights)
+            norm = (True, *(value for pair in each for value in pair))
+        turn: tuple[Any, ...] = (0, False, room.nothing, room.nothing)
+        if turns:
+            turn = (turns[0].n_dims, turns[0].interleaved, *self._constants.angles(turns[0]))
+        n_heads = shape.n_heads if queries else 0
+        kept = [
+            (kept.numbers, kept.scales, kept.dim, kept.padded)
+            for kept in (cache.keys, cache.values)
+        ]
+        arguments = (
+            *(draft.places(queries) if queries else (room.nothing, 0)),
+            *(*draft.places(store.keys, store.values), n_heads, shape.n_kv_heads),
+            *(*norm, *turn, *kept[0], *kept[1], room.n_ctx, room.state),
+        )
+        block = (threads_for(max(cache.keys.padded, cache.values.padded)), 1)
+        grid = (n_heads + 2 * shape.n_kv_heads, draft.n, 1)
+        draft.add(positions.STORE[room.kv_type], grid, block, arguments)
 
-    def _attend(self, step: Attend) -> None:
-        room = self._room
+    def _attend(self, step: Attend, *ending: Any) -> None:
+        draft, room = self._draft, self._room
         cache = room.caches[step.layer]
         shape = cache.shape
         group = shape.n_heads // shape.n_kv_heads
-        n_ranges = ranges_for(room.n_ctx, room.n_batch, self._n)
+        n_ranges = ranges_for(room.n_ctx, room.n_batch, draft.n)
         # The queries of a block: of several heads as far as they read the same keys, or tokens.
-        heads_each = attention.heads_of_block(group)
-        tokens_each = attention.QUERIES // heads_each
+        log_heads = attention.heads_of_block(group)
+        heads_each, tokens_each = 1 << log_heads, attention.QUERIES >> log_heads
         arguments = (
-            *self._places(step.queries),
+            *draft.places(step.queries),
             cache.keys.numbers,
             cache.keys.scales,
             cache.values.numbers,
@@ -273,10 +269,10 @@ class _Emitter:
             room.mixes,
             room.extremes,
             room.state,
-            self._n,
+            draft.n,
             shape.n_heads,
             group,
-            heads_each,
+            log_heads,
             cache.keys.dim,
             cache.keys.padded,
             cache.values.dim,
@@ -286,110 +282,36 @@ class _Emitter:
             step.window,
             np.float32(step.softcap),
         )
-        self._add(
+        draft.add(
             attention.ATTEND[room.kv_type],
-            (shape.n_kv_heads * -(-group // heads_each), -(-self._n // tokens_each), n_ranges),
+            (shape.n_kv_heads * -(-group // heads_each), -(-draft.n // tokens_each), n_ranges),
             (attention.THREADS, 1),
             arguments,
             attention.shared_bytes(cache.keys.padded, cache.values.padded),
         )
-        sinks = (self._from.vector(step.sinks), step.sinks is not None)
+        sinks = (self._constants.vector(step.sinks), step.sinks is not None)
         arguments = (
-            *(room.mixes, room.extremes, n_ranges, room.state, self._n, tokens_each, step.window),
-            *(*sinks, *self._places(step.target), shape.value_dim),
+            *(room.mixes, room.extremes, n_ranges, room.state, draft.n, tokens_each, step.window),
+            *(*sinks, *draft.places(step.target), shape.value_dim, *ending),
         )
-        block = (_threads(shape.value_dim), 1)
-        self._add(attention.combine, (shape.n_heads, self._n, 1), block, arguments)
-
-    def _activations(self, source: str, matrix: Matrix, width: int) -> tuple[Any, ...]:
-        """xq, xd, xs and a token's stride, as the products of the matrix's format read them."""
-        buffer = self._buffers[source]
-        if not is_quantised(matrix):
-            return buffer.array, self._from.vector(None), self._from.vector(None), buffer.stride
-        room = self._room.quantised
-        if self._quantised != (source, width):
-            arguments = (buffer.array, buffer.stride, room.values, room.scales, room.sums, width)
-            grid = (-(-width // (32 * WARPS)), self._n, 1)
-            self._add(quantise, grid, (32, WARPS), arguments)
-            self._quantised = source, width
-        return room.values, room.scales, room.sums, width
-
-    def _tiles(self, matrix: Matrix) -> Tiles:
-        tiles = TILES if matrix.n_columns % WHOLE else self._from.tiles
-        return tiles[kept_as(matrix.quant)]
-
-    def _product(self, step: MatMul) -> None:
-        matrix = step.matrix
-        activations = self._activations(step.source, matrix, matrix.n_columns)
-        size = (matrix.n_rows, matrix.n_columns, blocks_held(matrix))
-        arguments = (self._from.weights(matrix), *activations, *self._places(step.target), *size)
-        name = kept_as(matrix.quant)
-        if self._n <= FEW_TOKENS:
-            grid = (-(-matrix.n_rows // ROWS_OF_BLOCK), self._n, 1)
-            self._add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
-        else:
-            grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), 1)
-            self._add(self._tiles(matrix).matmul, grid, (THREADS, 1), (*arguments, self._n))
-
-    def _expert_product(self, step: ExpertMatMul) -> None:
-        matrix, n_experts = step.experts[0], len(step.experts)
-        width = self._width(step.source)
-        slot_stride = matrix.n_columns if width == step.n_used * matrix.n_columns else 0
-        if step.n_used == 1:
-            slot_stride = 0
-        activations = self._activations(
-            step.source, matrix, width if slot_stride else matrix.n_columns
-        )
-        size = (matrix.n_rows, matrix.n_columns, blocks_held(matrix))
-        arguments = (
-            *(self._from.weights(*step.experts), *activations, slot_stride),
-            *(*self._places(step.target), *size),
-        )
-        name = kept_as(matrix.quant)
-        routes = self._places(step.routes)
-        if self._n <= FEW_TOKENS:
-            grid = (-(-matrix.n_rows // ROWS_OF_BLOCK), self._n, step.n_used)
-            kernel = PRODUCTS[name].expert_matvec
-            self._add(kernel, grid, (32, WARPS), (*arguments, *routes))
-            return
-        room = self._room
-        if self._sorted != step.routes:
-            lists = (*routes, self._n, step.n_used, n_experts, room.order, room.starts)
-            self._add(sort_slots, (1, 1, 1), (THREADS, 1), lists, 4 * n_experts)
-            self._sorted = step.routes
-        # No expert gets a token twice.
-        grid = (-(-matrix.n_rows // ROWS), -(-self._n // TOKENS), n_experts)
-        lists = (room.order, room.starts, step.n_used)
-        self._add(self._tiles(matrix).expert_matmul, grid, (THREADS, 1), (*arguments, *lists))
+        block = (threads_for(shape.value_dim), 1)
+        draft.add(attention.combine, (shape.n_heads, draft.n, 1), block, arguments)
 
     def _route(self, step: Route) -> None:
-        n_experts = self._width(step.scores)
+        draft = self._draft
+        n_experts = draft.width(step.scores)
         arguments = (
-            *(*self._places(step.scores, step.routes), n_experts, step.n_used),
+            *(*draft.places(step.scores, step.routes), n_experts, step.n_used),
             *(routing.GATINGS[step.gating], step.normalize, np.float32(step.scale)),
-            *(self._from.vector(step.bias), step.bias is not None),
+            *(self._constants.vector(step.bias), step.bias is not None),
             *(step.n_groups, step.n_groups_used, step.n_compared),
         )
         shared = routing.shared_bytes(n_experts, step.n_groups)
-        self._add(routing.route, (self._n, 1, 1), (32, 1), arguments, shared)
+        draft.add(routing.route, (draft.n, 1, 1), (32, 1), arguments, shared)
 
-    def _expert_bias(self, step: ExpertBias) -> None:
-        n_rows = step.biases.shape[1]
-        constants = (self._from.vector(step.biases), n_rows)
-        names = (step.target, step.routes)
-        self._columns(elementwise.expert_bias, step.n_used * n_rows, *names, constants=constants)
-
-    def _expert_sum(self, step: ExpertSum) -> None:
-        width = self._width(step.source) // step.n_used
-        arguments = (
-            *(*self._places(step.source, step.routes), step.n_used),
-            *(*self._places(step.target), width),
-        )
-        threads = _threads(width)
-        grid = (-(-width // threads), self._n, 1)
-        self._add(elementwise.expert_sum, grid, (threads, 1), arguments)
-
-
-def _threads(size: int) -> int:
-    """Threads of a block that shares `size` numbers out: whole warps, 256 at most."""
-    return min(-(-size // 32) * 32, 256)
+    def _expert_sum(self, step: ExpertSum, *total: Any) -> None:
+        draft = self._draft
+        width = draft.width(step.source) // step.n_used
+        arguments = (*draft.places(step.source, step.routes), step.n_used)
+        places = draft.places(step.target)
+        draft.columns(elementwise.expert_sum, width, *arguments, *places, *total)

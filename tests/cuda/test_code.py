@@ -21,8 +21,9 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.cudadrv import nvrtc, nvvm
 
+from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import NATIVE, way_of_tiles
-from runtime.backends.cuda_launches import Launch, Launches
+from runtime.backends.cuda_launches import Launches
 from runtime.backends.cuda_room import make_room
 from runtime.kernels.cuda.products import BLOCKS
 from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
@@ -82,9 +83,11 @@ def launches(
     kv_type: str = "f16",
     tiles: Mapping[str, Tiles] = TILES,
 ) -> list[Launch]:
+    """Of the program's layers."""
     stage, memory = whole(program), HostMemory()
     room = make_room(stage, memory, n_ctx=600, n_batch=TILE, kv_type=kv_type)
-    return Launches(room, memory, tiles).make(stage.steps, n_tokens)
+    steps = [step for layer in program.layers for step in layer]
+    return Launches(room, memory, tiles).make(steps, n_tokens)
 
 
 def compiled(launch: Launch, capability: tuple[int, int]) -> str:
@@ -103,6 +106,7 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> str:
     assert f".target sm_{capability[0]}{capability[1]}" in ptx
     assert ".local" not in ptx, "registers do not suffice, or an index is not constant"
     assert ".f64" not in ptx
+    assert ".f32.s64" not in ptx, "a whole number of 64 bits becomes a float, which is slow"
     return ptx
 
 
@@ -129,7 +133,24 @@ def test_a_row_of_every_format(name: str) -> None:
     assert ptx.count("shfl.sync") == 2 * 5  # two rows
     if name not in ("F32", "F16", "BF16"):
         assert ptx.count("dp4a.s32.s32") >= 2 * 8
-    assert ".f32.s64" not in ptx, "a whole number of 64 bits becomes a float, which is slow"
+
+
+def products_launch(name: str) -> Launch:
+    """Of two matrices together."""
+    rng = np.random.default_rng(0)
+    steps = [MatMul("x", target, random_matrix(rng, 8, 256, name)) for target in "yz"]
+    made = launches(program_of(steps, 256, buffers={"y": 8, "z": 8}), ONE)
+    return next(each for each in made if kernel_name(each) == "matvecs")
+
+
+@pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
+def test_rows_of_several_matrices(name: str) -> None:
+    """They share one copy of the code."""
+    ptx = compiled(products_launch(name), (8, 0))
+    assert ptx.count("shfl.sync") == 2 * 5  # two rows
+    assert ptx.count("dp4a.s32.s32") == compiled(product_launch(name, ONE), (8, 0)).count(
+        "dp4a.s32.s32"
+    )
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
@@ -179,8 +200,8 @@ def one_token_kernels() -> Iterable[Launch]:
     """The ones that most of a token's time goes to."""
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
     both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
-    attention = (each for each in both if kernel_name(each) in ("attend", "store_q8_0"))
-    return product_launch("Q4_K", ONE), *attention
+    attention = (each for each in both if kernel_name(each) in ("attend", "store"))
+    return product_launch("Q4_K", ONE), products_launch("Q4_K"), *attention
 
 
 def find_linker() -> str:

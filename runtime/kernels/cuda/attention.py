@@ -19,6 +19,7 @@ from numpy import float32, int32
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
 from runtime.kernels.cuda.primitives import half, load2, load4, load8, load16, place
+from runtime.kernels.cuda.quantising import quantise_32
 from runtime.kernels.cuda.warps import eighth_sum, warp_max, warp_sum
 
 THREADS = 128
@@ -26,6 +27,7 @@ N_WARPS = THREADS // 32
 QUERIES = N_WARPS  # of a block; a warp each makes weights of scores
 CHUNK = 64  # positions
 AT_ONCE = THREADS // 8  # positions that scores are made of, 8 lanes for each
+EACH = CHUNK // N_WARPS  # positions whose values a warp mixes
 MOST_RANGES = 64  # that `combine` makes one of
 REGISTERS = 128  # of a thread, at most (products.py)
 LOWEST = np.float32(-3.0e38)  # the largest score of no positions
@@ -38,8 +40,8 @@ def shared_bytes(key_padded: int, value_padded: int) -> int:
 
 
 def heads_of_block(group: int) -> int:
-    """Heads of one KV head that a block takes queries of, if so many share it; tokens fill up."""
-    return min(QUERIES, 1 << (group - 1).bit_length())
+    """log2 of the heads of one KV head that a block has queries of; more tokens make up for few."""
+    return min(QUERIES.bit_length() - 1, (group - 1).bit_length())
 
 
 @helper
@@ -106,6 +108,12 @@ def signed(word):
 
 
 @helper
+def lesser(a, b):
+    """The lesser of two positions, in 32 bits."""
+    return min(int32(a), int32(b))
+
+
+@helper
 def dot_8(a, b):
     """The sum of eight products."""
     total = a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]
@@ -142,7 +150,7 @@ def _make_attend(name, eight, two):
         n_tokens,
         n_heads,
         group,  # query heads for each KV head
-        heads_each,  # of a block: QUERIES, or fewer where there are more tokens
+        log_heads,  # log2 of the heads of a block (heads_of_block)
         key_dim,
         key_padded,
         value_dim,
@@ -156,24 +164,27 @@ def _make_attend(name, eight, two):
         mix_at = QUERIES * key_padded  # [warp][query][value]
         score_at = mix_at + N_WARPS * QUERIES * value_padded  # [position][query], then weights
         shrink_at = score_at + CHUNK * QUERIES
-        blocks_each = (group + heads_each - 1) // heads_each  # for the queries of a KV head
-        kv_head, first_head = (
-            cuda.blockIdx.x // blocks_each,
-            cuda.blockIdx.x % blocks_each * heads_each,
-        )
-        tokens_each = QUERIES // heads_each
+        heads_each, tokens_each = 1 << log_heads, QUERIES >> log_heads
+        blocks_each = (group + heads_each - 1) >> log_heads  # for the queries of a KV head
+        kv_head = cuda.blockIdx.x // blocks_each
+        first_head = (cuda.blockIdx.x - kv_head * blocks_each) << log_heads
         first_token = cuda.blockIdx.y * tokens_each
         n_ranges, here = cuda.gridDim.z, cuda.blockIdx.z
         thread = cuda.threadIdx.x
         warp, lane = thread // 32, thread % 32
         # Queries that are not there are zeros, and not stored.
-        for i in range(thread, QUERIES * key_padded, THREADS):
-            query, column = i // key_padded, i % key_padded
-            head, token = first_head + query % heads_each, first_token + query // heads_each
-            value = float32(0)
-            if column < key_dim and head < group and token < n_tokens:
-                value = q[token * q_stride + (kv_head * group + head) * key_dim + column] * scale
-            shared[place(i)] = value
+        for query in range(QUERIES):
+            head, token = (
+                first_head + (query & (heads_each - 1)),
+                first_token + (query >> log_heads),
+            )
+            source = token * q_stride + (kv_head * group + head) * key_dim
+            is_there = head < group and token < n_tokens
+            for i in range(thread, key_padded, THREADS):
+                value = float32(0)
+                if i < key_dim and is_there:
+                    value = q[place(source + i)] * scale
+                shared[place(query * key_padded + i)] = value
         for i in range(thread, N_WARPS * QUERIES * value_padded, THREADS):
             shared[place(mix_at + i)] = float32(0)
         cuda.syncthreads()
@@ -185,21 +196,24 @@ def _make_attend(name, eight, two):
         begin += here * each
         end = min(begin + each, after)
         # The query whose scores this warp makes weights of: what it sees.
-        head, token = first_head + warp % heads_each, first_token + warp // heads_each
-        last = start + token
+        my_head, my_token = (
+            first_head + (warp & (heads_each - 1)),
+            first_token + (warp >> log_heads),
+        )
+        last = start + my_token
         first = max(0, last - window + 1) if window > 0 else 0
-        is_there = head < group and token < n_tokens
+        is_mine = my_head < group and my_token < n_tokens
         largest, total = LOWEST, float32(0)
-        rows = kv_head * n_ctx
+        first_key, first_value = kv_head * n_ctx * key_padded, kv_head * n_ctx * value_padded
         scores = cuda.local.array((4, QUERIES), types.float32)
         mixed = cuda.local.array((QUERIES, 2), types.float32)
         for chunk in range(begin, end, CHUNK):
             # Scores: 8 lanes for each position, four of them in turn.
             at = chunk + thread // 8
-            key_0 = (rows + min(at, end - 1)) * key_padded
-            key_1 = (rows + min(at + AT_ONCE, end - 1)) * key_padded
-            key_2 = (rows + min(at + 2 * AT_ONCE, end - 1)) * key_padded
-            key_3 = (rows + min(at + 3 * AT_ONCE, end - 1)) * key_padded
+            key_0 = first_key + lesser(at, end - 1) * key_padded
+            key_1 = first_key + lesser(at + AT_ONCE, end - 1) * key_padded
+            key_2 = first_key + lesser(at + 2 * AT_ONCE, end - 1) * key_padded
+            key_3 = first_key + lesser(at + 3 * AT_ONCE, end - 1) * key_padded
             for i in range(4):
                 for query in range(QUERIES):
                     scores[i, query] = float32(0)
@@ -223,10 +237,10 @@ def _make_attend(name, eight, two):
             at = score_at + lane * QUERIES + warp
             one, two_ = _seen(shared[place(at)], cap), _seen(shared[place(at + 32 * QUERIES)], cap)
             position = chunk + lane
-            if not (is_there and first <= position <= last and position < end):
+            if not (is_mine and first <= position <= last and position < end):
                 one = LOWEST
             position += 32
-            if not (is_there and first <= position <= last and position < end):
+            if not (is_mine and first <= position <= last and position < end):
                 two_ = LOWEST
             before = largest
             largest = max(largest, warp_max(max(one, two_)))
@@ -246,11 +260,13 @@ def _make_attend(name, eight, two):
                     at = mix_at + (warp * QUERIES + query) * value_padded + i
                     mixed[query, 0] = shared[place(at)] * shrink
                     mixed[query, 1] = shared[place(at + 1)] * shrink
-                for j in range(CHUNK // N_WARPS):
-                    position = warp + N_WARPS * j
-                    at = (rows + min(chunk + position, end - 1)) * value_padded + i
-                    a, b = two(values, value_scales, at)
+                at = (chunk + warp) * value_padded + i
+                end_at = (end - 1) * value_padded + i
+                for j in range(EACH):
+                    a, b = two(values, value_scales, first_value + lesser(at, end_at))
+                    at += N_WARPS * value_padded
                     for query in range(QUERIES):
+                        position = warp + N_WARPS * j
                         weight = shared[place(score_at + position * QUERIES + query)]
                         mixed[query, 0] += weight * a
                         mixed[query, 1] += weight * b
@@ -261,19 +277,19 @@ def _make_attend(name, eight, two):
             cuda.syncthreads()
 
         if begin < end:
-            for i in range(thread, QUERIES * value_dim, THREADS):
-                query, column = i // value_dim, i % value_dim
-                head, token = first_head + query % heads_each, first_token + query // heads_each
+            for query in range(QUERIES):
+                head = first_head + (query & (heads_each - 1))
+                token = first_token + (query >> log_heads)
                 if head < group and token < n_tokens:
-                    value = float32(0)
-                    for w in range(N_WARPS):
-                        at = mix_at + (w * QUERIES + query) * value_padded + column
-                        value += shared[place(at)]
                     out = (token * n_heads + kv_head * group + head) * n_ranges + here
-                    mixes[place(out * value_dim + column)] = value
-            if is_there and lane == 0:
-                head, token = first_head + warp % heads_each, first_token + warp // heads_each
-                out = 2 * ((token * n_heads + kv_head * group + head) * n_ranges + here)
+                    for i in range(thread, value_dim, THREADS):
+                        at = mix_at + query * value_padded + i
+                        value = shared[place(at)]
+                        for w in range(1, N_WARPS):
+                            value += shared[place(at + w * QUERIES * value_padded)]
+                        mixes[place(out * value_dim + i)] = value
+            if is_mine and lane == 0:
+                out = 2 * ((my_token * n_heads + kv_head * group + my_head) * n_ranges + here)
                 extremes[place(out)] = largest
                 extremes[place(out + 1)] = total
 
@@ -306,6 +322,10 @@ def combine(
     y,
     y_stride,
     value_dim,
+    xq,
+    xd,
+    xs,
+    quantises,
 ):
     """The ranges of one head of one token as one, for each block."""
     shares = cuda.shared.array(MOST_RANGES, types.float32)
@@ -334,4 +354,8 @@ def combine(
         mixed = float32(0)
         for j in range(n_used):
             mixed += shares[place(j)] * mixes[place((first + j) * value_dim + i)]
-        y[token * y_stride + head * value_dim + i] = mixed / total
+        value = mixed / total
+        y[token * y_stride + head * value_dim + i] = value
+        if quantises:
+            at = (token * cuda.gridDim.x + head) * value_dim + i
+            quantise_32(value, at, xq, xd, xs)

@@ -1,4 +1,7 @@
-"""Instructions on single numbers: a thread for each column, a row of blocks for each token."""
+"""Instructions on single numbers: a thread for each column, a row of blocks for each token.
+
+What `gate` and `activate` make becomes int8 as well if `quantises` (quantising.py).
+"""
 
 import math
 
@@ -7,6 +10,7 @@ from numba import cuda
 
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.kept import kernel
+from runtime.kernels.cuda.quantising import quantise_32
 
 ROOT_HALF = np.float32(math.sqrt(0.5))
 ROOT_2_OVER_PI = np.float32(math.sqrt(2 / math.pi))
@@ -60,20 +64,26 @@ def swiglu_oai(x, up):
 
 def _make_gate(name, function):
     @kernel(f"{name}_gate")
-    def gate(x, x_stride, up, up_stride, y, y_stride, width):
+    def gate(x, x_stride, up, up_stride, y, y_stride, xq, xd, xs, quantises, width):
         i, token = cuda.grid(2)
         if i < width:
-            y[token * y_stride + i] = function(x[token * x_stride + i], up[token * up_stride + i])
+            value = function(x[token * x_stride + i], up[token * up_stride + i])
+            y[token * y_stride + i] = value
+            if quantises:
+                quantise_32(value, token * width + i, xq, xd, xs)
 
     return gate
 
 
 def _make_activate(name, function):
     @kernel(f"{name}_activate")
-    def activate(x, stride, width):
+    def activate(x, stride, xq, xd, xs, quantises, width):
         i, token = cuda.grid(2)
         if i < width:
-            x[token * stride + i] = function(x[token * stride + i])
+            value = function(x[token * stride + i])
+            x[token * stride + i] = value
+            if quantises:
+                quantise_32(value, token * width + i, xq, xd, xs)
 
     return activate
 
@@ -132,12 +142,16 @@ def expert_bias(x, stride, routes, routes_stride, biases, n_rows, width):
 
 
 @kernel("expert_sum")
-def expert_sum(x, x_stride, routes, routes_stride, n_used, y, y_stride, width):
-    """y = sum over slots of the slot's weight times x."""
+def expert_sum(
+    x, x_stride, routes, routes_stride, n_used, y, y_stride, total, total_stride, adds, width
+):
+    """y = sum over slots of the slot's weight times x; total += y if `adds`."""
     i, token = cuda.grid(2)
     if i < width:
-        total = ZERO
+        mixed = ZERO
         for slot in range(n_used):
             weight = routes[token * routes_stride + n_used + slot]
-            total += weight * x[token * x_stride + slot * width + i]
-        y[token * y_stride + i] = total
+            mixed += weight * x[token * x_stride + slot * width + i]
+        y[token * y_stride + i] = mixed
+        if adds:
+            total[token * total_stride + i] += mixed

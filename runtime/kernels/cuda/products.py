@@ -18,12 +18,14 @@ from gguf_tools.compiler import helper
 from runtime.kernels.cuda.blocks_32 import UNPACKINGS as OF_32
 from runtime.kernels.cuda.blocks_k import UNPACKINGS as OF_256
 from runtime.kernels.cuda.kept import kernel
-from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load16, nearest
+from runtime.kernels.cuda.primitives import as_float, dp4a, half, load2, load4, load16
+from runtime.kernels.cuda.quantising import quantise_32
 from runtime.kernels.cuda.unpacking import Unpacking, first_run
-from runtime.kernels.cuda.warps import warp_max, warp_sum
+from runtime.kernels.cuda.warps import warp_sum
 
 WARPS = 4  # of a block, each with two rows of its own
 ROWS = 2 * WARPS
+MOST_TOGETHER = 3  # matrices in one launch
 REGISTERS = 128  # of a thread, at most; about half of them are used
 BLOCKS = {**OF_32, **OF_256}
 FLOATS = ("F32", "F16", "BF16")
@@ -35,6 +37,7 @@ class Products:
 
     dots: Any
     matvec: Any
+    matvecs: Any  # of up to MOST_TOGETHER matrices
     expert_matvec: Any
 
 
@@ -43,25 +46,9 @@ def quantise(x, x_stride, xq, xd, xs, k):
     """Rows of k activations to int8, a warp for each 32: xd their scales, xs sums of 16."""
     group = cuda.blockIdx.x * cuda.blockDim.y + cuda.threadIdx.y
     token = cuda.blockIdx.y
-    lane = cuda.threadIdx.x
     if group * 32 < k:
-        value = x[token * x_stride + group * 32 + lane]
-        scale = warp_max(abs(value)) / float32(127)
-        q = 0
-        if scale > float32(0):
-            q = nearest(value / scale)
-        at = token * k + group * 32
-        xq[at + lane] = q
-        # The sum of each half of the warp.
-        total = float32(q)
-        total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 8)
-        total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 4)
-        total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
-        total += cuda.shfl_xor_sync(0xFFFFFFFF, total, 1)
-        if lane == 0:
-            xd[at // 32] = scale
-        if lane % 16 == 0:
-            xs[at // 16 + lane // 16] = scale * total
+        i = group * 32 + cuda.threadIdx.x
+        quantise_32(x[token * x_stride + i], token * k + i, xq, xd, xs)
 
 
 @helper
@@ -194,42 +181,127 @@ def high_bfloat(word):
 
 
 def make_products(name: str, dots: Any, block_bytes: int) -> Products:
-    """Kernels around what a lane makes of two rows; `n` blocks are what a matrix has room for."""
+    """Kernels around what a lane makes of two rows; matrices have room for n blocks."""
+
+    @cuda.jit(device=True)
+    def of_two_rows(w, base, n, block, n_rows, xq, xd, xs, x, k):
+        """A row that a lane has the product of, the product, and whether it has one: the first two
+        lanes of each warp of a block."""
+        row, lane = 2 * (block * WARPS + cuda.threadIdx.y), cuda.threadIdx.x
+        if row >= n_rows:
+            return row, float32(0), False
+        a, b = dots(w, base, n, row, min(row + 1, n_rows - 1), xq, xd, xs, x, k, lane)
+        a, b = warp_sum(a), warp_sum(b)
+        row += lane
+        return row, a if lane == 0 else b, lane < 2 and row < n_rows
 
     @kernel(f"{name}_matvec", registers=REGISTERS)
-    def matvec(w, xq, xd, xs, x_stride, y, y_stride, n_rows, k, n):
-        """y = w times each token's activations."""
-        row = 2 * (cuda.blockIdx.x * WARPS + cuda.threadIdx.y)
+    def matvec(
+        xq,
+        xd,
+        xs,
+        x_stride,
+        k,
+        w,
+        n,
+        y,
+        y_stride,
+        n_rows,
+        bias,
+        has_bias,
+        total,
+        total_stride,
+        adds,
+    ):
+        """y = w times each token's activations + bias; then total += y."""
         token = cuda.blockIdx.y
-        lane = cuda.threadIdx.x
-        if row < n_rows:
-            other = min(row + 1, n_rows - 1)
-            a, b = dots(w, 0, n, row, other, xq, xd, xs, token * x_stride, k, lane)
-            a, b = warp_sum(a), warp_sum(b)
-            if lane == 0:
-                y[token * y_stride + row] = a
-                y[token * y_stride + other] = b if other > row else a
+        row, value, is_mine = of_two_rows(
+            w, 0, n, cuda.blockIdx.x, n_rows, xq, xd, xs, token * x_stride, k
+        )
+        if is_mine:
+            if has_bias:
+                value += bias[row]
+            y[token * y_stride + row] = value
+            if adds:
+                total[token * total_stride + row] += value
+
+    @kernel(f"{name}_matvecs", registers=REGISTERS)
+    def matvecs(
+        xq,
+        xd,
+        xs,
+        x_stride,
+        k,
+        w,
+        n,
+        y,
+        y_stride,
+        n_rows,
+        bias,
+        has_bias,
+        w_2,
+        n_2,
+        y_2,
+        y_stride_2,
+        n_rows_2,
+        bias_2,
+        has_bias_2,
+        w_3,
+        n_3,
+        y_3,
+        y_stride_3,
+        n_rows_3,
+        bias_3,
+        has_bias_3,
+    ):
+        """The same of several matrices, without a total: their blocks one after the other."""
+        block = cuda.blockIdx.x
+        n_blocks = (n_rows + ROWS - 1) // ROWS
+        if block >= n_blocks:
+            block -= n_blocks
+            w, n, y, y_stride, n_rows = w_2, n_2, y_2, y_stride_2, n_rows_2
+            bias, has_bias = bias_2, has_bias_2
+            n_blocks = (n_rows + ROWS - 1) // ROWS
+            if block >= n_blocks:
+                block -= n_blocks
+                w, n, y, y_stride, n_rows = w_3, n_3, y_3, y_stride_3, n_rows_3
+                bias, has_bias = bias_3, has_bias_3
+        token = cuda.blockIdx.y
+        row, value, is_mine = of_two_rows(w, 0, n, block, n_rows, xq, xd, xs, token * x_stride, k)
+        if is_mine:
+            if has_bias:
+                value += bias[row]
+            y[token * y_stride + row] = value
 
     @kernel(f"{name}_expert_matvec", registers=REGISTERS)
     def expert_matvec(
-        w, xq, xd, xs, x_stride, slot_stride, y, y_stride, n_rows, k, n, routes, r_stride
+        w,
+        xq,
+        xd,
+        xs,
+        x_stride,
+        slot_stride,
+        y,
+        y_stride,
+        n_rows,
+        k,
+        n,
+        routes,
+        routes_stride,
+        biases,
+        has_biases,
     ):
-        """The same with each slot's expert; its activations are `slot_stride` after the last's."""
-        row = 2 * (cuda.blockIdx.x * WARPS + cuda.threadIdx.y)
+        """With each slot's expert; its activations are `slot_stride` after the last's."""
         token, slot = cuda.blockIdx.y, cuda.blockIdx.z
-        lane = cuda.threadIdx.x
-        if row < n_rows:
-            other = min(row + 1, n_rows - 1)
-            base = int(routes[token * r_stride + slot]) * n * block_bytes
-            x = token * x_stride + slot * slot_stride
-            a, b = dots(w, base, n, row, other, xq, xd, xs, x, k, lane)
-            a, b = warp_sum(a), warp_sum(b)
-            if lane == 0:
-                at = token * y_stride + slot * n_rows
-                y[at + row] = a
-                y[at + other] = b if other > row else a
+        expert = int(routes[token * routes_stride + slot])
+        base, x = expert * n * block_bytes, token * x_stride + slot * slot_stride
+        row, value, is_mine = of_two_rows(w, base, n, cuda.blockIdx.x, n_rows, xq, xd, xs, x, k)
+        if is_mine:
+            if has_biases:
+                value += biases[expert * n_rows + row]
+            y[token * y_stride + slot * n_rows + row] = value
 
-    return Products(dots, matvec, expert_matvec)
+    return Products(dots, matvec, matvecs, expert_matvec)
 
 
 PRODUCTS = {

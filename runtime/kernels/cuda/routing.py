@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from numba import cuda, types
-from numpy import float32
+from numpy import float32, int32
 
 from runtime.kernels.cuda.elementwise import sigmoid
 from runtime.kernels.cuda.kept import kernel
@@ -87,7 +87,7 @@ def route(
         expert = _best(compared, taken, 0, n_experts, lane)
         if lane == 0:
             taken[expert] = float32(1)
-            routes[target + slot] = float32(expert)
+            routes[target + slot] = float32(int32(expert))
             routes[target + n_used + slot] = chances[expert]
         cuda.syncthreads()
     if lane == 0:

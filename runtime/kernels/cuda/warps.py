@@ -30,6 +30,16 @@ def warp_max(value):
 
 
 @cuda.jit(device=True)
+def half_sum(value):
+    """Over each half of the warp."""
+    value += cuda.shfl_xor_sync(ALL, value, 8)
+    value += cuda.shfl_xor_sync(ALL, value, 4)
+    value += cuda.shfl_xor_sync(ALL, value, 2)
+    value += cuda.shfl_xor_sync(ALL, value, 1)
+    return value
+
+
+@cuda.jit(device=True)
 def eighth_sum(value):
     """Over 8 neighbouring lanes."""
     value += cuda.shfl_xor_sync(ALL, value, 4)

@@ -94,9 +94,11 @@ def test_attention_with(options: dict, rng: np.random.Generator) -> None:
     assert worst(program, (6, 1), n_ctx=600) <= FLOAT
 
 
-def test_attention_over_several_chunks(rng: np.random.Generator) -> None:
-    program = attention_program((1, 1, 8, 8), rng, softcap=2.0, sinks=True, window=129)
-    assert worst(program, (130, 1), n_ctx=140) <= FLOAT
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_attention_over_several_chunks(n_heads: int, rng: np.random.Generator) -> None:
+    """A prompt in one range, a token and a few in several; queries of tokens, and of heads."""
+    program = attention_program((n_heads, 1, 8, 8), rng, softcap=2.0, sinks=True, window=129)
+    assert worst(program, (130, 1, 3), n_ctx=140) <= FLOAT
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16), (2, 1, 40, 36)], ids=["narrow", "wide"])
