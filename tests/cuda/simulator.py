@@ -104,7 +104,7 @@ def shfl_sync(module, mask, value, lane):
     return wait(EXCHANGE, value).values[lane]
 
 
-def shared_array(module, shape, dtype):
+def shared_array(module, shape, dtype, alignment=None):
     """As the simulator's, where a line of source tells arrays apart, without reading the source."""
     if shape == 0:
         dtype = np.dtype(str(dtype))

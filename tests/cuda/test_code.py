@@ -180,6 +180,7 @@ def test_tensor_cores(name: str, capability: tuple[int, int]) -> None:
     text = f"mma.sync.aligned.{shape}.row.col.s32.s8.s8.s32"
     assert ptx.count(text) == ptx.count("mma.sync") == 4 * each * (32 // columns)
     assert ptx.count("ldmatrix.sync.aligned.m8n8.x4.shared.b16") == 3
+    assert ptx.count(".shared .align 16") == 2  # where it reads
     assert "dp4a" not in ptx and "call" not in ptx
     check_machine_code(ptx, capability)
 
@@ -191,7 +192,7 @@ def test_tensor_cores_of_16_bits(name: str, capability: tuple[int, int]) -> None
     kind = name.lower()
     text = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
     assert ptx.count(text) == ptx.count("mma.sync") > 0
-    assert "ldmatrix.sync" in ptx
+    assert "ldmatrix.sync" in ptx and ptx.count(".shared .align 16") == 2
     assert f"cvt.rn.{kind}x2.f32" in ptx and "call" not in ptx
     check_machine_code(ptx, capability)
 

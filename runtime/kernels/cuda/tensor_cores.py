@@ -53,12 +53,14 @@ TURING_32 = (
 )
 
 
+ALIGNMENT = None if config.ENABLE_CUDASIM else 16  # bytes: of arrays that load_words reads
 LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
 
 
 def load_words(words, at, lane):
     """The lanes' words of four times 8 rows of 16 bytes, that begin at words `at` of the lanes 0 to
     7, 8 to 15, 16 to 23 and 24 to 31 in shared memory: row lane // 4 of each, word lane % 4."""
+    assert at % 4 == 0
     places = [cuda.shfl_sync(ALL, at, 8 * i + lane // 4) for i in range(4)]
     return tuple(words[place + lane % 4] for place in places)
 

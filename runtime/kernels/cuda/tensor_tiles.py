@@ -15,7 +15,7 @@ from numpy import float32
 from gguf_tools.compiler import helper
 from runtime.kernels.cuda.primitives import as_float, load16, place, two_bfloats, two_halves
 from runtime.kernels.cuda.products import BLOCKS
-from runtime.kernels.cuda.tensor_cores import MULTIPLY, MULTIPLY_ADD, load_words
+from runtime.kernels.cuda.tensor_cores import ALIGNMENT, MULTIPLY, MULTIPLY_ADD, load_words
 from runtime.kernels.cuda.tiles import (
     ALL_GROUPS,
     ROWS,
@@ -103,10 +103,10 @@ def _tensor_tile(form: Unpacking, generation: str) -> Any:
 
     @cuda.jit(device=True)
     def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
-        weights = cuda.shared.array(ALL_WORDS, types.int32)
+        weights = cuda.shared.array(ALL_WORDS, types.int32, alignment=ALIGNMENT)
         scales = cuda.shared.array(all_groups, types.float32)
         offsets = cuda.shared.array(all_groups, types.float32)
-        others = cuda.shared.array(ALL_WORDS, types.int32)
+        others = cuda.shared.array(ALL_WORDS, types.int32, alignment=ALIGNMENT)
         their_scales = cuda.shared.array(ALL_GROUPS, types.float32)
         their_sums = cuda.shared.array(all_groups, types.float32)
         sums = cuda.local.array((4, 4), types.float32)  # [rows + 8 i][tokens], as in `added`
@@ -228,8 +228,8 @@ def _half_tile(name: str, packed: Any) -> Any:
 
     @cuda.jit(device=True)
     def tile(w, base, n, n_rows, k, xq, xd, xs, x_at, y, y_at):
-        weights = cuda.shared.array(ALL_WORDS, types.int32)
-        others = cuda.shared.array(ALL_WORDS, types.int32)
+        weights = cuda.shared.array(ALL_WORDS, types.int32, alignment=ALIGNMENT)
+        others = cuda.shared.array(ALL_WORDS, types.int32, alignment=ALIGNMENT)
         sums = cuda.local.array((4, 4), types.float32)
         thread = cuda.threadIdx.x
         line, unit = thread // 4, thread % 4
