@@ -116,7 +116,8 @@ def open_planned(
     """Make the backends of a plan; where a device has no room after all, of one with fewer layers.
 
     `make(device, stage)` makes one, of the CPU for None. Each failure is said; what is tried next
-    is a layer less, or as many as fit where the device says how much it held, down to none.
+    is a layer less, or as many as fit where the device says how much it held, down to none. A
+    device that cannot be used is an error where layers were asked for; else it gets none.
     """
     most: dict[int, int] = {}
     rooms: dict[int, int] = {}
@@ -141,16 +142,26 @@ def open_planned(
             if error.room is not None:
                 rooms[index] = error.room
             say(f"{error}: trying fewer layers there")
+        except DeviceError as error:
+            if places[-1] == HOST or not offload.is_automatic:
+                raise
+            most[places[-1] - 1] = 0
+            say(f"{error}: going on without it")
 
 
 def make_device_backend(
     device: Device, stage: Stage, *, n_ctx: int, n_batch: int, kv_type: str
 ) -> Backend:
-    """The backend of a stage on a device; DeviceMemoryError when it has no room for it."""
+    """The backend of a stage on a device, tried out.
+
+    DeviceMemoryError when it has no room for it, DeviceError when it cannot compute it.
+    """
     if device.is_fake:
         from runtime.backends.fake import FakeBackend
 
         return FakeBackend(stage, device, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
     from runtime.backends.cuda import CUDABackend
 
-    return CUDABackend(stage, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type, device=device.index)
+    backend = CUDABackend(stage, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type, device=device.index)
+    backend.try_out()
+    return backend

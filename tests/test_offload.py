@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from gguf_tools.errors import DeviceLostError, DeviceMemoryError
+from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from gguf_tools.reader import GGUFFile
 from runtime.backends.reference import ReferenceBackend
 from runtime.config import read_config
@@ -146,6 +146,36 @@ def test_a_device_that_does_not_say_how_much_it_held(tmp_path, fakes):
 
     with pytest.raises(DeviceMemoryError, match="no memory at all"):
         open_planned(program, sizes, Offload(), make_nothing, said.append)
+
+
+def test_a_device_that_cannot_be_used(tmp_path, fakes):
+    """It is said, and another or the CPU does its work; asked for layers, it is an error."""
+    file = GGUFFile(llama_file(tmp_path / "m.gguf", quant="F16", n_layers=2))
+    program = build_program(file, read_config(file), n_ctx=8)
+    sizes = measure_sizes(program, n_ctx=8, n_batch=8, kv_type="f16")
+    fakes("1GiB,1GiB")
+    broken = {"fake:0"}
+
+    def make(device, stage):
+        if device is not None and device.name in broken:
+            raise DeviceError(f"{device.name} multiplies wrongly")
+        return ReferenceBackend(stage, n_ctx=8)
+
+    said = []
+    pipeline, plan = open_planned(
+        program, sizes, Offload(find_devices(), Wish()), make, said.append
+    )
+    pipeline.close()
+    assert [share.n_units for share in plan.shares] == [0, 3]
+    assert "fake:0 multiplies wrongly: going on without it" in said
+    broken.add("fake:1")
+    pipeline, plan = open_planned(
+        program, sizes, Offload(find_devices(), Wish()), make, said.append
+    )
+    pipeline.close()
+    assert plan.gpu_layers == 0
+    with pytest.raises(DeviceError, match="fake:0 multiplies wrongly"):
+        open_planned(program, sizes, Offload(find_devices(), Wish(2)), make, said.append)
 
 
 # Lost devices.

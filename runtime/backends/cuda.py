@@ -16,8 +16,8 @@ from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError
 from numba.cuda.cudadrv.error import CudaSupportError
 
-from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError
-from runtime.backends.cuda_check import choose_tiles
+from gguf_tools.errors import DeviceError, DeviceLostError, DeviceMemoryError, GGUFError, printable
+from runtime.backends.cuda_check import check_products, choose_tiles
 from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import kept_as
 from runtime.backends.cuda_graph import Graph, capture
@@ -27,6 +27,8 @@ from runtime.backends.cuda_products import FEW_TOKENS
 from runtime.backends.cuda_room import HEAD_ROWS, Buffer, make_room
 from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.program import Floats, Span, Stage, matrices
+
+MOST_OF_ERROR = 300  # characters of what a compiler says
 
 
 @dataclass(eq=False)
@@ -76,6 +78,7 @@ class CUDABackend:
         self, n_ctx: int, n_batch: int, kv_type: str, capability: tuple[int, int] | None
     ) -> None:
         stage = self.stage
+        check_products(stage, self._device)
         tiles: Mapping[str, Tiles] = TILES
         if n_batch > FEW_TOKENS:
             found = capability or cuda.get_current_device().compute_capability
@@ -88,6 +91,7 @@ class CUDABackend:
             for span in stage.spans
         ]
         passed = {name for span in stage.spans for name in (*span.inputs, *span.outputs)}
+        self._n_batch = n_batch
         self._head_rows = min(HEAD_ROWS, n_batch)
         self._host: dict[str, Floats] = {}
         for name in sorted(passed):
@@ -125,6 +129,27 @@ class CUDABackend:
                 name: self._read(name, n)[:, :width].copy()
                 for name, width in ready.span.outputs.items()
             }
+
+    def try_out(self) -> None:
+        """Run every span for one token, for a few and as a prompt, so that all kernels are there.
+
+        What the KV cache then holds is overwritten before it is read. DeviceError when something
+        cannot be computed here.
+        """
+        for n in sorted({1, min(2, self._n_batch), min(FEW_TOKENS + 1, self._n_batch)}):
+            for index, span in enumerate(self.stage.spans):
+                # Zeros are valid for all buffers, also where a number says which expert.
+                given = {
+                    name: np.zeros((n, width), np.float32) for name, width in span.inputs.items()
+                }
+                if "x" in given:
+                    given["x"][:] = np.random.default_rng(0).normal(size=given["x"].shape)
+                made = self.run(index, given, 0, 1)
+                if not all(np.isfinite(values).all() for values in made.values()):
+                    raise DeviceError(
+                        f"GPU {self._device} makes values that are no numbers: --gpu-layers 0 "
+                        "uses the processor alone"
+                    )
 
     def close(self) -> None:
         """Frees the memory."""
@@ -212,6 +237,19 @@ class CUDABackend:
                 f"GPU {self._device} cannot be used ({error}): --gpu-layers 0 uses the processor "
                 "alone"
             ) from error
+        except Exception as error:
+            if isinstance(error, GGUFError) or not _is_of_cuda(error):
+                raise
+            what = printable(f"{type(error).__name__}: {error}", MOST_OF_ERROR)
+            raise DeviceLostError(
+                f"GPU {self._device} cannot go on ({what}): --gpu-layers 0 uses the processor alone"
+            ) from error
+
+
+def _is_of_cuda(error: BaseException) -> bool:
+    """Whether a compiler, a linker or a binding of CUDA raised it; each has its own exceptions."""
+    packages = ("numba.cuda", "numba_cuda", "numba.core", "cuda.", "llvmlite")
+    return type(error).__module__.startswith(packages)
 
 
 def _launch(launches: list[Launch]) -> None:

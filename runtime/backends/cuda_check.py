@@ -1,8 +1,9 @@
-"""Which kernels read prompts on a GPU: those for tensor cores, once they have proved right there.
+"""Whether a GPU computes what it should, and which kernels read prompts there.
 
 The first time that a format is met on a device, a small product of the model's own weights is made
-both ways. Where they differ, or the fast kernel cannot be loaded, the plain one is used, and it is
-said.
+by the kernels for a token and for prompts, and by NumPy: a device that is wrong is not used. Then
+by the kernels for tensor cores: where they differ, or cannot be loaded, the plain ones are used,
+and it is said.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from numba import cuda
 
+from gguf_tools.errors import DeviceError
 from runtime.backends.cuda_formats import blocks_held, kept_as, way_of_tiles
 from runtime.backends.cuda_memory import DeviceMemory
 from runtime.backends.cuda_room import is_quantised
-from runtime.kernels.cuda.products import WARPS, quantise
+from runtime.kernels.cuda.products import PRODUCTS, ROWS, WARPS, Products, quantise
 from runtime.kernels.cuda.tensor_tiles import TENSOR_TILES
 from runtime.kernels.cuda.tiles import THREADS, TILES, Tiles
 from runtime.program import Floats, Matrix, Stage, matrices
@@ -26,7 +28,10 @@ SWITCH = "GGUF_TOOLS_TENSOR_CORES"  # environment variable
 N_ROWS = N_TOKENS = 59  # of the product: nearly a block, so that an edge is seen
 MOST_COLUMNS = 512
 TOLERANCE = 1e-2  # of the largest result: activations may be rounded to 16 bits
+LEAST = 1e-30  # weights that are all zeros make results that are
+WRONG = 5e-2  # of the largest result; activations of 8 bits make about 1e-2
 
+_checked: set[tuple[int, str]] = set()  # devices and formats whose products are right
 _verdicts: dict[tuple[int, str, str], str] = {}  # device, way, format -> why not, or nothing
 
 
@@ -56,6 +61,24 @@ def choose_tiles(
     )
 
 
+def check_products(stage: Stage, device: int) -> None:
+    """DeviceError when the current device multiplies wrongly with a format of the stage."""
+    for matrix in matrices(stage):
+        name = kept_as(matrix.quant)
+        if (device, name) in _checked:
+            continue
+        part = _corner(matrix)
+        exact = _activations(part.n_columns) @ part.rows(slice(None)).T
+        for found in (_product(TILES[name], part), _rows(PRODUCTS[name], part)):
+            wrong = np.abs(found - exact[: len(found)]).max() / max(np.abs(exact).max(), LEAST)
+            if wrong > WRONG and np.isfinite(exact).all():
+                raise DeviceError(
+                    f"GPU {device} multiplies wrongly with weights of {name} (by {wrong:.2g} of "
+                    "the largest result): --gpu-layers 0 uses the processor alone"
+                )
+        _checked.add((device, name))
+
+
 def _verdict(matrix: Matrix, device: int, name: str, way: str) -> str:
     key = device, way, name
     if key not in _verdicts:
@@ -77,21 +100,40 @@ def why_wrong(fast: Tiles, plain: Tiles, matrix: Matrix) -> str:
 
 
 def _product(tiles: Tiles, matrix: Matrix) -> Floats:
-    """Some rows of a matrix times some tokens, (tokens, rows)."""
-    matrix = _corner(matrix)
-    n_rows, k = matrix.n_rows, matrix.n_columns
-    weights = DeviceMemory().weights((matrix,))
-    x = np.random.default_rng(0).normal(size=N_TOKENS * k).astype(np.float32)
-    size, source = N_TOKENS * k, cuda.to_device(x)
-    activations = (source, _empty(1), _empty(1))
-    if is_quantised(matrix):
-        activations = (_empty(size, np.int8), _empty(size // 32), _empty(size // 16))
-        grid = (-(-k // (32 * WARPS)), N_TOKENS, 1)
-        quantise[grid, (32, WARPS)](source, k, *activations, k)
-    made = _empty(N_TOKENS * n_rows)
-    shape = (n_rows, k, blocks_held(matrix), N_TOKENS)
-    tiles.matmul[(1, 1, 1), (THREADS, 1)](weights, *activations, k, made, n_rows, *shape)
+    """The first rows and columns of a matrix times some tokens, (tokens, rows)."""
+    part = _corner(matrix)
+    n_rows, k, made = part.n_rows, part.n_columns, _empty(N_TOKENS * part.n_rows)
+    arguments = (DeviceMemory().weights((part,)), *_prepared(part), k, made, n_rows)
+    shape = (n_rows, k, blocks_held(part), N_TOKENS)
+    tiles.matmul[(1, 1, 1), (THREADS, 1)](*arguments, *shape)
     return np.asarray(made.copy_to_host(), np.float32).reshape(N_TOKENS, n_rows)
+
+
+def _rows(products: Products, matrix: Matrix) -> Floats:
+    """The same of the first token, (1, rows)."""
+    part = _corner(matrix)
+    n_rows, k, made, nothing = part.n_rows, part.n_columns, _empty(part.n_rows), _empty(1)
+    held = (DeviceMemory().weights((part,)), blocks_held(part))
+    arguments = (*_prepared(part), k, k, *held, made, n_rows, n_rows)
+    unused = (nothing, False, nothing, 0, False)
+    products.matvec[(-(-n_rows // ROWS), 1, 1), (32, WARPS)](*arguments, *unused)
+    return np.asarray(made.copy_to_host(), np.float32)[None]
+
+
+def _activations(k: int) -> Floats:
+    """Of all tokens, (tokens, k)."""
+    return np.random.default_rng(0).normal(size=(N_TOKENS, k)).astype(np.float32)
+
+
+def _prepared(matrix: Matrix) -> tuple[Any, Any, Any]:
+    """The activations on the device, as the products of the matrix's format read them."""
+    k, x = matrix.n_columns, cuda.to_device(_activations(matrix.n_columns).reshape(-1))
+    if not is_quantised(matrix):
+        return x, _empty(1), _empty(1)
+    size = N_TOKENS * k
+    made = (_empty(size, np.int8), _empty(size // 32), _empty(size // 16))
+    quantise[(-(-k // (32 * WARPS)), N_TOKENS, 1), (32, WARPS)](x, k, *made, k)
+    return made
 
 
 def _corner(matrix: Matrix) -> Matrix:

@@ -10,13 +10,16 @@ from numba.cuda.cudadrv.driver import CudaAPIError
 
 from gguf_tools.errors import DeviceError, DeviceMemoryError
 from gguf_tools.reader import GGUFFile
-from runtime.backends import Backend
+from runtime.backends import Backend, cuda_check
+from runtime.backends import cuda as cuda_backend
 from runtime.backends.cuda import CUDABackend
 from runtime.backends.cuda_formats import allocated
 from runtime.backends.reference import ReferenceBackend
 from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.devices import Device
+from runtime.kernels.cuda.products import PRODUCTS
+from runtime.kernels.cuda.tiles import TILES
 from runtime.model import KV_TYPES, Model
 from runtime.offload import Offload
 from runtime.program import Attend, Program, Stage, StoreKV
@@ -24,6 +27,7 @@ from runtime.split import FIXED, Wish, measure_sizes, plan_split, stage_bytes
 from runtime.stages import Pipeline, cut_program, whole
 from tests.architectures import converted
 from tests.cuda.device.agreement import FLOAT, INT8, worst
+from tests.cuda.device.check_formats import product
 from tests.programs import attention_program, mixture
 from tests.tiny import llama_file
 
@@ -149,6 +153,50 @@ def test_a_gpu_that_runs_full(program: Program, monkeypatch: pytest.MonkeyPatch)
 def test_a_gpu_that_is_not_there(program: Program) -> None:
     with pytest.raises(DeviceError, match="GPU 7 cannot be used"):
         CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, device=7)
+
+
+@pytest.mark.parametrize("kernels", ["tiles", "products"])
+def test_a_gpu_that_multiplies_wrongly(
+    kernels: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gets its answers."""
+    table = TILES if kernels == "tiles" else PRODUCTS
+    monkeypatch.setattr(cuda_check, "_checked", set())
+    monkeypatch.setitem(table, "Q4_1", table["Q4_0"])
+    program = product("Q4_1", 6, 64, rng)
+    with pytest.raises(DeviceError, match=r"GPU 0 multiplies wrongly with weights of Q4_1 \(by "):
+        CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4)
+    monkeypatch.undo()
+    CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4).close()
+
+
+def test_a_gpu_is_tried_out(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is said to be there; what compilers raise becomes an error in words."""
+    backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=9)
+    backend.try_out()
+    expected = logits(program, [1] * len(program.steps), make_gpu)
+    assert np.array_equal(logits(program, [1] * len(program.steps), make_tried), expected)
+
+    class NvvmError(Exception):
+        __module__ = "numba.cuda.cudadrv.error"
+
+    def fail(*arguments: object) -> None:
+        raise NvvmError("PTX that this driver does not know")
+
+    monkeypatch.setattr(cuda_backend, "_launch", fail)
+    with pytest.raises(DeviceError, match=r"GPU 0 cannot go on \(NvvmError: PTX that this driver"):
+        backend.try_out()
+    monkeypatch.undo()
+    backend.stage.steps[0].weight[:] = np.nan
+    broken = CUDABackend(backend.stage, n_ctx=N_CTX, n_batch=9)
+    with pytest.raises(DeviceError, match="GPU 0 makes values that are no numbers"):
+        broken.try_out()
+
+
+def make_tried(place: int, stage: Stage) -> CUDABackend:
+    backend = CUDABackend(stage, n_ctx=N_CTX, n_batch=9)
+    backend.try_out()
+    return backend
 
 
 def test_layers_go_to_a_gpu_by_number(tmp_path: Path) -> None:
