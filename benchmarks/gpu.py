@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = Path("tests/cuda/device")
 SPLIT_TOLERANCE = 5e-2  # of the largest logit: activations of 8 bits, rounded at other places
+MATRIX = 1 << 28  # bytes of what is multiplied with: more than the caches of any GPU
 SIMULATED = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "1", "GGUF_TOOLS_CACHE": "off"}
 
 
@@ -106,11 +107,13 @@ def run_checks(simulate: bool) -> None:
 def measure(options: argparse.Namespace) -> Iterator[Speed]:
     toy = options.simulate
     yield measure_copy(1 << (16 if toy else 30))
+    from gguf_tools.quants import by_name
     from runtime.backends.cuda_formats import NATIVE
 
-    side = 256 if toy else 8192
+    k = 256 if toy else 8192
     for name in NATIVE:
-        yield from measure_format(name, 8 if toy else side, side, options.prompt)
+        n_rows = 8 if toy else MATRIX // by_name(name).row_bytes(k)
+        yield from measure_format(name, n_rows, k, options.prompt)
     yield from measure_model(SHAPES[options.shape], options.shape, options)
     with tempfile.TemporaryDirectory() as folder:
         model = options.model

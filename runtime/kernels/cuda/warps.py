@@ -50,27 +50,13 @@ def eighth_sum(value):
 
 @cuda.jit(device=True)
 def block_sum(value, shared):
-    """Over the threads of a block of one dimension."""
+    """Over the threads of a block of one dimension, whole warps."""
+    thread = cuda.threadIdx.x
     value = warp_sum(value)
-    if cuda.threadIdx.x % 32 == 0:
-        shared[cuda.threadIdx.x // 32] = value
+    if thread % 32 == 0:
+        shared[thread // 32] = value
     cuda.syncthreads()
-    total = float32(0)
-    for warp in range(cuda.blockDim.x // 32):
-        total += shared[warp]
+    total = shared[thread % 32] if thread % 32 < cuda.blockDim.x // 32 else float32(0)
+    total = warp_sum(total)
     cuda.syncthreads()  # `shared` may be used again
     return total
-
-
-@cuda.jit(device=True)
-def block_max(value, shared):
-    """Over the threads of a block of one dimension."""
-    value = warp_max(value)
-    if cuda.threadIdx.x % 32 == 0:
-        shared[cuda.threadIdx.x // 32] = value
-    cuda.syncthreads()
-    largest = shared[0]
-    for warp in range(1, cuda.blockDim.x // 32):
-        largest = max(largest, shared[warp])
-    cuda.syncthreads()
-    return largest
