@@ -1,7 +1,8 @@
 """The CUDA backend: the spans of a stage as kernel launches on one GPU.
 
-Weights are uploaded once, as they lie in the file. What spans take and give passes through pinned
-host memory. For one token a span's launches are captured as a graph and replayed.
+Weights are uploaded once, as they lie in the file. What spans take and give passes through
+memory of the host (cuda_host.py). For one token a span's launches are captured as a graph and
+replayed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from runtime.backends.cuda_check import check_products, choose_tiles
 from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import kept_as
 from runtime.backends.cuda_graph import Graph, capture
+from runtime.backends.cuda_host import HostArrays
 from runtime.backends.cuda_launches import Launches
 from runtime.backends.cuda_memory import OUT_OF_MEMORY, REMEDY, DeviceMemory
 from runtime.backends.cuda_products import FEW_TOKENS
@@ -90,16 +92,11 @@ class CUDABackend:
             _ReadySpan(span, self._launches.make((*span.body, *span.head), 1, holding=span.inputs))
             for span in stage.spans
         ]
-        passed = {name for span in stage.spans for name in (*span.inputs, *span.outputs)}
+        passed = sorted({name for span in stage.spans for name in (*span.inputs, *span.outputs)})
         self._n_batch = n_batch
         self._head_rows = min(HEAD_ROWS, n_batch)
-        self._host: dict[str, Floats] = {}
-        for name in sorted(passed):
-            rows = self._head_rows if name == "logits" else n_batch
-            shape = (rows, self._room.buffers[name].stride)
-            self._host[name] = cuda.pinned_array(shape, np.float32)
-            self._host[name][:] = 0
-        self._host_state = cuda.pinned_array(1, np.int32)
+        rows = {name: self._head_rows if name == "logits" else n_batch for name in passed}
+        self._host = HostArrays(self._room, rows)
 
     @property
     def memory_bytes(self) -> int:
@@ -115,20 +112,20 @@ class CUDABackend:
         self, index: int, values: Mapping[str, Floats], start: int, n_outputs: int
     ) -> dict[str, Floats]:
         """Backend.run"""
-        ready = self._spans[index]
-        n = len(next(iter(values.values())))
+        ready, n = self._spans[index], len(next(iter(values.values())))
+        span, host = ready.span, self._host
         with self._on_device():
-            self._enter(values, start)
+            host.fill(values, start)
             if n == 1:
-                self._run_one(ready, values, start)
+                self._run_one(ready)
             else:
+                host.send(span.inputs, n)
                 self._run_body(ready, n)
-            if ready.span.head:
-                return {"logits": self._head(ready.span, n, n_outputs)}
-            return {
-                name: self._read(name, n)[:, :width].copy()
-                for name, width in ready.span.outputs.items()
-            }
+            if span.head:
+                return {"logits": self._head(span, n, n_outputs)}
+            if n > 1:
+                host.fetch(span.outputs, n)
+            return {name: host.rows(name, n, width) for name, width in span.outputs.items()}
 
     def try_out(self) -> None:
         """Run every span for one token, for a few and as a prompt, so that all kernels are there.
@@ -154,38 +151,32 @@ class CUDABackend:
     def close(self) -> None:
         """Frees the memory."""
         self._spans = []
-        self._host = {}
         self._memory.drop()
-        self.__dict__.pop("_launches", None)
-        self.__dict__.pop("_room", None)
+        for name in ("_host", "_launches", "_room"):
+            self.__dict__.pop(name, None)
 
     # --- one step --------------------------------------------------------------------------
 
-    def _enter(self, values: Mapping[str, Floats], start: int) -> None:
-        """Put a span's inputs and their position on the GPU."""
-        for name, rows in values.items():
-            n, width = rows.shape
-            buffer, host = self._room.buffers[name], self._host[name]
-            host[:n, :width] = rows
-            buffer.array[: n * buffer.stride].copy_to_device(host[:n].reshape(-1))
-        self._host_state[0] = start
-        self._room.state.copy_to_device(self._host_state)
-
-    def _run_one(self, ready: _ReadySpan, values: Mapping[str, Floats], start: int) -> None:
-        """Body and head for one token."""
+    def _run_one(self, ready: _ReadySpan) -> None:
+        """Body and head for one token: what they give is on the host."""
         if ready.graph is not None:
             ready.graph()
             return
+        span, host = ready.span, self._host
+        host.send(span.inputs, 1)
         _launch(ready.one)
+        host.fetch(span.outputs, 1)
         if ready.has_tried_graph:
             return
         ready.has_tried_graph = True
         ready.graph, self.no_graph_reason = capture(
-            ready.one, lambda: self._enter(values, start), lambda: self._result(ready.span)
+            [*host.sending(span.inputs), *ready.one, *host.fetching(span.outputs)],
+            lambda: self._result(span),
         )
         if ready.graph is None:  # whatever the attempt has left
-            self._enter(values, start)
+            host.send(span.inputs, 1)
             _launch(ready.one)
+            host.fetch(span.outputs, 1)
 
     def _run_body(self, ready: _ReadySpan, n: int) -> None:
         if ready.n_many != n:
@@ -195,27 +186,24 @@ class CUDABackend:
 
     def _head(self, span: Span, n: int, n_outputs: int) -> Floats:
         """The logits of the last n_outputs of n tokens; of one alone they are there already."""
-        n_vocab = span.outputs["logits"]
+        n_vocab, host = span.outputs["logits"], self._host
+        if n == 1:
+            return host.rows("logits", n_outputs, n_vocab)
         logits = np.empty((n_outputs, n_vocab), np.float32)
         hidden = self._room.buffers["x"]
         for first in range(0, n_outputs, self._head_rows):
-            rows = min(self._head_rows, n_outputs - first)
-            if n > 1:
-                row = n - n_outputs + first
-                later = {"x": Buffer(hidden.array[row * hidden.stride :], hidden.stride)}
-                _launch(self._launches.make(span.head, rows, instead=later))
-            logits[first : first + rows] = self._read("logits", rows)[:, :n_vocab]
+            rows, row = min(self._head_rows, n_outputs - first), n - n_outputs + first
+            later = {"x": Buffer(hidden.array[row * hidden.stride :], hidden.stride)}
+            _launch(self._launches.make(span.head, rows, instead=later))
+            host.fetch(["logits"], rows)
+            logits[first : first + rows] = host.rows("logits", rows, n_vocab)
         return logits
 
-    def _read(self, name: str, n: int) -> Floats:
-        """A buffer's first rows, in host memory that the next step overwrites."""
-        buffer, host = self._room.buffers[name], self._host[name][:n]
-        buffer.array[: n * buffer.stride].copy_to_host(host.reshape(-1))
-        return host
-
     def _result(self, span: Span) -> bytes:
-        """What a step of one token leaves."""
-        return b"".join(self._read(name, 1).tobytes() for name in sorted(span.outputs))
+        """What a step of one token has left on the host, which is forgotten."""
+        found = [self._host.rows(name, 1, width) for name, width in sorted(span.outputs.items())]
+        self._host.clear(span.outputs)
+        return b"".join(values.tobytes() for values in found)
 
     # --- the device ------------------------------------------------------------------------
 

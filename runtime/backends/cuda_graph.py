@@ -33,20 +33,20 @@ class Graph:
         self._stream.sync()
 
 
-def capture(
-    launches: Sequence[Launch], prepare: Callable[[], None], result: Callable[[], bytes]
-) -> tuple[Graph | None, str]:
-    """A graph of launches that have run once, or None and why there is none.
+def capture(launches: Sequence[Launch], result: Callable[[], bytes]) -> tuple[Graph | None, str]:
+    """A graph of launches that begin with their input, or None and why there is none.
 
-    `prepare` puts their input back; `result` gives what they have left. A graph counts only when
-    it leaves the same: there are many pairs of bindings and drivers.
+    `result` gives what they leave, or what was left before. A graph counts only when it leaves the
+    same: there are many pairs of bindings and drivers.
     """
     if config.ENABLE_CUDASIM:
         return None, "the simulator has no graphs"
     expected = result()
     try:
+        for launch in launches:  # loads the kernels
+            launch()
+        cuda.synchronize()
         graph = Graph(launches)
-        prepare()
         graph()
         found = result()
     except Exception as error:  # whatever the installed bindings raise: launches work without

@@ -95,6 +95,14 @@ GATES = {
 ALONE = {name: _make_activate(name, function) for name, function in ACTIVATIONS.items()}
 
 
+@kernel("carry")
+def carry(source, target, n):
+    """n numbers from one array to another: one of them the host's, of memory that both share."""
+    i = cuda.grid(1)
+    if i < n:
+        target[i] = source[i]
+
+
 @kernel("add_bias")
 def add_bias(x, stride, bias, width):
     i, token = cuda.grid(2)

@@ -14,6 +14,10 @@ from runtime.backends import Backend, cuda_check
 from runtime.backends import cuda as cuda_backend
 from runtime.backends.cuda import CUDABackend
 from runtime.backends.cuda_formats import allocated
+from runtime.backends.cuda_host import HostArrays
+from runtime.backends.cuda_launches import Launches
+from runtime.backends.cuda_memory import DeviceMemory
+from runtime.backends.cuda_room import make_room
 from runtime.backends.reference import ReferenceBackend
 from runtime.config import read_config
 from runtime.decoders import build_program
@@ -121,6 +125,31 @@ def test_the_plan_counts_what_is_taken(program: Program, kv_type: str) -> None:
             backend.close()
         spare = 0 if stage.caches else sizes.layers[0].kv  # a layer that does not attend
         assert stage_bytes(stage, **options) == plan.shares[0].used - spare
+
+
+def test_what_passes_without_copies(program: Program, rng: np.random.Generator) -> None:
+    """Launches that read and write the host's arrays, as a captured step has them."""
+    stage, memory = whole(program), DeviceMemory()
+    room = make_room(stage, memory, n_ctx=N_CTX, n_batch=2, kv_type="f16")
+    host, (span,) = HostArrays(room, {"x": 2, "logits": 1}), stage.spans
+    x = rng.normal(size=(1, span.inputs["x"])).astype(np.float32)
+    made = Launches(room, memory).make((*span.body, *span.head), 1)
+    found = []
+    for captured in (False, True):
+        host.clear(["x", "logits"])
+        host.fill({"x": x}, 3)
+        if captured:
+            for launch in (*host.sending(["x"]), *made, *host.fetching(["logits"])):
+                launch()
+            cuda.synchronize()
+        else:
+            host.send(["x"], 1)
+            for launch in made:
+                launch()
+            host.fetch(["logits"], 1)
+        assert room.state.copy_to_host()[0] == 3
+        found.append(host.rows("logits", 1, span.outputs["logits"]))
+    assert np.array_equal(*found) and found[0].any()
 
 
 def test_too_little_memory(program: Program) -> None:
