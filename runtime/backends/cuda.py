@@ -92,11 +92,15 @@ class CUDABackend:
             _ReadySpan(span, self._launches.make((*span.body, *span.head), 1, holding=span.inputs))
             for span in stage.spans
         ]
-        passed = sorted({name for span in stage.spans for name in (*span.inputs, *span.outputs)})
         self._n_batch = n_batch
         self._head_rows = min(HEAD_ROWS, n_batch)
-        rows = {name: self._head_rows if name == "logits" else n_batch for name in passed}
-        self._host = HostArrays(self._room, rows)
+        given = {name: n_batch for span in stage.spans for name in span.inputs}
+        made = {
+            name: self._head_rows if name == "logits" else n_batch
+            for span in stage.spans
+            for name in span.outputs
+        }
+        self._host = HostArrays(self._room, given, made)
 
     @property
     def memory_bytes(self) -> int:
@@ -172,6 +176,7 @@ class CUDABackend:
         ready.graph, self.no_graph_reason = capture(
             [*host.sending(span.inputs), *ready.one, *host.fetching(span.outputs)],
             lambda: self._result(span),
+            lambda: host.clear(span.outputs),
         )
         if ready.graph is None:  # whatever the attempt has left
             host.send(span.inputs, 1)
@@ -200,9 +205,8 @@ class CUDABackend:
         return logits
 
     def _result(self, span: Span) -> bytes:
-        """What a step of one token has left on the host, which is forgotten."""
-        found = [self._host.rows(name, 1, width) for name, width in sorted(span.outputs.items())]
-        self._host.clear(span.outputs)
+        """What a step of one token has left on the host."""
+        found = (self._host.rows(name, 1, width) for name, width in sorted(span.outputs.items()))
         return b"".join(values.tobytes() for values in found)
 
     # --- the device ------------------------------------------------------------------------

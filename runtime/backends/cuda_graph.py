@@ -33,11 +33,13 @@ class Graph:
         self._stream.sync()
 
 
-def capture(launches: Sequence[Launch], result: Callable[[], bytes]) -> tuple[Graph | None, str]:
+def capture(
+    launches: Sequence[Launch], result: Callable[[], bytes], forget: Callable[[], None]
+) -> tuple[Graph | None, str]:
     """A graph of launches that begin with their input, or None and why there is none.
 
-    `result` gives what they leave, or what was left before. A graph counts only when it leaves the
-    same: there are many pairs of bindings and drivers.
+    `result` gives what they leave, `forget` takes it away. A graph counts only when it leaves what
+    was left before: there are many pairs of bindings and drivers.
     """
     if config.ENABLE_CUDASIM:
         return None, "the simulator has no graphs"
@@ -47,6 +49,7 @@ def capture(launches: Sequence[Launch], result: Callable[[], bytes]) -> tuple[Gr
             launch()
         cuda.synchronize()
         graph = Graph(launches)
+        forget()
         graph()
         found = result()
     except Exception as error:  # whatever the installed bindings raise: launches work without

@@ -14,70 +14,76 @@ import numpy.typing as npt
 from numba import config, cuda
 
 from runtime.backends.cuda_draft import Launch, threads_for
-from runtime.backends.cuda_room import Array, Room
+from runtime.backends.cuda_room import Array, Buffer, Room
 from runtime.kernels.cuda.elementwise import carry
 from runtime.program import Floats
 
 
 class HostArrays:
-    """The buffers that a stage is given and gives, and where a step begins, on the host."""
+    """The buffers that a stage is given and those that it gives, and where a step begins.
 
-    def __init__(self, room: Room, n_rows: Mapping[str, int]) -> None:
-        """`n_rows` tokens of the buffers of these names."""
-        self._buffers = {name: room.buffers[name] for name in n_rows}
+    A buffer that is both has an array for each: what was given is there until the next step.
+    """
+
+    def __init__(self, room: Room, given: Mapping[str, int], made: Mapping[str, int]) -> None:
+        """Of the buffers of these names so many tokens."""
+        self._given = {name: _Rows(room.buffers[name], n) for name, n in given.items()}
+        self._made = {name: _Rows(room.buffers[name], n) for name, n in made.items()}
         self._state = room.state
-        self._shared = {
-            name: _shared(rows * room.buffers[name].stride, np.float32)
-            for name, rows in n_rows.items()
-        }
-        self._shared_start = _shared(1, np.int32)
-        # The same memory as NumPy knows it, which copies are made of.
-        self._flat = {name: np.asarray(shared) for name, shared in self._shared.items()}
-        self._start = np.asarray(self._shared_start)
-        self._rows = {name: flat.reshape(n_rows[name], -1) for name, flat in self._flat.items()}
+        self._start = _shared(1, np.int32)
 
     def fill(self, values: Mapping[str, Floats], start: int) -> None:
         """Inputs of a step that begins at position `start`."""
         for name, rows in values.items():
-            self._rows[name][: len(rows), : rows.shape[1]] = rows
+            self._given[name].rows[: len(rows), : rows.shape[1]] = rows
         self._start[0] = start
 
     def rows(self, name: str, n: int, width: int) -> Floats:
         """A copy of what was fetched last."""
-        return self._rows[name][:n, :width].copy()
+        return self._made[name].rows[:n, :width].copy()
 
     def clear(self, names: Iterable[str]) -> None:
         """Forget what was fetched."""
         for name in names:
-            self._rows[name][:] = 0
+            self._made[name].rows[:] = 0
 
     def send(self, names: Iterable[str], n: int) -> None:
         """Copy n tokens and their position to the GPU."""
         for name in names:
-            size = n * self._buffers[name].stride
-            self._buffers[name].array[:size].copy_to_device(self._flat[name][:size])
-        self._state.copy_to_device(self._start)
+            on_gpu, on_host = self._given[name].first(n)
+            on_gpu.copy_to_device(on_host)
+        self._state.copy_to_device(np.asarray(self._start))
 
     def fetch(self, names: Iterable[str], n: int) -> None:
         """Copy the first n tokens of buffers from the GPU."""
         for name in names:
-            size = n * self._buffers[name].stride
-            self._buffers[name].array[:size].copy_to_host(self._flat[name][:size])
+            on_gpu, on_host = self._made[name].first(n)
+            on_gpu.copy_to_host(on_host)
 
     def sending(self, names: Iterable[str]) -> list[Launch]:
         """`send` of one token as launches."""
-        carried = [
-            _carry(self._shared[name], self._buffers[name].array, self._buffers[name].stride)
-            for name in names
-        ]
-        return [*carried, _carry(self._shared_start, self._state, 1)]
+        pairs = [(self._given[name].shared, self._given[name].buffer) for name in names]
+        carried = [_carry(shared, buffer.array, buffer.stride) for shared, buffer in pairs]
+        return [*carried, _carry(self._start, self._state, 1)]
 
     def fetching(self, names: Iterable[str]) -> list[Launch]:
         """`fetch` of one token as launches; it is there once the GPU has done them."""
-        return [
-            _carry(self._buffers[name].array, self._shared[name], self._buffers[name].stride)
-            for name in names
-        ]
+        pairs = [(self._made[name].shared, self._made[name].buffer) for name in names]
+        return [_carry(buffer.array, shared, buffer.stride) for shared, buffer in pairs]
+
+
+class _Rows:
+    """Tokens of a buffer on the host."""
+
+    def __init__(self, buffer: Buffer, n: int) -> None:
+        self.buffer = buffer
+        self.shared = _shared(n * buffer.stride, np.float32)
+        # The same memory as NumPy knows it, which copies are made of.
+        self.rows = np.asarray(self.shared).reshape(n, buffer.stride)
+
+    def first(self, n: int) -> tuple[Array, Floats]:
+        """The first n tokens on the GPU and here, flat."""
+        return self.buffer.array[: n * self.buffer.stride], self.rows[:n].reshape(-1)
 
 
 def _shared(size: int, dtype: npt.DTypeLike) -> Array:

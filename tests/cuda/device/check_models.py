@@ -5,14 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from numba import cuda
+from numba import config, cuda
 from numba.cuda.cudadrv.driver import CudaAPIError
 
 from gguf_tools.errors import DeviceError, DeviceMemoryError
 from gguf_tools.reader import GGUFFile
-from runtime.backends import Backend, cuda_check
+from runtime.backends import Backend, cuda_check, cuda_graph
 from runtime.backends import cuda as cuda_backend
 from runtime.backends.cuda import CUDABackend
+from runtime.backends.cuda_draft import Launch
 from runtime.backends.cuda_formats import allocated
 from runtime.backends.cuda_host import HostArrays
 from runtime.backends.cuda_launches import Launches
@@ -31,6 +32,7 @@ from runtime.split import FIXED, Wish, measure_sizes, plan_split, stage_bytes
 from runtime.stages import Pipeline, cut_program, whole
 from tests.architectures import converted
 from tests.cuda.device.agreement import FLOAT, INT8, worst
+from tests.cuda.device.agreement import logits as agreement_logits
 from tests.cuda.device.check_formats import product
 from tests.programs import attention_program, mixture
 from tests.tiny import llama_file
@@ -131,12 +133,12 @@ def test_what_passes_without_copies(program: Program, rng: np.random.Generator) 
     """Launches that read and write the host's arrays, as a captured step has them."""
     stage, memory = whole(program), DeviceMemory()
     room = make_room(stage, memory, n_ctx=N_CTX, n_batch=2, kv_type="f16")
-    host, (span,) = HostArrays(room, {"x": 2, "logits": 1}), stage.spans
+    host, (span,) = HostArrays(room, {"x": 2}, {"logits": 1}), stage.spans
     x = rng.normal(size=(1, span.inputs["x"])).astype(np.float32)
     made = Launches(room, memory).make((*span.body, *span.head), 1)
     found = []
     for captured in (False, True):
-        host.clear(["x", "logits"])
+        host.clear(["logits"])
         host.fill({"x": x}, 3)
         if captured:
             for launch in (*host.sending(["x"]), *made, *host.fetching(["logits"])):
@@ -150,6 +152,39 @@ def test_what_passes_without_copies(program: Program, rng: np.random.Generator) 
         assert room.state.copy_to_host()[0] == 3
         found.append(host.rows("logits", 1, span.outputs["logits"]))
     assert np.array_equal(*found) and found[0].any()
+
+
+class Replay:
+    """What stands for a graph in the simulator."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        self.launches = launches
+
+    def __call__(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+def test_a_captured_step(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens replayed are tokens launched one by one; a graph that gives another is not used."""
+
+    def tokens() -> tuple[np.ndarray, str]:
+        backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=1)
+        made = agreement_logits(backend, program, (1, 1, 1))
+        return made, backend.no_graph_reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_backend, "capture", lambda *given: (None, "not wanted"))
+        launched, reason = tokens()
+    assert reason == "not wanted"
+    if config.ENABLE_CUDASIM:
+        monkeypatch.setattr(cuda_graph, "config", SimpleNamespace(ENABLE_CUDASIM=False))
+        monkeypatch.setattr(cuda_graph, "Graph", Replay)
+    replayed, reason = tokens()
+    assert reason == "" and np.array_equal(replayed, launched)
+    monkeypatch.setattr(cuda_graph, "Graph", lambda launches: Replay(launches[:-2]))
+    alone, reason = tokens()
+    assert reason == "a replay gave another result" and np.array_equal(alone, launched)
 
 
 def test_too_little_memory(program: Program) -> None:
