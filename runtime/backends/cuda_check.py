@@ -71,7 +71,7 @@ def check_products(stage: Stage, device: int) -> None:
         exact = _activations(part.n_columns) @ part.rows(slice(None)).T
         for found in (_product(TILES[name], part), _rows(PRODUCTS[name], part)):
             wrong = np.abs(found - exact[: len(found)]).max() / max(np.abs(exact).max(), LEAST)
-            if wrong > WRONG and np.isfinite(exact).all():
+            if not wrong <= WRONG and np.isfinite(exact).all():
                 raise DeviceError(
                     f"GPU {device} multiplies wrongly with weights of {name} (by {wrong:.2g} of "
                     "the largest result): --gpu-layers 0 uses the processor alone"

@@ -9,7 +9,7 @@ from runtime.backends.cuda_draft import Constants, Draft
 from runtime.backends.cuda_formats import WHOLE, blocks_held, kept_as
 from runtime.backends.cuda_fusion import Group
 from runtime.backends.cuda_room import is_quantised
-from runtime.kernels.cuda.products import MOST_TOGETHER, PRODUCTS, WARPS, quantise
+from runtime.kernels.cuda.products import MOST_TOGETHER, PRODUCTS, WARPS, matvecs_of, quantise
 from runtime.kernels.cuda.products import ROWS as ROWS_OF_BLOCK
 from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
 from runtime.program import Add, AddBias, ExpertBias, ExpertMatMul, Floats, MatMul, Matrix
@@ -52,9 +52,16 @@ class Products:
         for step in steps:
             key = kept_as(step.matrix.quant), step.matrix.n_columns
             alike.setdefault(key, []).append(step)
-        for parts in alike.values():
-            for first in range(0, len(parts), MOST_TOGETHER):
-                self._rows(parts[first : first + MOST_TOGETHER], biases, total)
+        runs = [
+            parts[first : first + MOST_TOGETHER]
+            for parts in alike.values()
+            for first in range(0, len(parts), MOST_TOGETHER)
+        ]
+        if len(runs) == 2 and _go_together(*runs):
+            self._rows(runs[0], runs[1], biases, total)
+            return
+        for run in runs:
+            self._rows(run, [], biases, total)
 
     def experts(self, group: Group) -> None:
         """ExpertMatMul [ExpertBias]"""
@@ -103,12 +110,19 @@ class Products:
         return room.values, room.scales, room.sums, width
 
     def _rows(
-        self, parts: Sequence[MatMul], biases: Mapping[str, Floats], total: str | None
+        self,
+        first: Sequence[MatMul],
+        second: Sequence[MatMul],
+        biases: Mapping[str, Floats],
+        total: str | None,
     ) -> None:
-        """A warp for two rows of any of these; one alone may be added to a total."""
-        draft, matrix = self._draft, parts[0].matrix
+        """A warp for two rows of any of these, of one format and of another.
+
+        One alone may be added to a total.
+        """
+        draft, parts = self._draft, [*first, *second]
+        matrix, name = parts[0].matrix, kept_as(parts[0].matrix.quant)
         activations = self._activations(parts[0].source, matrix, matrix.n_columns)
-        kernels = PRODUCTS[kept_as(matrix.quant)]
         each = [
             (
                 *(self._constants.weights(part.matrix), blocks_held(part.matrix)),
@@ -121,12 +135,13 @@ class Products:
         arguments = (*activations, matrix.n_columns)
         if len(parts) == 1:
             arguments = (*arguments, *each[0], *draft.total(total))
-            draft.add(kernels.matvec, grid, (32, WARPS), arguments)
+            draft.add(PRODUCTS[name].matvec, grid, (32, WARPS), arguments)
             return
+        kernel = matvecs_of(name, kept_as(parts[-1].matrix.quant))
         # Places that are empty get what is there, of the same types; no block comes to them.
         each += each[:1] * (MOST_TOGETHER - len(each))
-        arguments = (*arguments, *(value for part in each for value in part))
-        draft.add(kernels.matvecs, grid, (32, WARPS), arguments)
+        arguments = (*arguments, len(first), *(value for part in each for value in part))
+        draft.add(kernel, grid, (32, WARPS), arguments)
 
     def _tile(self, step: MatMul) -> None:
         """A tile of rows and tokens for each block."""
@@ -144,6 +159,13 @@ class Products:
 
     def _bias(self, bias: Floats | None) -> tuple[Any, bool]:
         return self._constants.vector(bias), bias is not None
+
+
+def _go_together(first: Sequence[MatMul], second: Sequence[MatMul]) -> bool:
+    """Whether one launch may do products of two formats: few, of activations of one kind."""
+    a, b = first[0].matrix, second[0].matrix
+    fit = len(first) + len(second) <= MOST_TOGETHER and a.n_columns == b.n_columns
+    return fit and is_quantised(a) == is_quantised(b)
 
 
 def taken(step: MatMul | ExpertMatMul, width: int) -> int:

@@ -135,10 +135,13 @@ def test_a_row_of_every_format(name: str) -> None:
         assert ptx.count("dp4a.s32.s32") >= 2 * 8
 
 
-def products_launch(name: str) -> Launch:
+def products_launch(*names: str) -> Launch:
     """Of two matrices together."""
     rng = np.random.default_rng(0)
-    steps = [MatMul("x", target, random_matrix(rng, 8, 256, name)) for target in "yz"]
+    steps = [
+        MatMul("x", target, random_matrix(rng, 8, 256, name))
+        for target, name in zip("yz", names, strict=True)
+    ]
     made = launches(program_of(steps, 256, buffers={"y": 8, "z": 8}), ONE)
     return next(each for each in made if kernel_name(each) == "matvecs")
 
@@ -146,11 +149,18 @@ def products_launch(name: str) -> Launch:
 @pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])
 def test_rows_of_several_matrices(name: str) -> None:
     """They share one copy of the code."""
-    ptx = compiled(products_launch(name), (8, 0))
+    ptx = compiled(products_launch(name, name), (8, 0))
     assert ptx.count("shfl.sync") == 2 * 5  # two rows
     assert ptx.count("dp4a.s32.s32") == compiled(product_launch(name, ONE), (8, 0)).count(
         "dp4a.s32.s32"
     )
+
+
+def test_rows_of_two_formats() -> None:
+    """One launch has the code of both."""
+    both = compiled(products_launch("Q4_K", "Q6_K"), (8, 0))
+    each = [compiled(product_launch(name, ONE), (8, 0)) for name in ("Q4_K", "Q6_K")]
+    assert both.count("dp4a.s32.s32") == sum(ptx.count("dp4a.s32.s32") for ptx in each)
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_K", "Q6_K"])

@@ -9,6 +9,7 @@ its s-th expert.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from numba import cuda
@@ -36,8 +37,8 @@ class Products:
     """The kernels of one format; `dots` is what one lane computes of two rows."""
 
     dots: Any
+    of_two_rows: Any
     matvec: Any
-    matvecs: Any  # of up to MOST_TOGETHER matrices
     expert_matvec: Any
 
 
@@ -225,54 +226,6 @@ def make_products(name: str, dots: Any, block_bytes: int) -> Products:
             if adds:
                 total[token * total_stride + row] += value
 
-    @kernel(f"{name}_matvecs", registers=REGISTERS)
-    def matvecs(
-        xq,
-        xd,
-        xs,
-        x_stride,
-        k,
-        w,
-        n,
-        y,
-        y_stride,
-        n_rows,
-        bias,
-        has_bias,
-        w_2,
-        n_2,
-        y_2,
-        y_stride_2,
-        n_rows_2,
-        bias_2,
-        has_bias_2,
-        w_3,
-        n_3,
-        y_3,
-        y_stride_3,
-        n_rows_3,
-        bias_3,
-        has_bias_3,
-    ):
-        """The same of several matrices, without a total: their blocks one after the other."""
-        block = cuda.blockIdx.x
-        n_blocks = (n_rows + ROWS - 1) // ROWS
-        if block >= n_blocks:
-            block -= n_blocks
-            w, n, y, y_stride, n_rows = w_2, n_2, y_2, y_stride_2, n_rows_2
-            bias, has_bias = bias_2, has_bias_2
-            n_blocks = (n_rows + ROWS - 1) // ROWS
-            if block >= n_blocks:
-                block -= n_blocks
-                w, n, y, y_stride, n_rows = w_3, n_3, y_3, y_stride_3, n_rows_3
-                bias, has_bias = bias_3, has_bias_3
-        token = cuda.blockIdx.y
-        row, value, is_mine = of_two_rows(w, 0, n, block, n_rows, xq, xd, xs, token * x_stride, k)
-        if is_mine:
-            if has_bias:
-                value += bias[row]
-            y[token * y_stride + row] = value
-
     @kernel(f"{name}_expert_matvec", registers=REGISTERS)
     def expert_matvec(
         w,
@@ -301,7 +254,7 @@ def make_products(name: str, dots: Any, block_bytes: int) -> Products:
                 value += biases[expert * n_rows + row]
             y[token * y_stride + slot * n_rows + row] = value
 
-    return Products(dots, matvec, matvecs, expert_matvec)
+    return Products(dots, of_two_rows, matvec, expert_matvec)
 
 
 PRODUCTS = {
@@ -313,3 +266,68 @@ PRODUCTS = {
     "F16": make_products("F16", halves_dots(low_half, high_half), 2),
     "BF16": make_products("BF16", halves_dots(low_bfloat, high_bfloat), 2),
 }
+
+
+@cache
+def matvecs_of(first: str, second: str) -> Any:
+    """A kernel for up to MOST_TOGETHER matrices of one width: n_first of one format, then others.
+
+    Both formats take the activations as they are, or both as int8.
+    """
+    rows, others = PRODUCTS[first].of_two_rows, PRODUCTS[second].of_two_rows
+    is_one_format = first == second
+
+    @kernel(f"{first}_{second}_matvecs", registers=REGISTERS)
+    def matvecs(
+        xq,
+        xd,
+        xs,
+        x_stride,
+        k,
+        n_first,
+        w,
+        n,
+        y,
+        y_stride,
+        n_rows,
+        bias,
+        has_bias,
+        w_2,
+        n_2,
+        y_2,
+        y_stride_2,
+        n_rows_2,
+        bias_2,
+        has_bias_2,
+        w_3,
+        n_3,
+        y_3,
+        y_stride_3,
+        n_rows_3,
+        bias_3,
+        has_bias_3,
+    ):
+        """y = w times each token's activations + bias, of matrices one after the other."""
+        block, matrix = cuda.blockIdx.x, 0
+        n_blocks = (n_rows + ROWS - 1) // ROWS
+        if block >= n_blocks:
+            block, matrix = block - n_blocks, 1
+            w, n, y, y_stride, n_rows = w_2, n_2, y_2, y_stride_2, n_rows_2
+            bias, has_bias = bias_2, has_bias_2
+            n_blocks = (n_rows + ROWS - 1) // ROWS
+            if block >= n_blocks:
+                block, matrix = block - n_blocks, 2
+                w, n, y, y_stride, n_rows = w_3, n_3, y_3, y_stride_3, n_rows_3
+                bias, has_bias = bias_3, has_bias_3
+        token = cuda.blockIdx.y
+        x = token * x_stride
+        if is_one_format or matrix < n_first:
+            row, value, is_mine = rows(w, 0, n, block, n_rows, xq, xd, xs, x, k)
+        else:
+            row, value, is_mine = others(w, 0, n, block, n_rows, xq, xd, xs, x, k)
+        if is_mine:
+            if has_bias:
+                value += bias[row]
+            y[token * y_stride + row] = value
+
+    return matvecs

@@ -1,7 +1,9 @@
 """Whole models, and what the backend does besides computing."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from runtime.config import read_config
 from runtime.decoders import build_program
 from runtime.devices import Device
 from runtime.kernels.cuda.products import PRODUCTS
-from runtime.kernels.cuda.tiles import TILES
+from runtime.kernels.cuda.tiles import TILES, Tiles
 from runtime.model import KV_TYPES, Model
 from runtime.offload import Offload
 from runtime.program import Attend, Program, Stage, StoreKV
@@ -219,14 +221,32 @@ def test_a_gpu_that_is_not_there(program: Program) -> None:
         CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4, device=7)
 
 
-@pytest.mark.parametrize("kernels", ["tiles", "products"])
+class NoNumbers:
+    """A kernel for tiles whose results are none."""
+
+    def __getitem__(self, launch: object) -> Callable[..., None]:
+        def fill(*arguments: Any) -> None:
+            made = arguments[5]
+            made.copy_to_device(np.full(len(made), np.nan, np.float32))
+
+        return fill
+
+
+@pytest.mark.parametrize(
+    ("table", "kernels"),
+    [
+        (TILES, TILES["Q4_0"]),
+        (PRODUCTS, PRODUCTS["Q4_0"]),
+        (TILES, Tiles(NoNumbers(), NoNumbers())),
+    ],
+    ids=["tiles", "products", "no numbers"],
+)
 def test_a_gpu_that_multiplies_wrongly(
-    kernels: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], kernels: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody gets its answers."""
-    table = TILES if kernels == "tiles" else PRODUCTS
     monkeypatch.setattr(cuda_check, "_checked", set())
-    monkeypatch.setitem(table, "Q4_1", table["Q4_0"])
+    monkeypatch.setitem(table, "Q4_1", kernels)
     program = product("Q4_1", 6, 64, rng)
     with pytest.raises(DeviceError, match=r"GPU 0 multiplies wrongly with weights of Q4_1 \(by "):
         CUDABackend(whole(program), n_ctx=N_CTX, n_batch=4)
@@ -236,7 +256,7 @@ def test_a_gpu_that_multiplies_wrongly(
 
 def test_a_gpu_is_tried_out(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a model is said to be there; what compilers raise becomes an error in words."""
-    backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=9)
+    backend = CUDABackend(whole(program), n_ctx=N_CTX, n_batch=2)
     backend.try_out()
     expected = logits(program, [1] * len(program.steps), make_gpu)
     assert np.array_equal(logits(program, [1] * len(program.steps), make_tried), expected)
@@ -252,7 +272,7 @@ def test_a_gpu_is_tried_out(program: Program, monkeypatch: pytest.MonkeyPatch) -
         backend.try_out()
     monkeypatch.undo()
     backend.stage.steps[0].weight[:] = np.nan
-    broken = CUDABackend(backend.stage, n_ctx=N_CTX, n_batch=9)
+    broken = CUDABackend(backend.stage, n_ctx=N_CTX, n_batch=2)
     with pytest.raises(DeviceError, match="GPU 0 makes values that are no numbers"):
         broken.try_out()
 
