@@ -1,11 +1,14 @@
 """Runs the simulator's blocks as greenlets, one for each CUDA thread; importing it is enough.
 
 numba-cuda's simulator takes a thread of the system for each CUDA thread, and knows no shuffles.
-Here the lanes of a warp run in turn up to the next exchange or barrier: 40 times as fast, always in
-the same order, and a barrier that only a part of a block or warp reaches is an error. Memory that
-nobody has written yet is full of NaN. Needs NUMBA_ENABLE_CUDASIM=1.
+Here lanes run one after the other up to the next exchange, warps up to the next barrier: 40 times
+as fast, and a barrier that only a part of a block or warp reaches is an error. They run in an order
+that is drawn anew each time, the same in every process: what one writes and another reads without a
+barrier between is there sometimes, and sometimes not. Memory that nobody has written yet is full of
+NaN. Needs NUMBA_ENABLE_CUDASIM=1.
 """
 
+import random
 import sys
 from contextlib import contextmanager
 
@@ -14,6 +17,7 @@ from greenlet import getcurrent, greenlet
 from numba.cuda.simulator import kernel, kernelapi
 
 WARP = 32
+DRAWN = random.Random(0)
 EXCHANGE, BARRIER = "exchange", "barrier"
 
 
@@ -45,35 +49,40 @@ class Block:
                 for x in range(width):
                     place = kernelapi.Dim3(x, y, z)
                     threads.append(Thread(self._function, len(threads), place, block))
-        for thread in threads:
-            thread.switch(*arguments)
         warps = [threads[i : i + WARP] for i in range(0, len(threads), WARP)]
+        for warp in drawn(warps):
+            advance(warp, *arguments)
         while any(not thread.dead for thread in threads):
-            moved = False
-            for warp in warps:
-                while exchange(warp):
-                    moved = True
-            live = [thread for thread in threads if not thread.dead]
-            if live and len(live) == len(threads) and waiting(live, BARRIER):
-                moved = True
-                for thread in live:
-                    thread.switch()
-            if live and not moved:
+            if any(thread.dead for thread in threads) or not waiting(threads, BARRIER):
                 where = {(t.number // WARP, t.waits_for or "returned") for t in threads}
                 raise RuntimeError(f"a barrier that not all threads reach: {sorted(where)}")
+            for warp in drawn(warps):
+                advance(warp)
+
+
+def advance(warp, *arguments):
+    """Let a warp go on as far as it gets without the others."""
+    for thread in drawn(warp):
+        thread.switch(*arguments)
+    while exchange(warp):
+        pass
 
 
 def exchange(warp):
     """Let a warp go on whose lanes all wait for an exchange."""
-    live = [thread for thread in warp if not thread.dead]
-    if len(live) != len(warp) or not waiting(live, EXCHANGE):
+    if any(thread.dead for thread in warp) or not waiting(warp, EXCHANGE):
         return False
-    values = {thread.number % WARP: thread.value for thread in live}
-    for thread in live:
+    values = {thread.number % WARP: thread.value for thread in warp}
+    for thread in warp:
         thread.values = values
-    for thread in live:
+    for thread in drawn(warp):
         thread.switch()
     return True
+
+
+def drawn(items):
+    """The items in another order."""
+    return DRAWN.sample(items, len(items))
 
 
 def waiting(threads, reason):
