@@ -95,10 +95,14 @@ class Model(Closeable):
         n_threads = threads or default_threads()
         n_batch = min(n_batch, size)
 
+        def say(text: str) -> None:
+            if on_note is not None:
+                on_note(text)
+
         def make(device: Device | None, stage: Stage) -> Backend:
             if device is not None:
                 return make_device_backend(
-                    device, stage, n_ctx=size, n_batch=n_batch, kv_type=kv_type
+                    device, stage, n_ctx=size, n_batch=n_batch, kv_type=kv_type, say=say
                 )
             return _make_host_backend(
                 backend,
@@ -113,7 +117,7 @@ class Model(Closeable):
         sizes = measure_sizes(program, n_ctx=size, n_batch=n_batch, kv_type=kv_type)
 
         def open_pipeline(wanted: Offload) -> tuple[Pipeline, Plan]:
-            return open_planned(program, sizes, wanted, make, on_note or (lambda text: None))
+            return open_planned(program, sizes, wanted, make, say)
 
         return cls(
             config,

@@ -150,9 +150,15 @@ def open_planned(
 
 
 def make_device_backend(
-    device: Device, stage: Stage, *, n_ctx: int, n_batch: int, kv_type: str
+    device: Device,
+    stage: Stage,
+    *,
+    n_ctx: int,
+    n_batch: int,
+    kv_type: str,
+    say: Callable[[str], None],
 ) -> Backend:
-    """The backend of a stage on a device, tried out.
+    """The backend of a stage on a device, tried out; `say` hears what takes long.
 
     DeviceMemoryError when it has no room for it, DeviceError when it cannot compute it.
     """
@@ -161,7 +167,10 @@ def make_device_backend(
 
         return FakeBackend(stage, device, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type)
     from runtime.backends.cuda import CUDABackend
+    from runtime.kernels.cuda import kept
 
+    if kept.is_empty():
+        say(f"compiling the kernels for {device.name}: some ten seconds, this once")
     backend = CUDABackend(stage, n_ctx=n_ctx, n_batch=n_batch, kv_type=kv_type, device=device.index)
     backend.try_out()
     return backend

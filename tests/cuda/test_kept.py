@@ -74,7 +74,9 @@ def start(gpu: GPU, name: str = "quantise") -> bool:
 
 @needs_toolkit
 def test_a_kernel_is_compiled_once(gpu: GPU, folder: Path) -> None:
+    assert kept.is_empty()
     assert not start(gpu) and start(gpu)
+    assert not kept.is_empty()
     first, again = gpu.loaded
     assert first == again and first[:4] == b"\x7fELF"
     assert not start(gpu, "another name")
@@ -100,14 +102,14 @@ def test_a_damaged_entry_is_compiled_again(damage: str, gpu: GPU, folder: Path) 
 @needs_toolkit
 def test_a_folder_that_is_gone(gpu: GPU, folder: Path) -> None:
     folder.rmdir()
-    assert not start(gpu) and not start(gpu)
+    assert not start(gpu) and not start(gpu) and kept.is_empty()
     assert len(gpu.loaded) == 2
 
 
 def test_nothing_is_kept_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "CACHE_FOLDER", None)
     kept.folder.cache_clear()
-    assert kept.folder() is None
+    assert kept.folder() is None and kept.is_empty()
     kept.folder.cache_clear()
 
 

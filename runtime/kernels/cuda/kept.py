@@ -117,6 +117,12 @@ def folder() -> Path | None:
     return where
 
 
+def is_empty() -> bool:
+    """Whether nothing is kept, so that all kernels have to be compiled."""
+    where = folder()
+    return where is None or not where.is_dir() or next(where.iterdir(), None) is None
+
+
 def _digest() -> str:
     """Names what a compiled kernel depends on beside the GPU: sources and compilers."""
     seen = hashlib.sha256(sys.version.encode())

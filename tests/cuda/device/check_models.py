@@ -287,13 +287,13 @@ def test_layers_go_to_a_gpu_by_number(tmp_path: Path) -> None:
     """As --gpu-layers 2 does: the head and the last layer."""
     path = llama_file(tmp_path / "m.gguf", dim=32, ffn_dim=32, n_vocab=16, n_heads=2, n_kv_heads=1)
     gpu = Device("cuda:0", "a GPU", 1 << 34, 1 << 34, (8, 0))
-    found = []
+    found, said = [], []
+    options = {"n_ctx": N_CTX, "backend": "reference", "on_note": said.append}
     for offload in (Offload(), Offload((gpu,), Wish(gpu_layers=2))):
-        with (
-            GGUFFile(path) as file,
-            Model.load(file, n_ctx=N_CTX, backend="reference", offload=offload) as model,
-        ):
+        with GGUFFile(path) as file, Model.load(file, offload=offload, **options) as model:
             found.append([model.forward([1, 2, 3]), model.forward([4])])
             devices = model.devices
     assert devices == ("cuda:0", "CPU")
+    if config.ENABLE_CUDASIM:  # which keeps none
+        assert "compiling the kernels for cuda:0: some ten seconds, this once" in said
     assert np.abs(np.subtract(*found)).max() <= FLOAT * np.abs(found[0]).max()
