@@ -28,7 +28,6 @@ LABEL = re.compile(r"\s*(\.L_\w+):")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)(.*)")
 TARGET = re.compile(r"\.L_\w+")
 PRODUCTS = 8  # dp4a for 32 weights
-MMA_OF = {"IMMA": "products of 16 x 8 x 32", "HMMA": "products of 16 x 8 x 16"}
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ def weight(loop: list[str]) -> float:
 def remark(counts: Counter[str], length: int) -> str:
     if counts["IDP"]:
         return f"{PRODUCTS * length / counts['IDP']:.0f} for 32 weights, {counts['LDG']} loads"
-    for operation, what in MMA_OF.items():
-        if counts[operation]:
-            return f"{counts[operation]} {what}"
+    if n := counts["IMMA"] + counts["HMMA"]:
+        return f"{n} products on tensor cores"
     return f"{counts['FFMA']} multiply-adds, {counts['LDG']} loads" if length else ""
 
 

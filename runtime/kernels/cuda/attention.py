@@ -29,7 +29,7 @@ CHUNK = 64  # positions
 AT_ONCE = THREADS // 8  # positions that scores are made of, 8 lanes for each
 EACH = CHUNK // N_WARPS  # positions whose values a warp mixes
 MOST_RANGES = 64  # that `combine` makes one of
-REGISTERS = 128  # of a thread, at most (products.py)
+REGISTERS = 144  # of a thread, at most (products.py)
 LOWEST = np.float32(-3.0e38)  # the largest score of no positions
 
 
