@@ -212,7 +212,7 @@ def one_token_kernels() -> Iterable[Launch]:
     program = attention_program((2, 1, 64, 64), np.random.default_rng(0), sinks=True)
     both = (*launches(program, ONE), *launches(program, ONE, "q8_0"))
     attention = (each for each in both if kernel_name(each) in ("attend", "store"))
-    return product_launch("Q4_K", ONE), products_launch("Q4_K"), *attention
+    return product_launch("Q4_K", ONE), products_launch("Q4_K", "Q6_K"), *attention
 
 
 def find_linker() -> str:
