@@ -32,6 +32,7 @@ def dp4a(a, b, c):
 
 def permute(a, b, selector):
     """Four of the eight bytes of a (0 to 3) and b (4 to 7), named by the selector's nibbles."""
+    assert selector & 0x8888 == 0  # which would ask for signs
     packed = struct.pack("<II", _unsigned(a), _unsigned(b))
     chosen = bytes(packed[selector >> (4 * i) & 7] for i in range(4))
     return struct.unpack("<i", chosen)[0]

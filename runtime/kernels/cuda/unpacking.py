@@ -105,17 +105,18 @@ def fifth_bits(bits, first):
 @helper
 def look_up(q, table):
     """The levels of 8 nibbles in a table of 16 int8: those of the low halves, of the high ones."""
-    near = _look_up_4(q, table)
-    far = _look_up_4(q >> 16, table)
+    within, half = q & 0x77777777, turned(q, 1) & 0x44444444 | 0x32103210
+    near = _look_up_4(within, half, table)
+    far = _look_up_4(turned(within, 16), turned(half, 16), table)
     return permute(near, far, 0x6420), permute(near, far, 0x7531)
 
 
 @helper
-def _look_up_4(q, table):
-    """The levels of four nibbles; a selector has three bits, the fourth chooses the half."""
-    low = permute(table[0], table[1], q & 0x7777)
-    high = permute(table[2], table[3], q & 0x7777)
-    return permute(low, high, 0x3210 | (q & 0x8888) >> 1)
+def _look_up_4(within, half, table):
+    """The levels of four nibbles: places in both halves of the table, and whose of four pairs."""
+    low = permute(table[0], table[1], within)
+    high = permute(table[2], table[3], within)
+    return permute(low, high, half)
 
 
 def table_words(levels):
