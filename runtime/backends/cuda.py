@@ -1,6 +1,6 @@
 """The CUDA backend: the spans of a stage as kernel launches on one GPU.
 
-Weights are uploaded once, as they lie in the file. What spans take and give passes through
+Weights are uploaded once, with the bits of the file. What spans take and give passes through
 memory of the host (cuda_host.py). For one token a span's launches are captured as a graph and
 replayed.
 """

@@ -12,7 +12,7 @@ NATIVE = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
 )
-"""Formats whose blocks the kernels read as they lie in the file."""
+"""Formats whose blocks the kernels read: the bits of the file, fields apart (cuda_memory.py)."""
 
 AS_F16 = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),

@@ -14,7 +14,7 @@ from runtime.kernels.cuda.products import ROWS as ROWS_OF_BLOCK
 from runtime.kernels.cuda.tiles import ROWS, THREADS, TILES, TOKENS, Tiles, sort_slots
 from runtime.program import Add, AddBias, ExpertBias, ExpertMatMul, Floats, MatMul, Matrix
 
-FEW_TOKENS = 8  # up to here a warp for each row and token; more share tiles
+FEW_TOKENS = 8  # up to here a warp for two rows and a token; more share tiles
 
 
 class Products:

@@ -46,7 +46,7 @@ from runtime.stages import whole
 from tests.programs import attention_program, mixture, program_of, random_matrix, random_vector
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0))
-ONE, TILE = 1, 16  # tokens: a warp for each row, or tiles
+ONE, TILE = 1, 16  # tokens: a warp for two rows, or tiles
 
 
 def find_toolkit() -> str:

@@ -83,7 +83,7 @@ def test_activations(activation: str, rng: np.random.Generator) -> None:
     "shape", [(1, 1, 16, 16), (4, 2, 20, 12), (1, 1, 72, 68)], ids=["one", "grouped", "wide"]
 )
 def test_attention(shape: tuple[int, int, int, int], rng: np.random.Generator) -> None:
-    """600 positions of context: three ranges for one token."""
+    """600 positions of context: ten ranges for one token, of which the first is used."""
     program = attention_program(shape, rng)
     assert worst(program, (3, 1), n_ctx=600) <= FLOAT
 
