@@ -2,8 +2,9 @@
 
 A block makes 64 rows of the result for 64 tokens, each of its 16 x 16 threads 4 x 4 of them. Blocks
 of whole numbers are unpacked to int8 with a scale and an offset for each 16 or 32 weights, and the
-next ones are on their way meanwhile; float formats become float32. `x_at` and `y_at` say where a token's activations begin and where its result goes,
-so that a mixture's slots, sorted by expert, go the same way as the tokens of a prompt.
+next ones are on their way meanwhile; float formats become float32. `x_at` and `y_at` say where a
+token's activations begin and where its result goes, so that a mixture's slots, sorted by expert, go
+the same way as the tokens of a prompt.
 """
 
 from dataclasses import dataclass
