@@ -110,7 +110,7 @@ class DeviceMemory:
     def _spread(self, matrix: Matrix, chosen: slice, target: Array) -> None:
         rows = rows_as_kept(matrix, chosen)
         if self._staging is None or len(self._staging) < len(rows):
-            self._staging = cuda.device_array(max(len(rows), STAGED), np.uint8)
+            self._staging = cuda.device_array(len(rows), np.uint8)
         self._staging[: len(rows)].copy_to_device(rows)
         form = BLOCKS[matrix.quant.name]
         n = len(rows) // form.block_bytes
